@@ -1,0 +1,46 @@
+"""The ways to compute attention, and the choice between them.
+
+A backend is a module that fulfils :class:`flashlayer.spec.Backend`. None of them imports another.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from flashlayer.backends import aten, standard, tiled, triton
+from flashlayer.spec import Problem
+
+BACKENDS: dict[str, ModuleType] = {
+    module.name: module for module in (triton, aten, tiled, standard)
+}
+
+
+def select(name: str, problem: Problem) -> ModuleType:
+    """The backend called ``name``, or for ``"auto"`` the fastest that can compute ``problem``.
+
+    Raises:
+        TypeError: ``name`` is not a string.
+        ValueError: there is no such backend, or it refuses; the message says why.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"backend must be a string, got {type(name).__name__}")
+    if name == "auto":
+        return next(
+            BACKENDS[candidate]
+            for candidate in _by_speed(problem)
+            if BACKENDS[candidate].refuses(problem) is None
+        )
+    if name not in BACKENDS:
+        known = ", ".join(repr(known) for known in ("auto", *BACKENDS))
+        raise ValueError(f"backend must be one of {known}, got {name!r}")
+    reason = BACKENDS[name].refuses(problem)
+    if reason is not None:
+        raise ValueError(f"backend {name!r} can't compute this call: {reason}")
+    return BACKENDS[name]
+
+
+def _by_speed(problem: Problem) -> tuple[str, ...]:
+    # On the CPU Triton is its interpreter: right, but thousands of times slower than the rest.
+    if problem.query.device.type == "cpu":
+        return ("aten", "tiled", "standard")
+    return ("triton", "tiled", "standard")

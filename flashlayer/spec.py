@@ -1,0 +1,170 @@
+"""What one attention call computes: its options, and the geometry that follows from them.
+
+``causal`` and ``window_size`` are one thing here, a *band* around the diagonal: query ``i`` sees
+key ``j`` when
+
+    i + offset - window_left  <=  j  <=  i + offset + window_right        (``None`` is unbounded)
+
+so causal attention is the band ``(None, 0)``. Everything a tiled algorithm needs to skip work
+follows from these four numbers by interval arithmetic, see :meth:`AttentionSpec.key_bounds`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+Diagonal = Literal["bottom_right", "top_left"]
+
+
+class KeyBounds(NamedTuple):
+    """Which keys a block of consecutive queries sees, as two nested half-open intervals.
+
+    Every key that *some* query of the block sees lies in ``[any_start, any_stop)``: nothing else is
+    ever loaded. Every key in ``[all_start, all_stop)`` is seen by *all* of them: those tiles need
+    no mask arithmetic. An interval is empty when its stop is not greater than its start.
+    """
+
+    any_start: int
+    all_start: int
+    all_stop: int
+    any_stop: int
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """The options of one call, resolved (no ``None`` that means "default") and hashable.
+
+    Attributes:
+        scale: factor on the scores ``q k^T``; any finite float, negative and zero included.
+        window_left: keys visible to the left of a query's own position; None is unbounded.
+        window_right: keys visible to the right of it; None is unbounded, 0 is causal.
+        diagonal: where the band is anchored when ``Sq != Sk``: ``"bottom_right"`` aligns the last
+            query with the last key (flash_attn), ``"top_left"`` the first with the first (SDPA).
+    """
+
+    scale: float
+    window_left: int | None = None
+    window_right: int | None = None
+    diagonal: Diagonal = "bottom_right"
+
+    @property
+    def is_banded(self) -> bool:
+        """Whether the geometry hides any key at all."""
+        return self.window_left is not None or self.window_right is not None
+
+    def without_idle_edges(self, seqlen_q: int, seqlen_k: int) -> AttentionSpec:
+        """The same attention with the band's edges dropped where they hide no key of this problem.
+
+        A one-token decoding step is causal in name only, and a window wider than the sequence is
+        none: seen so, more backends cover them and no kernel computes a mask for them.
+        """
+        if seqlen_q == 0 or seqlen_k == 0:
+            return replace(self, window_left=None, window_right=None)
+        bounds = self.key_bounds(0, seqlen_q, seqlen_q, seqlen_k)
+        return replace(
+            self,
+            window_left=self.window_left if bounds.all_start > 0 else None,
+            window_right=self.window_right if bounds.all_stop < seqlen_k else None,
+        )
+
+    def offset(self, seqlen_q: int, seqlen_k: int) -> int:
+        """Key position of query 0: ``Sk - Sq`` for ``bottom_right``, 0 for ``top_left``."""
+        return seqlen_k - seqlen_q if self.diagonal == "bottom_right" else 0
+
+    def key_bounds(self, q_start: int, q_stop: int, seqlen_q: int, seqlen_k: int) -> KeyBounds:
+        """The keys that the queries ``[q_start, q_stop)`` see; needs ``q_start < q_stop``.
+
+        The first query's window starts and ends leftmost, the last one's rightmost, so the union of
+        the windows runs from the first's start to the last's end and their intersection from the
+        last's start to the first's end.
+        """
+        offset = self.offset(seqlen_q, seqlen_k)
+        first, last = q_start + offset, q_stop - 1 + offset
+        any_start, all_start, all_stop, any_stop = 0, 0, seqlen_k, seqlen_k
+        if self.window_left is not None:
+            any_start = min(max(first - self.window_left, 0), seqlen_k)
+            all_start = min(max(last - self.window_left, 0), seqlen_k)
+        if self.window_right is not None:
+            all_stop = min(max(first + self.window_right + 1, 0), seqlen_k)
+            any_stop = min(max(last + self.window_right + 1, 0), seqlen_k)
+        return KeyBounds(any_start, all_start, all_stop, any_stop)
+
+    def visible(
+        self,
+        q_start: int,
+        q_stop: int,
+        k_start: int,
+        k_stop: int,
+        seqlen_q: int,
+        seqlen_k: int,
+        device: torch.device,
+    ) -> Tensor:
+        """Bool mask ``(q_stop - q_start, k_stop - k_start)`` of one tile, True = sees."""
+        diagonal = torch.arange(q_start, q_stop, device=device)[:, None] + self.offset(
+            seqlen_q, seqlen_k
+        )
+        distance = (
+            torch.arange(k_start, k_stop, device=device) - diagonal
+        )  # key position minus the query's own
+        mask = torch.ones_like(distance, dtype=torch.bool)
+        if self.window_left is not None:
+            mask &= distance >= -self.window_left
+        if self.window_right is not None:
+            mask &= distance <= self.window_right
+        return mask
+
+
+class AttentionExtras(NamedTuple):
+    """The tensors an option may bring along; all None for plain attention."""
+
+    attn_mask: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+
+
+class Problem(NamedTuple):
+    """One validated call, as a backend sees it when asked whether it can compute it."""
+
+    query: Tensor  # (B, H, Sq, D)
+    key: Tensor  # (B, Hkv, Sk, D)
+    value: Tensor  # (B, Hkv, Sk, Dv)
+    spec: AttentionSpec
+    extras: AttentionExtras
+
+
+class Backend(Protocol):
+    """One way to compute attention: a module of :mod:`flashlayer.backends` with these names."""
+
+    name: str
+
+    def refuses(self, problem: Problem) -> str | None:
+        """None when this backend can compute ``problem``, else the reason in a clause."""
+        ...
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
+    ) -> tuple[Tensor, Tensor]:
+        """``o`` (B, H, Sq, Dv) in q's dtype; ``lse`` (B, H, Sq) contiguous, fp32 (fp64 for fp64)."""
+        ...
+
+    def backward(
+        self,
+        do: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lse: Tensor,
+        spec: AttentionSpec,
+        extras: AttentionExtras,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """``dq, dk, dv, d_mask, d_sinks``; the last two None where there is no such input.
+
+        ``backward`` itself is None where ``forward`` is left to PyTorch's autograd.
+        """
+        ...
