@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flashlayer.spec import AttentionExtras, AttentionSpec, Backend
 
 
 class FlashAttentionFunction(torch.autograd.Function):
     """Attention whose backward recomputes the probabilities from the saved LSE.
+
+    The backward is left open to autograd: a second derivative goes through the operations of the
+    tiled backward, and raises at the custom ops of the other backends, which have none. It is never
+    silently dropped, as ``once_differentiable`` would drop the part that comes through q, k and v.
 
     ``apply(backend, spec, q, k, v, *extras) -> (o, lse)``; only q, k, v, the extras, o and lse are
     kept for the backward pass, nothing of size Sq x Sk.
@@ -40,7 +43,6 @@ class FlashAttentionFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Call the backend's backward."""
         q, k, v, *extras, o, lse = ctx.saved_tensors

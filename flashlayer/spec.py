@@ -148,7 +148,7 @@ class Backend(Protocol):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
     ) -> tuple[Tensor, Tensor]:
-        """``o`` (B, H, Sq, Dv) in q's dtype; ``lse`` (B, H, Sq) contiguous, fp32 (fp64 for fp64)."""
+        """``o`` (B, H, Sq, Dv) in q's dtype; ``lse`` (B, H, Sq) contiguous, fp32 or fp64."""
         ...
 
     def backward(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
+
 from flashlayer.backends import aten, standard, tiled, triton
 from flashlayer.spec import Problem
 
@@ -40,7 +42,11 @@ def select(name: str, problem: Problem) -> ModuleType:
 
 
 def _by_speed(problem: Problem) -> tuple[str, ...]:
+    q, k, v, _, _ = problem
+    if q.device.type != "cpu":
+        return ("triton", "tiled", "standard")
     # On the CPU Triton is its interpreter: right, but thousands of times slower than the rest.
-    if problem.query.device.type == "cpu":
-        return ("aten", "tiled", "standard")
-    return ("triton", "tiled", "standard")
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if q.dtype == torch.float16 and trains:
+        return ("tiled", "standard")  # ATen's fp16 backward takes twice to four times as long
+    return ("aten", "tiled", "standard")

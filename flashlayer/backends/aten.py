@@ -16,7 +16,7 @@ name = "aten"
 
 
 def refuses(problem: Problem) -> str | None:
-    """A reason for all but full and top-left causal attention with one head dimension on the CPU."""
+    """A reason for all but full and top-left causal attention on the CPU with Dv = D."""
     q, k, v, spec, _ = problem
     if q.device.type != "cpu":
         return f"ATen's flash kernel is wrapped for the CPU only, the tensors are on {q.device}"

@@ -1,7 +1,7 @@
 """Standard attention: the formula as it is written, O(Sq * Sk) memory.
 
-It is differentiated by PyTorch's autograd. This is the oracle every other backend is judged by. It defines masking by itself, shares no code
-with what it judges and never goes through our backward.
+It is differentiated by PyTorch's autograd. This is the oracle every other backend is judged by: it
+defines masking by itself, shares no code with what it judges and never goes through our backward.
 """
 
 from __future__ import annotations

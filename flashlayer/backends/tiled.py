@@ -18,10 +18,9 @@ from flashlayer.spec import AttentionExtras, AttentionSpec, Problem
 
 name = "tiled"
 
-# Queries and keys a tile. On a CPU a tile's scores should stay in its caches; measured best from 1
-# to 16 heads.
-BLOCK_M = 256
-BLOCK_N = 256
+# Scores computed at once: one square tile for each batch entry and head, 4 MB in fp32, about what a
+# CPU's caches hold. The best power of two within 15 % for 2, 16 and 64 heads on two cores.
+SCORES_AT_ONCE = 2**20
 
 
 class Tile(NamedTuple):
@@ -44,12 +43,13 @@ def forward(
     kv_heads, dtype = k.shape[1], _accumulation_dtype(q)
     o = q.new_empty(*q.shape[:3], v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=dtype)
-    for q_block in _blocks(0, q.shape[2], BLOCK_M):
+    block_size = _block_size(q)
+    for q_block in _blocks(0, q.shape[2], block_size):
         q_rows = _fold(q[:, :, q_block], kv_heads).to(dtype)  # [B, Hkv, G*M, D]
         state = online_softmax.init_state(
             q_rows.shape[:-1], v.shape[-1], dtype=dtype, device=q.device
         )
-        for tile in _tiles(spec, q_block, q.shape[2], k.shape[2], q.device):
+        for tile in _tiles(spec, q_block, block_size, q.shape[2], k.shape[2], q.device):
             k_tile, v_tile = (x[:, :, tile.k_block].to(dtype) for x in (k, v))  # [B, Hkv, N, D]
             state = online_softmax.update(state, _scores(q_rows, k_tile, tile, spec), v_tile)
         o[:, :, q_block] = _unfold(online_softmax.finalize(state), q.shape[1])
@@ -80,7 +80,8 @@ def backward(
     kv_heads, dtype = k.shape[1], _accumulation_dtype(q)
     dq = torch.empty_like(q)
     dk, dv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
-    for q_block in _blocks(0, q.shape[2], BLOCK_M):
+    block_size = _block_size(q)
+    for q_block in _blocks(0, q.shape[2], block_size):
         q_rows, do_rows, o_rows = (
             _fold(x[:, :, q_block], kv_heads).to(dtype) for x in (q, do, o)
         )  # [B, Hkv, G*M, D]
@@ -92,7 +93,7 @@ def backward(
         lse_rows = _fold(lse[:, :, q_block], kv_heads)
         lse_rows = torch.where(lse_rows == -torch.inf, torch.inf, lse_rows)
         dq_rows = torch.zeros_like(q_rows)
-        for tile in _tiles(spec, q_block, q.shape[2], k.shape[2], q.device):
+        for tile in _tiles(spec, q_block, block_size, q.shape[2], k.shape[2], q.device):
             k_tile, v_tile = (x[:, :, tile.k_block].to(dtype) for x in (k, v))  # [B, Hkv, N, D]
             p = _scores(q_rows, k_tile, tile, spec).sub_(lse_rows.unsqueeze(-1)).exp_()
             dv[:, :, tile.k_block] += p.transpose(-2, -1) @ do_rows
@@ -114,11 +115,16 @@ def _scores(q_rows: Tensor, k_tile: Tensor, tile: Tile, spec: AttentionSpec) -> 
 
 
 def _tiles(
-    spec: AttentionSpec, q_block: slice, seqlen_q: int, seqlen_k: int, device: torch.device
+    spec: AttentionSpec,
+    q_block: slice,
+    block_size: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    device: torch.device,
 ) -> Iterator[Tile]:
     """The tiles a block of queries has to visit; those it does not see are never made."""
     bounds = spec.key_bounds(q_block.start, q_block.stop, seqlen_q, seqlen_k)
-    for k_block in _blocks(bounds.any_start, bounds.any_stop, BLOCK_N):
+    for k_block in _blocks(bounds.any_start, bounds.any_stop, block_size):
         visible = None
         if k_block.start < bounds.all_start or k_block.stop > bounds.all_stop:
             visible = spec.visible(
@@ -130,6 +136,12 @@ def _tiles(
 def _blocks(start: int, stop: int, size: int) -> Iterator[slice]:
     for block_start in range(start, stop, size):
         yield slice(block_start, min(block_start + size, stop))
+
+
+def _block_size(q: Tensor) -> int:
+    """Queries and keys a tile: a power of two from 64 to 512, as :data:`SCORES_AT_ONCE` allows."""
+    scores_per_head = SCORES_AT_ONCE // max(1, q.shape[0] * q.shape[1])
+    return next((size for size in (512, 256, 128) if size * size <= scores_per_head), 64)
 
 
 def _accumulation_dtype(q: Tensor) -> torch.dtype:

@@ -1,0 +1,39 @@
+# Two commands: `make demo` and `make test`. Both set up .venv first, with the tested versions of constraints.txt.
+#   make demo     train the demo GPT with flash and with standard attention, and say where the report is
+#   make test     every test that needs no GPU
+#   make lint     ruff and pyright
+#   make bench    compile ledger of the kernels for GPUs this machine need not have
+# PYTHON=python3.12 make test   takes another interpreter
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+# Waiting OpenMP threads sleep instead of spinning: several times faster where other processes want the cores.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.installed
+	$(RUN) -m train parity --config configs/parity_cpu.yaml
+
+test: $(VENV)/.installed
+	$(RUN) -m pytest
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+bench: $(VENV)/.installed
+	$(RUN) -m benchmarks.codegen
+
+# The stamp is written last: an install that was interrupted starts again.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flashlayer needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

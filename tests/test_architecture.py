@@ -1,0 +1,108 @@
+"""The house plan, read off the imports."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "flashlayer"
+STANDARD_LIBRARY = sys.stdlib_module_names | {"__future__"}
+
+# Which rooms a room may look into, and which third parties it may use.
+ALLOWED = {
+    "kernels": {"kernels", "triton", "math"},
+    "backends/triton": {"kernels", "spec", "philox", "torch", "triton"},
+    "backends/*": {"spec", "online_softmax", "philox", "torch"},
+    "backends/__init__": {"backends", "spec"},
+    "spec": {"torch"},
+    "online_softmax": {"torch"},
+    "philox": {"torch"},
+    "autograd": {"spec", "torch"},
+    "functional": {"autograd", "backends", "spec", "torch"},
+    "modules": {"functional", "online_softmax", "torch", "einops"},
+}
+
+
+def room(path: Path) -> str:
+    relative = path.relative_to(PACKAGE).with_suffix("").as_posix()
+    if relative.startswith("kernels/"):
+        return "kernels"
+    if relative.startswith("backends/") and relative not in ALLOWED:
+        return "backends/*"
+    return relative
+
+
+def imports(path: Path) -> set[str]:
+    """Rooms of flashlayer and top-level third parties that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    found = set()
+    for name in names:
+        top, *rest = name.split(".")
+        if top == "flashlayer":
+            found.add(rest[0] if rest else "flashlayer")
+        else:
+            found.add(top)
+    return found
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py"],
+    ids=lambda path: path.relative_to(PACKAGE).as_posix(),
+)
+def test_arrows(path: Path) -> None:
+    allowed = ALLOWED[room(path)]
+    if room(path) != "kernels":
+        allowed = allowed | STANDARD_LIBRARY
+    assert imports(path) <= allowed
+
+
+@pytest.mark.parametrize("folder", ["train", "benchmarks"])
+def test_outside_the_package_only_public_names_are_used(folder: str) -> None:
+    import flashlayer
+
+    public = {f"flashlayer.{name}" for name in (*flashlayer.__all__, "__version__")}
+    public |= {"flashlayer", "flashlayer.online_softmax"}
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                used = {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                used = {f"{node.module}.{alias.name}" for alias in node.names}
+            else:
+                continue
+            used = {name for name in used if name.split(".")[0] == "flashlayer"}
+            if path.name == "codegen.py":  # compiles the kernels themselves
+                used = {name for name in used if not name.startswith("flashlayer.kernels")}
+            assert used <= public, path
+
+
+def test_importing_needs_torch_alone() -> None:
+    """Whatever else is installed stays unloaded until it is used."""
+    program = (
+        "import sys, torch; before = set(sys.modules); import flashlayer; "
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}; "
+        "print(*sorted(new - set(sys.stdlib_module_names) - {'torch', 'flashlayer'}))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert result.stdout.split() == []
+
+
+def test_every_public_name_is_there() -> None:
+    import flashlayer
+
+    for name in flashlayer.__all__:
+        assert getattr(flashlayer, name).__doc__
+    with pytest.raises(AttributeError, match="has no attribute 'flash'"):
+        flashlayer.flash  # noqa: B018
