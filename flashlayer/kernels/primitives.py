@@ -1,0 +1,151 @@
+"""The steps that every attention kernel repeats, each under one name.
+
+Geometry. The band ``i + offset - left <= j <= i + offset + right`` is an interval of keys for every
+query, and just as well an interval of queries for every key: with the two sequences exchanged,
+``offset`` changes its sign and ``left`` and ``right`` their places. One function,
+:func:`visible_interval`, therefore serves all kernels, for one position, for the two ends of a
+block, and for a whole vector of positions. An unbounded side of the window is ``None``, which
+Triton compiles away.
+
+Addresses. A stride is only ever multiplied by a 64-bit index.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2.0))
+
+
+@triton.jit
+def visible_interval(position, offset, left, right, length):
+    """Positions ``[start, stop)`` of the other sequence that ``position`` is paired with.
+
+    Keys of a query as written; queries of a key with ``-offset, right, left``. ``position`` is a
+    scalar or a vector, ``length`` the other sequence's; an interval that misses the other sequence
+    is empty.
+    """
+    start = position * 0
+    stop = start + length
+    if left is not None:
+        start = tl.minimum(tl.maximum(position + offset - left, 0), length)
+    if right is not None:
+        stop = tl.minimum(tl.maximum(position + offset + right + 1, 0), length)
+    return start, stop
+
+
+@triton.jit
+def key_bounds(q_start, q_stop, offset, left, right, seqlen_k):
+    """Keys seen by the queries ``[q_start, q_stop)``: any_start, all_start, all_stop, any_stop.
+
+    Some query sees the keys ``[any_start, any_stop)``, all of them see ``[all_start, all_stop)``:
+    the twin of :meth:`flashlayer.spec.AttentionSpec.key_bounds`.
+    """
+    any_start, all_stop = visible_interval(q_start, offset, left, right, seqlen_k)
+    all_start, any_stop = visible_interval(q_stop - 1, offset, left, right, seqlen_k)
+    return any_start, all_start, all_stop, any_stop
+
+
+@triton.jit
+def query_bounds(k_start, k_stop, offset, left, right, seqlen_q):
+    """Queries that see the keys ``[k_start, k_stop)``: any_start, all_start, all_stop, any_stop."""
+    return key_bounds(k_start, k_stop, -offset, right, left, seqlen_q)
+
+
+@triton.jit
+def key_tile_edges(bounds, BLOCK_N: tl.constexpr):
+    """Cut the keys of :func:`key_bounds` into three ranges of tiles: left edge, full, right edge.
+
+    Tiles start at ``any_start``. The middle range, from the second edge to the third, is whole
+    tiles that every query sees; only the last tile of the last range may be ragged.
+    """
+    any_start, all_start, all_stop, any_stop = bounds
+    full_start = any_start + tl.cdiv(all_start - any_start, BLOCK_N) * BLOCK_N
+    full_stop = full_start + tl.maximum(all_stop - full_start, 0) // BLOCK_N * BLOCK_N
+    return any_start, full_start, full_stop, any_stop
+
+
+@triton.jit
+def query_tile_edges(bounds):
+    """Cut the queries of :func:`query_bounds` into three ranges: right edge, full, left edge.
+
+    The names are the band's edges: the first queries to see a key lie on its right edge. Every
+    range is tiled from its own start and may be ragged, for a query that doesn't exist costs no
+    mask. Neither edge is longer than the block of keys.
+    """
+    any_start, all_start, all_stop, any_stop = bounds
+    full_start = tl.minimum(all_start, any_stop)
+    return any_start, full_start, tl.maximum(full_start, all_stop), any_stop
+
+
+@triton.jit
+def mask_scores(scores, first, others, offset, left, right, length):
+    """-inf for the pairs outside the band; ``first`` positions down, ``others`` across."""
+    start, stop = visible_interval(first, offset, left, right, length)
+    visible = others[None, :] < stop[:, None]
+    if left is not None:
+        visible &= others[None, :] >= start[:, None]
+    return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit
+def dot_into(acc, a, b, INPUT_PRECISION: tl.constexpr):
+    """``acc + a b`` in the accumulator's dtype."""
+    return tl.dot(a, b, acc, input_precision=INPUT_PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def program_coordinates(num_blocks, heads):
+    """Block, head and batch entry of this program; the blocks of one head are neighbours."""
+    program = tl.program_id(0)
+    head = program // num_blocks
+    return program % num_blocks, head % heads, head // heads
+
+
+@triton.jit
+def head_pointer(ptr, strides, batch, head):
+    """Pointer to row 0, column 0 of one head of a ``(B, H, S, D)`` tensor."""
+    return ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+
+
+@triton.jit
+def tile_pointers(ptr, strides, rows, BLOCK_D: tl.constexpr):
+    """Pointers ``[rows, BLOCK_D]`` into one head."""
+    columns = tl.arange(0, BLOCK_D).to(tl.int64)
+    return ptr + rows.to(tl.int64)[:, None] * strides[2] + columns[None, :] * strides[3]
+
+
+@triton.jit
+def tile_mask(valid_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Which elements of a tile exist, None if all do; ``valid_rows`` is one bool a row or None."""
+    valid_columns = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]  # [1, BLOCK_D]
+    if HEAD_DIM < BLOCK_D and valid_rows is not None:
+        mask = valid_rows[:, None] & valid_columns
+    elif HEAD_DIM < BLOCK_D:
+        mask = valid_columns
+    elif valid_rows is not None:
+        mask = valid_rows[:, None]
+    else:
+        mask = None
+    return mask
+
+
+@triton.jit
+def load_tile(ptr, strides, rows, valid_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load rows of one head ``[rows, BLOCK_D]``; 0 in rows not valid and in columns past HEAD_DIM.
+
+    ``valid_rows`` is one bool a row, or None when all of them are valid.
+    """
+    mask = tile_mask(valid_rows, HEAD_DIM, BLOCK_D)
+    other = None if mask is None else 0.0
+    return tl.load(tile_pointers(ptr, strides, rows, BLOCK_D), mask=mask, other=other)
+
+
+@triton.jit
+def store_tile(ptr, strides, rows, valid_rows, tile, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store the valid rows of a tile in the tensor's own dtype."""
+    mask = tile_mask(valid_rows, HEAD_DIM, BLOCK_D)
+    pointers = tile_pointers(ptr, strides, rows, BLOCK_D)
+    tl.store(pointers, tile.to(ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,92 @@
+"""The tile table: how much of the problem one program holds, chosen by looking it up.
+
+Every row was picked from compiled code (``python -m benchmarks.codegen``): it fits the chip's
+shared memory, and in fp16 and bf16 it neither spills nor makes ``ptxas`` serialize the tensor
+cores. There is no autotuning: the same call always runs the same kernel.
+
+Two things bound a tile. The accumulators live in registers (forward ``BLOCK_M x Dv``, dQ
+``BLOCK_M x D``, dK/dV ``BLOCK_N x (D + Dv)``), at most 255 for each thread of ``32 * num_warps``.
+The tiles that are streamed past them live in shared memory, ``num_stages`` of each. Exact fp32 has
+no tensor core to run on and keeps whole rows of both operands in registers: its tiles are small.
+"""
+
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) for padded head dimensions up to 64, to 128 and to 256.
+_HALF = {
+    "sm_80": {  # also sm_86, sm_89 and sm_120, which have 101376 bytes: every row fits them
+        "forward": ((128, 64, 4, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
+        "dkdv": ((64, 128, 8, 2), (32, 64, 4, 2), (32, 32, 8, 1)),
+        "dq": ((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+    },
+    "sm_90": {
+        "forward": ((128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
+        "dkdv": ((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
+        "dq": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
+    },
+    "sm_100": {
+        "forward": ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
+        "dkdv": ((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
+        "dq": ((128, 64, 8, 3), (128, 64, 4, 2), (64, 32, 8, 2)),
+    },
+    "gfx942": {
+        "forward": ((128, 64, 4, 2), (128, 32, 4, 2), (64, 16, 4, 1)),
+        "dkdv": ((32, 64, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1)),
+        "dq": ((64, 64, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
+    },
+}
+# Wider types: one row serves all chips.
+_WIDE = {
+    "tf32": {
+        "forward": ((64, 64, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+        "dkdv": ((32, 64, 8, 2), (32, 32, 8, 1), (16, 16, 8, 1)),
+        "dq": ((64, 32, 8, 2), (32, 32, 8, 1), (16, 16, 8, 1)),
+    },
+    "fp32": {
+        "forward": ((64, 32, 8, 1), (64, 16, 8, 1), (32, 16, 8, 1)),
+        "dkdv": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        "dq": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    },
+    "fp64": {
+        "forward": ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        "dkdv": ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        "dq": ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    },
+}
+# Small and not square, so that small tests cross many tile edges.
+_INTERPRETER = {
+    "forward": (64, 32, 4, 1),
+    "dkdv": (32, 64, 4, 1),
+    "dq": (64, 32, 4, 1),
+}
+
+
+def nearest_target(capability: tuple[int, int]) -> str:
+    """The column of the table for a CUDA compute capability: its own wgmma, tcgen05, or neither."""
+    return {9: "sm_90", 10: "sm_100"}.get(capability[0], "sm_80")
+
+
+def tile_config(kernel: str, target: str, dtype: str, block_d: int) -> dict[str, int]:
+    """Tile sizes and launch options of one kernel.
+
+    Args:
+        kernel: ``"forward"``, ``"delta"``, ``"dkdv"`` or ``"dq"``.
+        target: ``"sm_80"``, ``"sm_90"``, ``"sm_100"``, ``"gfx942"`` or ``"interpreter"``.
+        dtype: ``"half"`` (fp16, bf16), ``"fp32"``, ``"tf32"`` (fp32 with TF32 allowed), ``"fp64"``.
+        block_d: the larger of the two padded head dimensions, 16 to 256.
+
+    Returns:
+        ``BLOCK_M``, ``BLOCK_N``, ``num_warps`` and ``num_stages``, as a kernel launch takes them
+        (delta has no keys, so no ``BLOCK_N``).
+    """
+    if kernel == "delta":  # streams o and do once, in rows that 4 warps hold in registers
+        return {"BLOCK_M": 4096 // block_d, "num_warps": 4, "num_stages": 1}
+    if target == "interpreter":
+        sizes = _INTERPRETER[kernel]
+    else:
+        rows = _HALF[target] if dtype == "half" else _WIDE[dtype]
+        sizes = rows[kernel][0 if block_d <= 64 else 1 if block_d <= 128 else 2]
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes, strict=True))
+
+
+def padded(head_dim: int) -> int:
+    """The power of two, at least 16, that a head dimension is padded to."""
+    return max(16, 1 << (head_dim - 1).bit_length())
