@@ -1,0 +1,183 @@
+"""Mistakes are told in one sentence; a run goes on where it stopped, to the bit."""
+
+import csv
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.cli import main
+from train.lit import GPTModule
+
+CHECKPOINT = Path("runs/tiny/checkpoints/last.ckpt")
+
+
+def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence that a mistaken command ends in."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert not Path("runs").exists()
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--config", "missing.yaml"], "missing.yaml"),
+        (["--config", "unknown.yaml"], "model.gpt.n_layers"),
+        (["--config", "broken.yaml"], "Problems parsing config"),
+        (["--model.gpt.n_layer", "many"], "model.gpt.n_layer"),
+        (["--model.gpt.depth", "3"], "--model.gpt.depth"),
+        (["--data.corpus", "files:nothing/*.txt"], "no file matches"),
+        (["--data.corpus", "files:empty.txt"], "the corpus is empty"),
+        (["--data.tokenizer", "words"], "error: unknown tokenizer 'words'"),
+        (["--model.gpt.context", "1000000"], "lower model.gpt.context"),
+        (["--model.gpt.attention", "flush"], "unknown attention 'flush': choose one of"),
+        (["--model.gpt.n_head", "5"], "n_embd (32) must be a multiple of n_head (5)"),
+        (["--trainer.max_steps", "0"], "trainer.max_steps must be at least 1"),
+        (["--trainer.devices", "2"], "training uses one device"),
+        (["--trainer.precision", "7"], "trainer.precision"),
+    ],
+)
+@pytest.mark.parametrize("command", ["fit", "parity"])
+def test_mistakes(
+    command: str,
+    options: list[str],
+    words: str,
+    fit_arguments: list[str],
+    parity_arguments: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("unknown.yaml").write_text("model: {gpt: {n_layers: 3}}")
+    Path("broken.yaml").write_text("model: {broken")
+    Path("empty.txt").touch()
+    arguments = {"fit": fit_arguments, "parity": parity_arguments}[command]
+    assert words in told([*arguments, *options], capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--parity.arms", "{standard: standard, flash: flash}"], "parity.arms lacks control"),
+        (["--parity.arms.flash", "flush"], "unknown attention 'flush'"),
+        (["--parity.rule.bound", "1"], "--parity.rule.bound"),
+        (["--parity.layer.lengths", "[]"], "layer.lengths"),
+        (["--trainer.accumulate_grad_batches", "2"], "batch by batch"),
+        (["--trainer.precision", "transformer-engine"], "trainer.precision"),
+    ],
+)
+def test_mistakes_in_a_proof(
+    options: list[str],
+    words: str,
+    parity_arguments: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert words in told([*parity_arguments, *options], capsys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_told(
+    parity_arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "finds no GPU" in told([*parity_arguments, "--trainer.accelerator", "gpu"], capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["train"], ["parity"], ["fit"], ["sample"], ["sample", "--checkpoint", "x"]]
+)
+def test_a_command_that_lacks_something(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told(arguments, capsys)
+
+
+def losses() -> dict[int, str]:
+    """Training loss by step, as written, over every start of the run."""
+    found = {}
+    for path in sorted(Path("runs/tiny").glob("version_*/metrics.csv")):
+        with path.open() as file:
+            found |= {
+                int(r["step"]): r["train_loss"] for r in csv.DictReader(file) if r["train_loss"]
+            }
+    return found
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_bit(
+    fit_arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*fit_arguments, "--trainer.log_every_n_steps", "1"]
+    assert main(arguments) == 0
+    whole, weights = losses(), torch.load(CHECKPOINT, weights_only=True)["state_dict"]
+    assert list(whole) == list(range(12))
+    Path("runs").rename("uninterrupted")
+
+    def press_ctrl_c(self: GPTModule, batch: object, batch_idx: int) -> None:
+        if self.global_step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GPTModule, "on_train_batch_start", press_ctrl_c)
+        assert main(arguments) == 130
+    assert "stopped at step 8: the same command goes on" in capsys.readouterr().out
+    assert torch.load(CHECKPOINT, weights_only=True)["global_step"] == 8
+
+    assert main(arguments) == 0
+    assert losses() == whole
+    resumed = torch.load(CHECKPOINT, weights_only=True)["state_dict"]
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_checkpoint_of_another_run_is_not_continued(
+    fit_arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(fit_arguments) == 0
+    capsys.readouterr()
+    assert main([*fit_arguments, "--model.learning_rate", "0.5"]) == 2
+    assert "was made with another learning_rate (0.003, now 0.5)" in capsys.readouterr().err
+    assert main([*fit_arguments, "--seed", "9"]) == 2
+    assert "another seed (0, now 9)" in capsys.readouterr().err
+
+
+def test_sample_continues_a_prompt(
+    fit_arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(fit_arguments) == 0
+    capsys.readouterr()
+    sample = ["sample", "--checkpoint", str(CHECKPOINT), "--count", "40"]
+
+    def printed(*options: str) -> str:
+        assert main([*sample, *options]) == 0
+        return capsys.readouterr().out
+
+    continued = printed("--prompt", "def ", "--top_k", "1")
+    assert continued.startswith("def ")
+    assert len(continued) > len("def \n")
+    assert printed("--prompt", "def ", "--top_k", "1", "--attention", "standard") == continued
+    assert printed("--seed", "1") != printed("--seed", "2")
+
+    Path("no checkpoint").write_text("text")
+    torch.save({}, "other.ckpt")
+    for options, words in (
+        (["--prompt", "x" * 33], "the prompt has 33 tokens and the model's context is 32"),
+        (["--checkpoint", "missing.ckpt"], "there is no checkpoint missing.ckpt"),
+        (["--checkpoint", "no checkpoint"], "no checkpoint is not a checkpoint, or"),
+        (["--checkpoint", "other.ckpt"], "other.ckpt is not a checkpoint of python -m train fit"),
+        (["--attention", "flush"], "unknown attention 'flush'"),
+        (["--temperature", "0"], "temperature above 0"),
+    ):
+        assert main([*sample, *options]) == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["parity"], ["fit"], ["sample"]])
+def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([*command, "--help"])
+    assert exit_.value.code == 0
+    assert "usage: python -m train" in capsys.readouterr().out

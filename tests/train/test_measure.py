@@ -1,0 +1,60 @@
+import os
+import time
+
+import pytest
+import torch
+
+from train.measure import (
+    LayerStudy,
+    PeakMemory,
+    in_fresh_process,
+    interleaved,
+    layer_memory,
+    layer_seconds,
+)
+
+CPU = torch.device("cpu")
+MIB = 2**20
+
+
+def test_a_fresh_process_is_another_one_and_passes_errors_on() -> None:
+    assert in_fresh_process(os.getpid) != os.getpid()
+    with pytest.raises(ZeroDivisionError):
+        in_fresh_process(divmod, 1, 0)
+
+
+def test_peak_memory_sees_what_is_freed_again_and_forgets_earlier_peaks() -> None:
+    torch.ones(200 * MIB // 4)
+    memory = PeakMemory(CPU)
+    torch.ones(64 * MIB // 4)
+    assert 60 * MIB < memory.extra() < 100 * MIB
+    assert memory.peak() > memory.extra()
+
+
+def test_the_layer_study_sees_the_score_matrix_of_standard_alone() -> None:
+    study = LayerStudy(batch=1, heads=2, head_dim=32)
+    scores = 2 * 1024 * 1024 * 4
+    standard = in_fresh_process(layer_memory, study, "standard", 1024, CPU, torch.float32)
+    flash = in_fresh_process(layer_memory, study, "flash", 1024, CPU, torch.float32)
+    assert standard > 2 * scores
+    assert flash < scores
+
+
+def test_layer_seconds_names_the_arms() -> None:
+    study = LayerStudy(batch=1, heads=1, head_dim=8, rounds=1)
+    arms = {"standard": "standard", "flash": "tiled"}
+    seconds = layer_seconds(study, arms, 16, CPU, torch.float32)
+    assert list(seconds) == ["standard", "flash"]
+    assert all(0 < value < 10 for value in seconds.values())
+
+
+def test_rounds_are_interleaved_and_the_first_is_not_timed() -> None:
+    calls = []
+
+    def slow_at_first() -> None:
+        time.sleep(0.2 if "a" not in calls else 0.0)
+        calls.append("a")
+
+    seconds = interleaved({"a": slow_at_first, "b": lambda: calls.append("b")}, rounds=3)
+    assert calls == ["a", "b"] * 4
+    assert seconds["a"] < 0.1

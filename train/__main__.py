@@ -1,0 +1,21 @@
+"""``python -m train``: sets the environment up and hands over to :mod:`train.cli`."""
+
+import os
+import sys
+
+# Spawned children import this file again; the guard keeps Lightning out of those that only time one
+# layer.
+if __name__ == "__main__":
+    # Read once, when torch loads its OpenMP: waiting threads sleep instead of spinning, which is
+    # worth several times the speed on a machine that does something else as well.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
+    # Triton reads this when it is first imported (by Lightning): without a GPU its kernels are
+    # interpreted.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+    from train.cli import main
+
+    sys.exit(main())

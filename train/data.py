@@ -1,0 +1,304 @@
+"""Text to packed fixed-length blocks; blocks to batches keyed by step and seed alone."""
+
+import glob
+import itertools
+import os
+import random
+import sysconfig
+import urllib.request
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import huggingface_hub
+import lightning as L
+import numpy as np
+from datasets import Dataset, Features, List, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import DataLoader, Sampler
+
+from train import UsageError
+
+END_OF_DOCUMENT = "<|endofdocument|>"
+BYTES_VOCAB = 257  # every byte, and the end of a document
+
+Fingerprints = tuple[tuple[str, int, int], ...]
+
+
+class TextData(L.LightningDataModule):
+    """Blocks of ``context + 1`` tokens: the model reads all but the last and predicts the next.
+
+    Tokenised and packed once, then read from the cache of ``datasets``. The last ``val_fraction``
+    of the blocks is held out; blocks do not overlap, so no token is in both parts.
+    """
+
+    def __init__(
+        self,
+        context: int = 256,
+        seed: int = 0,
+        corpus: str = "stdlib",
+        tokenizer: str = "bytes",
+        batch_size: int = 16,
+        max_bytes: int = 4_000_000,
+        val_fraction: float = 0.1,
+    ) -> None:
+        """Keep the options; nothing is read yet.
+
+        Args:
+            context: tokens the model reads at once.
+            seed: of the order of the training blocks.
+            corpus: ``stdlib`` (the sources of Python's own library), ``files:<glob>`` (your UTF-8
+                text) or ``hub:<name>`` (a dataset of the Hugging Face hub with a "text" column and
+                a "train" split).
+            tokenizer: ``bytes``, or ``bpe:<vocabulary size>`` trained on the corpus.
+            batch_size: blocks per batch.
+            max_bytes: read no more text than this.
+            val_fraction: part of the blocks held out for validation.
+        """
+        super().__init__()
+        self.save_hyperparameters()
+        for name in ("context", "batch_size", "max_bytes"):
+            if self.hparams[name] < 1:
+                raise UsageError(f"data.{name} must be at least 1, not {self.hparams[name]}")
+        if not 0 < val_fraction < 1:
+            raise UsageError(f"data.val_fraction must lie between 0 and 1, not {val_fraction}")
+        vocab_size(tokenizer)
+
+    def prepare_data(self) -> None:
+        """Fill the cache, so that every later process only reads it."""
+        load_blocks(**self._corpus_options)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Split the blocks into training part and held-out tail."""
+        blocks, self.tokenizer = load_blocks(**self._corpus_options)
+        if len(blocks) < 2:
+            raise UsageError(
+                f"the corpus {self.hparams['corpus']!r} makes {len(blocks)} blocks of "
+                f"context + 1 = {self.hparams['context'] + 1} tokens and 2 are needed: "
+                "lower model.gpt.context or give more text"
+            )
+        held_out = min(max(1, round(len(blocks) * self.hparams["val_fraction"])), len(blocks) - 1)
+        blocks = blocks.with_format("torch")
+        # Lists of rows by number are all that PyTorch's loader asks of its own kind of dataset.
+        self.train_blocks = cast(Any, blocks.select(range(len(blocks) - held_out)))
+        # In an order of their own, so that the first few, all that a quick validation reads, are
+        # from everywhere in the tail.
+        self.val_blocks = cast(
+            Any, blocks.select(len(self.train_blocks) + _shuffled(held_out, 0, 0))
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """Endless batches ``{"tokens": (batch_size, context + 1)}``, from the trainer's step on."""
+        assert self.trainer is not None
+        done = self.trainer.global_step * self.trainer.accumulate_grad_batches
+        sampler = StepSampler(
+            len(self.train_blocks), self.hparams["batch_size"], self.hparams["seed"], done
+        )
+        return DataLoader(self.train_blocks, batch_sampler=sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        """The held-out blocks, in the same order every time."""
+        return DataLoader(self.val_blocks, batch_size=self.hparams["batch_size"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tokenizer travels in every checkpoint, so that sampling needs nothing else."""
+        return {"tokenizer": self.tokenizer.to_str()}
+
+    @property
+    def _corpus_options(self) -> dict[str, Any]:
+        return {
+            name: self.hparams[name] for name in ("corpus", "tokenizer", "context", "max_bytes")
+        }
+
+
+class StepSampler(Sampler[list[int]]):
+    """Endless batches of block numbers; what is in batch ``n`` depends on ``n`` and the seed alone.
+
+    So every arm sees the same batches, and a resumed run goes on with the ones it would have seen.
+    """
+
+    def __init__(self, blocks: int, batch_size: int, seed: int, first_batch: int = 0) -> None:
+        """Start at batch number ``first_batch`` of shuffled passes over ``blocks`` blocks."""
+        self.blocks, self.batch_size, self.seed, self.first_batch = (
+            blocks,
+            batch_size,
+            seed,
+            first_batch,
+        )
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Pass after pass, each block once per pass; a batch may span two passes."""
+        start = self.first_batch * self.batch_size
+        positions = (divmod(position, self.blocks) for position in itertools.count(start))
+        while True:
+            batch = itertools.islice(positions, self.batch_size)
+            yield [int(_shuffled(self.blocks, self.seed, epoch)[i]) for epoch, i in batch]
+
+
+@lru_cache(maxsize=2)
+def _shuffled(blocks: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(blocks)
+
+
+def vocab_size(tokenizer: str) -> int:
+    """How many tokens the tokenizer called ``bytes`` or ``bpe:<size>`` knows."""
+    if tokenizer == "bytes":
+        return BYTES_VOCAB
+    kind, _, size = tokenizer.partition(":")
+    if kind != "bpe" or not size.isdecimal() or int(size) < BYTES_VOCAB:
+        raise UsageError(
+            f"unknown tokenizer {tokenizer!r}: use bytes, or bpe:<size> with a size of at least "
+            f"{BYTES_VOCAB}"
+        )
+    return int(size)
+
+
+def load_blocks(
+    corpus: str, tokenizer: str, context: int, max_bytes: int
+) -> tuple[Dataset, Tokenizer]:
+    """A dataset with one column ``tokens``, of ``context + 1`` ids, and its tokenizer."""
+    documents = load_documents(corpus, max_bytes)
+    trained = load_tokenizer(tokenizer, documents)
+    block = context + 1
+    blocks = documents.map(
+        pack,
+        batched=True,
+        batch_size=len(
+            documents
+        ),  # one batch: blocks run on across documents, and only the very end is cut off
+        fn_kwargs={"tokenizer": trained.to_str(), "block": block},
+        remove_columns="text",
+        features=Features({"tokens": List(Value("int32"), length=block)}),
+    )
+    return blocks, trained
+
+
+def pack(texts: dict[str, list[str]], tokenizer: str, block: int) -> dict[str, np.ndarray]:
+    """Tokenise the documents, end each with its token, join them, cut the row into blocks.
+
+    Every token lands in exactly one block, in order; fewer than ``block`` tokens at the very end
+    are left out.
+    """
+    encoder = Tokenizer.from_str(tokenizer)
+    end = [encoder.token_to_id(END_OF_DOCUMENT)]
+    row = [
+        np.array(encoding.ids + end, np.int32)
+        for encoding in encoder.encode_batch_fast(texts["text"])
+    ]
+    tokens = np.concatenate(row)
+    whole = len(tokens) // block * block
+    return {"tokens": tokens[:whole].reshape(-1, block)}
+
+
+def load_tokenizer(tokenizer: str, documents: Dataset) -> Tokenizer:
+    """A byte-level BPE trained on the documents and cached beside them.
+
+    ``bytes`` is the smallest of them: with its vocabulary there is no room for a merge.
+    """
+    size = vocab_size(tokenizer)
+    cache = Path(documents.cache_files[0]["filename"]).with_name(f"bpe-{size}.json")
+    if cache.exists():
+        return Tokenizer.from_file(str(cache))
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    trained.train_from_iterator(documents["text"], trainer)
+    unfinished = cache.with_suffix(f".{os.getpid()}")
+    trained.save(str(unfinished))
+    unfinished.replace(cache)
+    return trained
+
+
+def load_documents(corpus: str, max_bytes: int) -> Dataset:
+    """A dataset with one column ``text``, a document a row, cached by what it is read from."""
+    kind, _, where = (part.strip() for part in corpus.partition(":"))
+    if corpus == "stdlib":
+        read, source = (
+            read_files,
+            {"files": _fingerprints(Path(sysconfig.get_path("stdlib")).glob("*.py"))},
+        )
+    elif kind == "files" and where:
+        read, source = (
+            read_files,
+            {"files": _fingerprints(map(Path, glob.iglob(where, recursive=True)))},
+        )
+    elif kind == "hub" and where:
+        read, source = read_hub, {"name": where}
+    else:
+        raise UsageError(f"unknown corpus {corpus!r}: use stdlib, files:<glob> or hub:<name>")
+    if source.get("files") == ():
+        raise UsageError(f"no file matches the corpus {corpus!r}")
+    try:
+        return Dataset.from_generator(
+            read,
+            features=Features({"text": Value("large_string")}),
+            gen_kwargs={**source, "max_bytes": max_bytes},
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UsageError):
+            raise error.__cause__ from error
+        raise
+
+
+def _fingerprints(paths: Iterable[Path]) -> Fingerprints:
+    """Every file's path, time and size: keyed by them, a cache serves no old text.
+
+    The order is shuffled, the same everywhere: the files at the end, which are held out, and those
+    that ``max_bytes`` leaves out are then like the others.
+    """
+    files = sorted(path for path in paths if path.is_file())
+    random.Random(0).shuffle(files)
+    stats = ((str(path), path.stat()) for path in files)
+    # A tuple: datasets would take the items of a list for shards, each to be read by itself.
+    return tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats)
+
+
+def read_files(files: Fingerprints, max_bytes: int) -> Iterator[dict[str, str]]:
+    """The text of the files, in order, as far as ``max_bytes``."""
+    if not any(size for _, _, size in files):
+        raise UsageError(f"the corpus is empty: there is no text in {files[0][0]}")
+
+    def texts() -> Iterator[str]:
+        for path, _, _ in files:
+            try:
+                yield Path(path).read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise UsageError(f"{path} is not UTF-8 text") from error
+
+    yield from _capped(texts(), max_bytes)
+
+
+def read_hub(name: str, max_bytes: int) -> Iterator[dict[str, str]]:
+    """The "text" column of a dataset of the Hugging Face hub, in order, as far as ``max_bytes``."""
+    try:
+        # Offline, the hub's own client tries for half a minute before it gives up; this asks once.
+        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=5).close()
+        rows = load_dataset(name, split="train", streaming=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"cannot read {name!r} from the Hugging Face hub ({error}): "
+            "the corpora stdlib and files:<glob> need no network"
+        ) from error
+    if "text" not in (rows.column_names or []):
+        raise UsageError(f'the dataset {name!r} has no "text" column')
+    yield from _capped((row["text"] for row in rows), max_bytes)
+
+
+def _capped(texts: Iterable[str], max_bytes: int) -> Iterator[dict[str, str]]:
+    """Rows of non-empty texts until ``max_bytes`` are out; the last one is cut there."""
+    left = max_bytes
+    for text in texts:
+        data = text.encode()[:left]
+        left -= len(data)
+        if data:
+            yield {"text": data.decode(errors="ignore")}
+        if not left:
+            return

@@ -1,0 +1,169 @@
+"""Time and memory: of a training process, and of one attention layer at growing lengths.
+
+Needs torch and flashlayer only, so that a fresh process starts fast and carries nothing else.
+"""
+
+import os
+import resource
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from torch import Tensor
+
+from train.model import ATTENTIONS
+
+Result = TypeVar("Result")
+
+# Long enough to start threads and load kernels, too short to leave freed memory behind for the
+# measured run.
+WARM_UP_LENGTH = 16
+
+
+def in_fresh_process(function: Callable[..., Result], *args: Any) -> Result:
+    """``function(*args)`` in a new interpreter, free of any earlier run's memory and threads."""
+    with ProcessPoolExecutor(
+        max_workers=1,
+        mp_context=get_context("spawn"),
+        initializer=_obey_the_parent,
+    ) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except KeyboardInterrupt:
+            for child in active_children():
+                child.terminate()
+            raise
+
+
+def _obey_the_parent() -> None:
+    """Ctrl-C reaches every process of a terminal; the parent answers it, and ends this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+
+
+class PeakMemory:
+    """Highest memory use since construction, in bytes.
+
+    On CUDA what the tensors of this process hold; on the CPU the process's resident memory,
+    libraries included.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Forget earlier peaks and note the level now."""
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+        else:
+            _reset_resident_peak()
+            self.before = psutil.Process().memory_info().rss
+
+    def peak(self) -> int:
+        """The highest level so far."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return _resident_peak()
+
+    def extra(self) -> int:
+        """How far the highest level is above the level at construction."""
+        return max(0, self.peak() - self.before)
+
+
+def _reset_resident_peak() -> None:
+    """Lower the kernel's high-water mark to the present; elsewhere than on Linux nothing can."""
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _resident_peak() -> int:
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    # Kibibytes everywhere but on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass
+class LayerStudy:
+    """One causal attention layer, forward + backward, at growing lengths.
+
+    Attributes:
+        lengths: sequence lengths.
+        batch: batch size.
+        heads: attention heads.
+        head_dim: their width.
+        rounds: how often each is timed; the arms take turns, and the median counts.
+    """
+
+    lengths: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096])
+    batch: int = 1
+    heads: int = 4
+    head_dim: int = 64
+    rounds: int = 7
+
+    def step(
+        self, attention: str, length: int, device: torch.device, dtype: torch.dtype
+    ) -> Callable[[], None]:
+        """A function that runs the layer once, forward and backward."""
+        generator = torch.Generator().manual_seed(length)
+
+        def draw() -> Tensor:
+            shape = (self.batch, self.heads, length, self.head_dim)
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        q, k, v = (draw().requires_grad_() for _ in range(3))
+        do = draw()
+
+        def run() -> None:
+            torch.autograd.grad(ATTENTIONS[attention](q, k, v), (q, k, v), do)
+            synchronize(device)
+
+        return run
+
+
+def layer_memory(
+    study: LayerStudy, attention: str, length: int, device: torch.device, dtype: torch.dtype
+) -> int:
+    """Bytes that one forward + backward needs beyond its inputs; call it in a fresh process."""
+    study.step(attention, WARM_UP_LENGTH, device, dtype)()
+    run = study.step(attention, length, device, dtype)
+    memory = PeakMemory(device)
+    run()
+    return memory.extra()
+
+
+def layer_seconds(
+    study: LayerStudy, arms: dict[str, str], length: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, float]:
+    """Median seconds of one forward + backward per arm, in turns, so that drift hits all alike."""
+    steps = {arm: study.step(attention, length, device, dtype) for arm, attention in arms.items()}
+    return interleaved(steps, study.rounds)
+
+
+def interleaved(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median seconds of every step over ``rounds`` rounds of one run each, after one to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for timed in [False] + [True] * rounds:
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if timed:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
