@@ -151,12 +151,13 @@ def _growth(axes: Axes, rows: list[dict[str, Any]], values: dict[str, list[float
         axes.annotate(
             f"{high / low:.1f}x",
             (lengths[-1], (high * low) ** 0.5),
-            xytext=(-8, 0),
+            xytext=(10, 0),
             textcoords="offset points",
-            ha="right",
+            ha="left",
             va="center",
             fontsize=14,
             fontweight="bold",
+            annotation_clip=False,
         )
     axes.set_xscale("log", base=2)
     if all_positive:

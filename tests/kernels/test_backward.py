@@ -172,3 +172,16 @@ def test_tiles_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None
         for spec, wanted in zip(specs, expected, strict=True):
             for name, result in run_kernels(x, spec).items():
                 torch.testing.assert_close(result, wanted[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_scores_that_overflow_to_minus_infinity() -> None:
+    """Such a row has seen keys, but no probability is left: like a row without keys, not NaN."""
+    x = draw(seqlen_q=40)
+    q, k = x.q.clone(), torch.full_like(x.k, 1e30)
+    q[:, :, 7] = -1e30
+    result = run_kernels(x._replace(q=q, k=k), AttentionSpec(1.0))
+    assert (result["lse"][:, :, 7] == -torch.inf).all()
+    for name in ("o", "dq"):
+        assert (result[name][:, :, 7] == 0).all(), name
+    assert result["dk"].isfinite().all()
+    assert result["dv"].isfinite().all()

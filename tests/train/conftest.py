@@ -6,9 +6,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-from jsonargparse import Namespace
-
-from train.cli import make_parser
 
 TINY = """
     name: tiny
@@ -61,9 +58,3 @@ def parity_arguments(working_directory: Path, text: Path) -> list[str]:
     """``parity`` with three arms of the tiny GPT."""
     (working_directory / "parity.yaml").write_text(textwrap.dedent(TINY + PARITY))
     return ["parity", "--config", "parity.yaml", "--data.corpus", f"files:{text}"]
-
-
-def parse(arguments: list[str]) -> Namespace:
-    """The options of the command that ``arguments`` name."""
-    config = make_parser().parse_args(arguments)
-    return config[config.subcommand]

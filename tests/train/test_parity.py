@@ -10,18 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import parse
+from jsonargparse import Namespace
 from torch import Tensor
 
 from flashlayer import flash_attention
 from train import report
-from train.cli import main
+from train.cli import main, make_parser
 from train.model import ATTENTIONS
 from train.parity import run_parity, train_arm
 from train.verdict import ArmRun, Rule, gap, judge
 
 FILES = {"metrics.csv", "summary.json", "report.md", "loss.png", "loss_gap.png", "memory.png"}
 BUG_STEPS = ["--trainer.max_steps", "80", "--trainer.val_check_interval", "20"]
+
+
+def parse(arguments: list[str]) -> Namespace:
+    return make_parser().parse_args(arguments).parity
 
 
 class ScaledGradient(torch.autograd.Function):
@@ -93,7 +97,6 @@ def test_planted_bugs_fail(
     monkeypatch.setitem(ATTENTIONS, "planted", bug)
     runs = run_arms(parity_arguments, sound_runs, "planted")
     failed = {check["check"] for check in judge(runs, Rule(min_fall=0.05)) if not check["passed"]}
-    print(bug, gap(runs["flash"], runs["standard"]), gap(runs["control"], runs["standard"]))
     assert any("gap" in words for words in failed)
     # What tells a bug from a broken comparison: the arms were fair and trained.
     assert all("gap" in words for words in failed)

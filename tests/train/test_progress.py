@@ -1,9 +1,14 @@
 import sys
 
 import pytest
-from conftest import parse
+from jsonargparse import Namespace
 
+from train.cli import make_parser
 from train.parity import train_arm
+
+
+def parse(arguments: list[str]) -> Namespace:
+    return make_parser().parse_args(arguments).parity
 
 
 def test_a_terminal_gets_a_bar_with_the_arms_name(
