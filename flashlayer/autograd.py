@@ -1,54 +1,269 @@
-"""The one ``autograd.Function``: it saves, calls the backend it was given, and returns."""
+"""The ``autograd.Function`` over any backend: it saves, calls and returns.
+
+The first derivative is the backend's own. What no flash kernel has, the second derivative and
+forward mode, comes from pushing tangents through the tiled algorithm, which is plain PyTorch: a
+tangent is one more tensor of the primal's size, so memory stays O(Sq + Sk).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from flashlayer.spec import AttentionExtras, AttentionSpec, Backend
+from flashlayer.spec import AttentionExtras, AttentionSpec, Backend, Problem
+
+# Gradients, tangents and saved tensors: a Tensor, or None where an option is off.
+Tensors = tuple[Any, ...]
+
+
+def attend(backend: Backend, tiled: Backend, problem: Problem) -> tuple[Tensor, Tensor]:
+    """``o`` and ``lse`` of a problem by ``backend``, with every derivative there is.
+
+    A compiled graph takes the first derivative only: Dynamo traces no Function that has more.
+    """
+    compiling = torch.compiler.is_compiling()
+    function = FlashAttentionFunction if compiling else TransformableAttention
+    q, k, v, spec, extras = problem
+    return function.apply(backend, tiled, spec, q, k, v, *extras)
 
 
 class FlashAttentionFunction(torch.autograd.Function):
-    """Attention whose backward recomputes the probabilities from the saved LSE.
+    """``apply(backend, tiled, spec, q, k, v, *extras) -> (o, lse)``, once differentiable.
 
-    The backward is left open to autograd: a second derivative goes through the operations of the
-    tiled backward, and raises at the custom ops of the other backends, which have none. It is never
-    silently dropped, as ``once_differentiable`` would drop the part that comes through q, k and v.
+    Only q, k, v, the extras, o and lse are kept for the backward pass, nothing of size Sq x Sk.
+    """
 
-    ``apply(backend, spec, q, k, v, *extras) -> (o, lse)``; only q, k, v, the extras, o and lse are
-    kept for the backward pass, nothing of size Sq x Sk.
+    @staticmethod
+    def forward(
+        backend: Backend, tiled: Backend, spec: AttentionSpec, *tensors: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Call the backend."""
+        q, k, v, *extras = tensors
+        return backend.forward(q, k, v, spec, AttentionExtras(*extras))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        """Keep what the derivatives need."""
+        ctx.backend, ctx.tiled, ctx.spec, *tensors = inputs
+        ctx.save_for_backward(*tensors, *output)
+        # An unused output's gradient stays None: most calls have no dlse, and pay nothing for it.
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Tensors:
+        """Call the backend's backward."""
+        q, k, v, *extras, o, lse = ctx.saved_tensors
+        if do is None:
+            do = torch.zeros_like(o)
+        grads = ctx.backend.backward(do, dlse, q, k, v, o, lse, ctx.spec, AttentionExtras(*extras))
+        return None, None, None, *_by_input(grads)
+
+
+class TransformableAttention(FlashAttentionFunction):
+    """The same with every transform of ``torch.func``: twice differentiable, jvp, vmap.
+
+    ``tiled`` is the backend that tangents are pushed through.
+    """
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        """Keep the inputs for forward mode as well."""
+        FlashAttentionFunction.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[3:])
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Tensors:
+        """Call the backend's backward, itself differentiable."""
+        *tensors, o, lse = ctx.saved_tensors
+        if do is None:
+            do = torch.zeros_like(o)
+        grads = FlashAttentionBackward.apply(
+            ctx.backend, ctx.tiled, ctx.spec, do, dlse, o.detach(), lse.detach(), *tensors
+        )
+        return None, None, None, *_by_input(grads)
+
+    @staticmethod
+    def jvp(
+        ctx: Any, _backend: None, _tiled: None, _spec: None, *tangents: Tensor | None
+    ) -> Tensors:
+        """Push the tangents of q, k, v and the extras through the tiled forward."""
+        return _push(_tiled_forward(ctx.tiled, ctx.spec), ctx.saved_tensors, tangents)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensors, tuple[int | None, ...]]:
+        """One call for each element of the mapped dimension."""
+        return _map(TransformableAttention, info.batch_size, in_dims, args)
+
+
+class FlashAttentionBackward(torch.autograd.Function):
+    """``apply(backend, tiled, spec, do, dlse, o, lse, q, k, v, *extras) -> gradients``.
+
+    The gradients are those of q, k, v, the mask and the sinks. With ``L = <do, o> + <dlse, lse>``
+    they are the gradient of L, so cotangents ``u`` of them ask for the gradient of ``<u, grad L>``:
+    with respect to q, k, v, mask and sinks the Hessian times u, the tangent of grad L in the
+    direction u; with respect to do and dlse the tangents of o and lse in that direction.
     """
 
     @staticmethod
     def forward(
         backend: Backend,
+        tiled: Backend,
         spec: AttentionSpec,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *extras: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+        do: Tensor,
+        dlse: Tensor | None,
+        o: Tensor,
+        lse: Tensor,
+        *tensors: Any,
+    ) -> Tensors:
         """Call the backend."""
-        return backend.forward(q, k, v, spec, AttentionExtras(*extras))
+        q, k, v, *extras = tensors
+        return backend.backward(do, dlse, q, k, v, o, lse, spec, AttentionExtras(*extras))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        """Keep what the backward needs."""
-        ctx.backend, ctx.spec, *tensors = inputs
-        ctx.save_for_backward(*tensors, *output)
-        # An unused output's gradient stays None: most calls have no dlse, and then nothing is spent
-        # on it.
+    def setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
+        """Keep the inputs; o and lse are functions of the rest and are computed anew."""
+        _, ctx.tiled, ctx.spec, do, dlse, _, _, *tensors = inputs
+        ctx.save_for_backward(do, dlse, *tensors)
+        ctx.save_for_forward(do, dlse, *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Call the backend's backward."""
-        q, k, v, *extras, o, lse = ctx.saved_tensors
-        if do is None:
-            do = torch.zeros_like(o)
-        dq, dk, dv, d_mask, d_sinks = ctx.backend.backward(
-            do, dlse, q, k, v, o, lse, ctx.spec, AttentionExtras(*extras)
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Tensors:
+        """The Hessian times the cotangents."""
+        do, dlse, *tensors = ctx.saved_tensors
+        second = FlashAttentionSecond.apply(
+            ctx.tiled, ctx.spec, do, dlse, len(tensors), *tensors, *_by_input(cotangents)
         )
-        return None, None, dq, dk, dv, d_mask, None, d_sinks
+        d_do, d_dlse, *grads = second
+        return None, None, None, d_do, d_dlse if dlse is not None else None, None, None, *grads
+
+    @staticmethod
+    def jvp(
+        ctx: Any, _backend: None, _tiled: None, _spec: None, *tangents: Tensor | None
+    ) -> Tensors:
+        """Push the tangents through the tiled forward and backward; forward over reverse mode."""
+        do_tangent, dlse_tangent, _, _, *rest = tangents
+        do, dlse, *tensors = ctx.saved_tensors
+        return _push(
+            _tiled_gradient(ctx.tiled, ctx.spec),
+            (do, dlse, *tensors),
+            (do_tangent, dlse_tangent, *rest),
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensors, tuple[int | None, ...]]:
+        """One call for each element of the mapped dimension."""
+        return _map(FlashAttentionBackward, info.batch_size, in_dims, args)
+
+
+class FlashAttentionSecond(torch.autograd.Function):
+    """``apply(tiled, spec, do, dlse, n, *primals, *cotangents)``; has no derivative of its own."""
+
+    @staticmethod
+    def forward(
+        tiled: Backend,
+        spec: AttentionSpec,
+        do: Tensor,
+        dlse: Tensor | None,
+        count: int,
+        *tensors: Any,
+    ) -> Tensors:
+        """Tangents of (o, lse) and of the gradients, in the direction of the cotangents."""
+        primals, direction = tensors[:count], tensors[count:]
+        d_do, d_dlse = _push(_tiled_forward(tiled, spec), primals, direction)
+        grads = _push(_tiled_gradient(tiled, spec), (do, dlse, *primals), (None, None, *direction))
+        return d_do, d_dlse, *_by_input(grads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
+        """Nothing to keep."""
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Tensors:
+        """Refuse.
+
+        Raises:
+            NotImplementedError: always; a third derivative would be silently wrong otherwise.
+        """
+        raise NotImplementedError("attention has no third derivative here; use backend='standard'")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensors, tuple[int | None, ...]]:
+        """One call for each element of the mapped dimension."""
+        return _map(FlashAttentionSecond, info.batch_size, in_dims, args)
+
+
+def _by_input(grads: Tensors) -> Tensors:
+    """From (dq, dk, dv, d_mask, d_sinks) to one for each of q, k, v and the extras, in order."""
+    dq, dk, dv, d_mask, d_sinks = grads
+    extras = AttentionExtras(attn_mask=d_mask, sinks=d_sinks)
+    return dq, dk, dv, *extras
+
+
+def _tiled_forward(tiled: Backend, spec: AttentionSpec) -> Callable[..., Tensors]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, *extras: Tensor | None) -> Tensors:
+        return tiled.forward(q, k, v, spec, AttentionExtras(*extras))
+
+    return forward
+
+
+def _tiled_gradient(tiled: Backend, spec: AttentionSpec) -> Callable[..., Tensors]:
+    def gradient(do: Tensor, dlse: Tensor | None, *tensors: Any) -> Tensors:
+        q, k, v, *extras = tensors
+        o, lse = tiled.forward(q, k, v, spec, AttentionExtras(*extras))
+        return tiled.backward(do, dlse, q, k, v, o, lse, spec, AttentionExtras(*extras))
+
+    return gradient
+
+
+def _push(function: Callable[..., Tensors], primals: Tensors, tangents: Tensors) -> Tensors:
+    """The tangents of ``function(*primals)``; a tangent of None is zero."""
+    level = forward_ad._current_level
+    with forward_ad._set_fwd_grad_enabled(True):
+        if level < 0:
+            with forward_ad.dual_level():
+                return _push_at_this_level(function, primals, tangents)
+        return _push_at_this_level(function, primals, tangents)
+
+
+def _push_at_this_level(
+    function: Callable[..., Tensors], primals: Tensors, tangents: Tensors
+) -> Tensors:
+    duals = []
+    for primal, tangent in zip(primals, tangents, strict=True):
+        if primal is not None:  # saved inputs may still carry the very tangents they came with
+            primal = forward_ad.unpack_dual(primal).primal
+        if primal is not None and tangent is not None:
+            primal = forward_ad.make_dual(primal, tangent)
+        duals.append(primal)
+    outputs = function(*duals)
+    unpacked = (None if out is None else forward_ad.unpack_dual(out) for out in outputs)
+    return tuple(
+        None
+        if out is None
+        else torch.zeros_like(out.primal)
+        if out.tangent is None
+        else out.tangent
+        for out in unpacked
+    )
+
+
+def _map(
+    function: type[torch.autograd.Function], size: int, in_dims: tuple, args: tuple
+) -> tuple[Tensors, tuple[int | None, ...]]:
+    results = [
+        function.apply(
+            *(
+                arg if dim is None else arg.select(dim, index)
+                for arg, dim in zip(args, in_dims, strict=True)
+            )
+        )
+        for index in range(size)
+    ]
+    outputs = zip(*results, strict=True)
+    stacked = tuple(None if parts[0] is None else torch.stack(parts) for parts in outputs)
+    return stacked, tuple(None if output is None else 0 for output in stacked)

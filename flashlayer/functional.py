@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashlayer import backends
-from flashlayer.autograd import FlashAttentionFunction
+from flashlayer import backends, philox
+from flashlayer.autograd import attend
 from flashlayer.spec import AttentionExtras, AttentionSpec, Diagonal, Problem
 
 WindowSize = tuple[int | None, int | None]
@@ -37,34 +38,44 @@ def flash_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Exact softmax attention that never stores the ``Sq x Sk`` matrix.
 
-    For every batch entry and query head ``h``, with kv head ``h // (H // Hkv)``:
+    For every batch entry and query head ``h``, with kv head ``h // (H // Hkv)``, over the keys j
+    that query i sees:
 
-        out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j]         over the keys j that query i sees
-        lse[i] = log sum_j exp(scale * q[i] . k[j])
+        score[i, j] = softcap(scale * q[i] . k[j]) - slope * |i + offset - j| + mask[i, j]
+        lse[i]      = log(sum_j exp(score[i, j]) + exp(sink))
+        out[i]      = sum_j dropout(exp(score[i, j] - lse[i])) v[j]
 
     The probabilities are built block by block with the online softmax (Milakov & Gimelshein, arXiv
     1805.02867) and recomputed from ``lse`` in the backward pass (Dao, "FlashAttention-2", arXiv
     2307.08691, section 3.1), so memory is O(Sq + Sk). A query that sees no key gives ``out = 0``,
-    ``lse = -inf`` and zero gradients.
+    ``lse = -inf`` (the sink where there is one) and zero gradients.
 
     Args:
         query: ``(B, H, Sq, D)``; fp16, bf16, fp32 or fp64, any strides. ``Sq`` may be 0.
         key: ``(B, Hkv, Sk, D)``, same dtype and device. ``H`` must be a multiple of ``Hkv`` (GQA;
             ``Hkv = 1`` is MQA).
         value: ``(B, Hkv, Sk, Dv)``; ``Dv`` may differ from ``D``.
-        attn_mask: not built yet.
+        attn_mask: bool (True = attend) or floating (added to the scores, differentiable),
+            broadcastable to ``(B, H, Sq, Sk)`` and never expanded: a ``(B, 1, 1, Sk)`` padding mask
+            costs O(Sk). An entry of -inf hides its key like False.
         causal: query ``i`` sees key ``j`` only when ``j <= i + offset``.
-        window_size: ``(left, right)``: query ``i`` sees keys from ``i + offset - left`` to ``i +
-            offset + right`` inclusive. None is unbounded; its own position is not counted;
+        window_size: ``(left, right)``: query ``i`` sees keys from ``i + offset - left`` to
+            ``i + offset + right`` inclusive. None is unbounded; its own position is not counted;
             ``causal`` caps ``right`` at 0.
         diagonal: ``offset`` is ``Sk - Sq`` for ``"bottom_right"`` (flash_attn's), 0 for
             ``"top_left"`` (SDPA's).
         scale: factor on the scores; ``D ** -0.5`` if None.
-        softcap: not built yet.
-        alibi_slopes: not built yet.
-        sinks: not built yet.
-        dropout_p: not built yet; must be 0.
-        dropout_seed: not built yet.
+        softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2, arXiv 2408.00118,
+            section 2); None is off.
+        alibi_slopes: ``(H,)`` or ``(B, H)``, floating; used in fp32 and without a gradient (ALiBi,
+            Press et al., arXiv 2108.12409).
+        sinks: ``(H,)``, floating, differentiable: a logit per head that joins the denominator only
+            (attention sinks, Xiao et al., arXiv 2309.17453, in the learned form of gpt-oss).
+        dropout_p: probability, 0 to 1, that an attention weight is zeroed; the rest are divided by
+            ``1 - dropout_p``. Which ones depends on the seed and the position only
+            (:func:`dropout_keep_mask`): the same in both passes and in every backend.
+        dropout_seed: the seed; if None it is drawn from torch's generator of the device, so that
+            ``torch.manual_seed`` reproduces it and every call draws another.
         return_lse: also return the log-sum-exp of the scores.
         backend: ``"auto"``, or one of ``"triton"``, ``"aten"``, ``"tiled"``, ``"standard"``, see
             :func:`available_backends`. ``"auto"`` takes Triton on a GPU; on the CPU ATen's flash
@@ -72,20 +83,19 @@ def flash_attention(
             PyTorch.
 
     Returns:
-        ``out`` ``(B, H, Sq, Dv)`` in the dtype of ``query``; with ``return_lse`` also ``lse`` ``(B,
-        H, Sq)``: natural logarithm, contiguous, fp32 (fp64 for fp64 inputs), differentiable.
+        ``out`` ``(B, H, Sq, Dv)`` in the dtype of ``query``; with ``return_lse`` also ``lse``
+        ``(B, H, Sq)``: natural logarithm, contiguous, fp32 (fp64 for fp64 inputs), differentiable.
 
     Raises:
         TypeError: an argument is of the wrong type, or the dtypes differ.
         ValueError: a shape, device or option does not fit, or the asked-for backend can't compute
             this call.
-        NotImplementedError: an option that is not built yet.
 
     Under ``torch.autocast`` fp32 inputs are computed in the autocast dtype, as SDPA does.
 
     Example:
         >>> q = torch.randn(2, 8, 1024, 64, requires_grad=True)
-        >>> k, v = torch.randn(2, 2, 2, 1024, 64).unbind(0)   # 2 kv heads for 8 query heads
+        >>> k, v = torch.randn(2, 2, 2, 1024, 64).unbind(0)  # 2 kv heads for 8 query heads
         >>> out, lse = flash_attention(q, k, v, causal=True, return_lse=True)
         >>> out.shape, lse.shape
         (torch.Size([2, 8, 1024, 64]), torch.Size([2, 8, 1024]))
@@ -105,12 +115,7 @@ def flash_attention(
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
     )
-    chosen = backends.select(backend, problem)
-    q, k, v, spec, extras = problem
-    if chosen.backward is None:
-        out, lse = chosen.forward(q, k, v, spec, extras, return_lse)
-    else:
-        out, lse = FlashAttentionFunction.apply(chosen, spec, q, k, v, *extras)
+    out, lse = _attend(problem, backend, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -135,14 +140,79 @@ def flash_attention_varlen(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention over packed sequences ``(T, H, D)``; not built yet.
+    """Attention over sequences packed one after the other, without padding.
+
+    Sequence ``n`` is the tokens ``cu_seqlens[n]`` to ``cu_seqlens[n + 1]``; its queries see its own
+    keys only, with positions counted from its own start. It may be empty on either side. Tokens
+    past ``cu_seqlens[-1]`` give zeros (``lse`` -inf) and receive zero gradients.
+
+    Args:
+        query: ``(Tq, H, D)``.
+        key: ``(Tk, Hkv, D)``.
+        value: ``(Tk, Hkv, Dv)``.
+        cu_seqlens_q: ``(N + 1,)``, int32 or int64, on query's device: 0 and the running sum of the
+            query lengths.
+        cu_seqlens_k: the same of the key lengths; ``cu_seqlens_q`` if None.
+        max_seqlen_q: the longest query sequence, or more. Read from ``cu_seqlens_q`` if None, which
+            waits for the GPU.
+        max_seqlen_k: the longest key sequence, or more.
+        causal: as in :func:`flash_attention`, within each sequence.
+        window_size: likewise.
+        diagonal: likewise; ``offset`` is that of each sequence.
+        scale: as in :func:`flash_attention`.
+        softcap: likewise.
+        alibi_slopes: ``(H,)`` or ``(N, H)``.
+        sinks: ``(H,)``.
+        dropout_p: as in :func:`flash_attention`; the batch index of the mask is the sequence's.
+        dropout_seed: likewise.
+        return_lse: also return the log-sum-exp.
+        backend: as in :func:`flash_attention`.
+
+    Returns:
+        ``out`` ``(Tq, H, Dv)``; with ``return_lse`` also ``lse`` ``(H, Tq)``.
 
     Raises:
-        NotImplementedError: always.
+        TypeError: as :func:`flash_attention`.
+        ValueError: likewise.
+
+    Example:
+        >>> qkv = torch.randn(3, 30, 4, 16)
+        >>> cu_seqlens = torch.tensor([0, 10, 10, 30])  # 10 tokens, none, 20
+        >>> flash_attention_varlen(*qkv, cu_seqlens_q=cu_seqlens, causal=True).shape
+        torch.Size([30, 4, 16])
     """
-    raise NotImplementedError(
-        "flash_attention_varlen: cu_seqlens_q (packed sequences) is not built yet"
+    tensors = {"query": query, "key": key, "value": value}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.ndim != 3:
+            raise ValueError(
+                f"{name} must have 3 dimensions (tokens, heads, head_dim), "
+                f"got shape {tuple(tensor.shape)}"
+            )
+    if cu_seqlens_k is None:
+        cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_q
+        if key.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"cu_seqlens_k must be given when query and key differ in length, "
+                f"got {query.shape[0]} and {key.shape[0]} tokens"
+            )
+    problem = _build_problem(
+        *(tensor.transpose(0, 1).unsqueeze(0) for tensor in tensors.values()),
+        causal=causal,
+        window_size=window_size,
+        diagonal=diagonal,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        packing=Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
     )
+    out, lse = _attend(problem, backend, return_lse)
+    out = out.squeeze(0).transpose(0, 1)
+    return (out, lse.squeeze(0)) if return_lse else out
 
 
 def dropout_keep_mask(
@@ -154,12 +224,26 @@ def dropout_keep_mask(
     seed: int,
     device: torch.device | str,
 ) -> Tensor:
-    """The mask ``(B, H, Sq, Sk)`` that dropout draws, True = kept; not built yet.
+    """The mask that dropout draws: bool ``(B, H, Sq, Sk)``, True = kept.
+
+    Args:
+        batch: ``B``; for packed sequences their number.
+        heads: ``H``, query heads.
+        seqlen_q: ``Sq``.
+        seqlen_k: ``Sk``.
+        dropout_p: probability that an element is False, 0 to 1.
+        seed: what :func:`flash_attention` got as ``dropout_seed``.
+        device: where the mask is made; it makes no difference to its values.
 
     Raises:
-        NotImplementedError: always.
+        TypeError: ``seed`` or ``dropout_p`` is of the wrong type.
+        ValueError: ``dropout_p`` is not a probability.
     """
-    raise NotImplementedError("dropout_keep_mask: dropout_p is not built yet")
+    _check_dropout(dropout_p, seed)
+    index = [torch.arange(size, device=device) for size in (batch, heads, seqlen_q, seqlen_k)]
+    b, h, i, j = index
+    b, h, i = b.view(-1, 1, 1, 1), h.view(-1, 1, 1), i.view(-1, 1)
+    return philox.keep_mask(torch.tensor(seed, device=device), b, h, i, j, dropout_p)
 
 
 def available_backends(
@@ -189,6 +273,22 @@ def available_backends(
     return {name: backend.refuses(problem) for name, backend in backends.BACKENDS.items()}
 
 
+class Packing(NamedTuple):
+    """Where packed sequences begin and end."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+
+
+def _attend(problem: Problem, backend: str, return_lse: bool) -> tuple[Tensor, Any]:
+    chosen = backends.select(backend, problem)
+    if chosen.backward is None:
+        return chosen.forward(*problem, return_lse)
+    return attend(chosen, backends.tiled, problem)
+
+
 def _build_problem(
     query: Tensor,
     key: Tensor,
@@ -204,9 +304,12 @@ def _build_problem(
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
+    packing: Packing | None = None,
 ) -> Problem:
-    """Check every argument and resolve it; the only place that does."""
-    _check_built(attn_mask, softcap, alibi_slopes, sinks, dropout_p, dropout_seed)
+    """Check every argument and resolve it; the only place that does.
+
+    Packed tensors come as ``(1, H, T, D)``, so that a backend sees one layout.
+    """
     tensors = {"query": query, "key": key, "value": value}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -216,10 +319,7 @@ def _build_problem(
                 f"{name} must have 4 dimensions (batch, heads, sequence, head_dim), "
                 f"got shape {tuple(tensor.shape)}"
             )
-        if tensor.device != query.device:
-            raise ValueError(
-                f"{name} must be on query's device {query.device}, got {tensor.device}"
-            )
+        _check_device(name, tensor, query)
     query, key, value = (_autocast(tensor) for tensor in (query, key, value))
     _check_dtypes(query, key, value)
     _check_shapes(query, key, value)
@@ -228,36 +328,33 @@ def _build_problem(
     window_left, window_right = _check_window(window_size)
     if causal:
         window_right = 0
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    elif not isinstance(scale, (int, float)) or isinstance(scale, bool):
-        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
-    elif not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    spec = AttentionSpec(float(scale), window_left, window_right, diagonal)
-    spec = spec.without_idle_edges(query.shape[2], key.shape[2])
-    return Problem(query, key, value, spec, AttentionExtras())
-
-
-def _check_built(
-    attn_mask: Tensor | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    dropout_p: float,
-    dropout_seed: int | None,
-) -> None:
-    options = {
-        "attn_mask": attn_mask,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "sinks": sinks,
-        "dropout_p": dropout_p or None,
-        "dropout_seed": dropout_seed,
-    }
-    for name, option in options.items():
-        if option is not None:
-            raise NotImplementedError(f"{name} is not built yet")
+    factor = query.shape[-1] ** -0.5 if scale is None else _check_number("scale", scale)
+    if softcap is not None and _check_number("softcap", softcap) <= 0:
+        raise ValueError(f"softcap must be positive, or None for off, got {softcap}")
+    _check_dropout(dropout_p, dropout_seed)
+    spec = AttentionSpec(
+        scale=factor,
+        window_left=window_left,
+        window_right=window_right,
+        diagonal=diagonal,
+        softcap=softcap,
+        dropout_p=float(dropout_p),
+    )
+    extras = AttentionExtras(
+        attn_mask=_resolve_mask(attn_mask, query, key),
+        alibi_slopes=_resolve_slopes(alibi_slopes, query, packing),
+        sinks=_check_sinks(sinks, query),
+        dropout_seed=_resolve_seed(dropout_p, dropout_seed, query),
+    )
+    if packing is None:
+        spec = spec.without_idle_edges(query.shape[2], key.shape[2])
+    else:
+        packing = _resolve_packing(packing, query)
+        spec = replace(spec, max_seqlen_q=packing.max_seqlen_q, max_seqlen_k=packing.max_seqlen_k)
+        extras = extras._replace(
+            cu_seqlens_q=packing.cu_seqlens_q, cu_seqlens_k=packing.cu_seqlens_k
+        )
+    return Problem(query, key, value, spec, extras)
 
 
 def _autocast(tensor: Tensor) -> Tensor:
@@ -323,3 +420,125 @@ def _check_window(window_size: WindowSize) -> WindowSize:
             )
     left, right = window_size
     return left, right
+
+
+def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.device != query.device:
+        raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+
+
+def _check_number(name: str, number: float) -> float:
+    if not isinstance(number, (int, float)) or isinstance(number, bool):
+        raise TypeError(f"{name} must be a float or None, got {type(number).__name__}")
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return float(number)
+
+
+def _check_dropout(dropout_p: float, dropout_seed: int | None) -> None:
+    if not isinstance(dropout_p, (int, float)) or isinstance(dropout_p, bool):
+        raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must be a probability from 0 to 1, got {dropout_p}")
+    if dropout_seed is None:
+        return
+    if not isinstance(dropout_seed, int) or isinstance(dropout_seed, bool):
+        raise TypeError(f"dropout_seed must be an int or None, got {type(dropout_seed).__name__}")
+    if not -(2**63) <= dropout_seed < 2**63:
+        raise ValueError(f"dropout_seed must fit into 64 bits, got {dropout_seed}")
+
+
+def _resolve_seed(dropout_p: float, dropout_seed: int | None, query: Tensor) -> Tensor | None:
+    if dropout_p == 0:
+        return None
+    if dropout_seed is not None:
+        return torch.full((), dropout_seed, dtype=torch.int64, device=query.device)
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=query.device)
+
+
+def _resolve_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """The mask with four dimensions, each full or 1."""
+    if attn_mask is None:
+        return None
+    full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask must be a torch.Tensor, got {type(attn_mask).__name__}")
+    if attn_mask.dtype != torch.bool and attn_mask.dtype not in SUPPORTED_DTYPES:
+        raise TypeError(f"attn_mask must be bool or floating, got {attn_mask.dtype}")
+    _check_device("attn_mask", attn_mask, query)
+    fits = attn_mask.ndim <= 4 and all(
+        size in (1, whole)
+        for size, whole in zip(reversed(attn_mask.shape), reversed(full), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"attn_mask must be broadcastable to (batch, heads, queries, keys) = {full}, "
+            f"got {tuple(attn_mask.shape)}"
+        )
+    attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
+    # A mask that was expanded before it came is taken back to what it occupies.
+    for dim in range(4):
+        if attn_mask.stride(dim) == 0 and attn_mask.shape[dim] > 1:
+            attn_mask = attn_mask.narrow(dim, 0, 1)
+    return attn_mask
+
+
+def _resolve_slopes(
+    alibi_slopes: Tensor | None, query: Tensor, packing: Packing | None
+) -> Tensor | None:
+    """The slopes in fp32, ``(B or 1, H)``."""
+    if alibi_slopes is None:
+        return None
+    if not isinstance(alibi_slopes, Tensor):
+        raise TypeError(f"alibi_slopes must be a torch.Tensor, got {type(alibi_slopes).__name__}")
+    if alibi_slopes.dtype not in SUPPORTED_DTYPES:
+        raise TypeError(f"alibi_slopes must be floating, got {alibi_slopes.dtype}")
+    _check_device("alibi_slopes", alibi_slopes, query)
+    batch = query.shape[0] if packing is None else len(packing.cu_seqlens_q) - 1
+    heads = query.shape[1]
+    if alibi_slopes.shape not in ((heads,), (batch, heads)):
+        raise ValueError(
+            f"alibi_slopes must be (heads={heads},) or (batch={batch}, heads={heads}), "
+            f"got {tuple(alibi_slopes.shape)}"
+        )
+    if alibi_slopes.requires_grad:
+        raise ValueError("alibi_slopes has no gradient: detach it, or pass a float attn_mask")
+    if batch == 0:
+        return None  # nothing they could act on
+    return alibi_slopes.float().reshape(-1, heads)
+
+
+def _check_sinks(sinks: Tensor | None, query: Tensor) -> Tensor | None:
+    if sinks is None:
+        return None
+    if not isinstance(sinks, Tensor):
+        raise TypeError(f"sinks must be a torch.Tensor, got {type(sinks).__name__}")
+    if sinks.dtype not in SUPPORTED_DTYPES:
+        raise TypeError(f"sinks must be floating, got {sinks.dtype}")
+    _check_device("sinks", sinks, query)
+    if sinks.shape != (query.shape[1],):
+        raise ValueError(f"sinks must be (heads={query.shape[1]},), got {tuple(sinks.shape)}")
+    return sinks
+
+
+def _resolve_packing(packing: Packing, query: Tensor) -> Packing:
+    """int32 boundaries, and the longest sequences where the caller did not say."""
+    resolved = {}
+    for side in ("q", "k"):
+        name = f"cu_seqlens_{side}"
+        cu_seqlens = getattr(packing, name)
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+            raise TypeError(f"{name} must be an int32 or int64 tensor, got {kind}")
+        if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
+            raise ValueError(f"{name} must be (sequences + 1,), got {tuple(cu_seqlens.shape)}")
+        _check_device(name, cu_seqlens, query)
+        longest = getattr(packing, f"max_seqlen_{side}")
+        if longest is None:
+            longest = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+        resolved[f"max_seqlen_{side}"] = longest
+        resolved[name] = cu_seqlens.to(torch.int32).contiguous()
+    sizes = len(resolved["cu_seqlens_q"]), len(resolved["cu_seqlens_k"])
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be of one length, got {sizes}")
+    return Packing(**resolved)

@@ -70,17 +70,21 @@ def init_state(
     return SoftmaxState(m, torch.zeros_like(m), m.new_zeros((*rows, value_dim)))
 
 
-def update(state: SoftmaxState, scores: Tensor, value: Tensor) -> SoftmaxState:
+def update(
+    state: SoftmaxState, scores: Tensor, value: Tensor, kept: Tensor | None = None
+) -> SoftmaxState:
     """The state after one more block of keys.
 
     Args:
         state: of rows ``(..., M)``.
         scores: ``(..., M, N)``, -inf where a row does not see a key; in the state's dtype.
         value: ``(..., N, Dv)``, in the state's dtype.
+        kept: ``(..., M, N)``, factors of dropout: 0 or ``1 / (1 - p)``. They weigh the values only;
+            the denominator is that of the full softmax.
     """
     m = scores.amax(dim=-1)  # [..., M]
     p = torch.exp(scores - _finite(m).unsqueeze(-1))  # [..., M, N]
-    return merge(state, SoftmaxState(m, p.sum(dim=-1), p @ value))
+    return merge(state, SoftmaxState(m, p.sum(dim=-1), (p if kept is None else p * kept) @ value))
 
 
 def merge(a: SoftmaxState, b: SoftmaxState) -> SoftmaxState:

@@ -12,7 +12,7 @@ follows from these four numbers by interval arithmetic, see :meth:`AttentionSpec
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,10 @@ class AttentionSpec:
         scale: factor on the scores ``q k^T``; any finite float, negative and zero included.
         window_left: keys visible to the left of a query's own position; None is unbounded.
         window_right: keys visible to the right of it; None is unbounded, 0 is causal.
+        softcap: scores become ``softcap * tanh(score / softcap)``; None is off.
+        dropout_p: probability that an attention weight is dropped; 0 is off.
+        max_seqlen_q: longest query sequence of a packed batch; None for a dense one.
+        max_seqlen_k: longest key sequence of a packed batch; None for a dense one.
         diagonal: where the band is anchored when ``Sq != Sk``: ``"bottom_right"`` aligns the last
             query with the last key (flash_attn), ``"top_left"`` the first with the first (SDPA).
     """
@@ -50,6 +54,10 @@ class AttentionSpec:
     window_left: int | None = None
     window_right: int | None = None
     diagonal: Diagonal = "bottom_right"
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
 
     @property
     def is_banded(self) -> bool:
@@ -121,15 +129,51 @@ class AttentionSpec:
 class AttentionExtras(NamedTuple):
     """The tensors an option may bring along; all None for plain attention."""
 
-    attn_mask: Tensor | None = None
-    alibi_slopes: Tensor | None = None
-    sinks: Tensor | None = None
+    attn_mask: Tensor | None = None  # bool or float, 4-D, every dimension full or 1
+    alibi_slopes: Tensor | None = None  # (B or 1, H) fp32; packed: B is the number of sequences
+    sinks: Tensor | None = None  # (H,)
+    dropout_seed: Tensor | None = None  # () int64; there whenever spec.dropout_p > 0
+    cu_seqlens_q: Tensor | None = None  # (sequences + 1,) int32; packed, B = 1 and S = T
+    cu_seqlens_k: Tensor | None = None
+
+    def sinks_gradient(self, lse: Tensor, delta: Tensor) -> Tensor | None:
+        """``d_sinks`` (H,) from ``lse`` and ``delta`` (B, H, Sq), None where there are no sinks.
+
+        A sink is one more key of probability ``exp(sink - lse)`` whose value is 0, so its dP is 0
+        and its dS is ``-exp(sink - lse) * delta``.
+        """
+        if self.sinks is None:
+            return None
+        probability = torch.exp(self.sinks.to(lse.dtype)[:, None] - lse)
+        # lse = -inf: no key and a sink of -inf, no probability at all.
+        probability = torch.where(lse == -torch.inf, 0, probability)
+        return -(probability * delta).sum(dim=(0, 2)).to(self.sinks.dtype)
+
+
+def flatten(spec: AttentionSpec, extras: AttentionExtras) -> tuple:
+    """Spec and extras as the schema of a custom op can carry them, one value after the other."""
+    return (
+        spec.scale,
+        spec.window_left,
+        spec.window_right,
+        spec.diagonal,
+        spec.softcap,
+        spec.dropout_p,
+        spec.max_seqlen_q,
+        spec.max_seqlen_k,
+        *extras,
+    )
+
+
+def unflatten(*flat: Any) -> tuple[AttentionSpec, AttentionExtras]:
+    """The inverse of :func:`flatten`."""
+    return AttentionSpec(*flat[:8]), AttentionExtras(*flat[8:])
 
 
 class Problem(NamedTuple):
     """One validated call, as a backend sees it when asked whether it can compute it."""
 
-    query: Tensor  # (B, H, Sq, D)
+    query: Tensor  # (B, H, Sq, D); packed sequences (1, H, Tq, D)
     key: Tensor  # (B, Hkv, Sk, D)
     value: Tensor  # (B, Hkv, Sk, Dv)
     spec: AttentionSpec

@@ -313,7 +313,8 @@ def test_gradcheck(
     def attend(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         return flash_attention(*tensors, return_lse=True, backend=backend, **options)
 
-    assert torch.autograd.gradcheck(attend, leaves)
+    # The interpreter is slow: there one random direction is checked, elsewhere every element.
+    assert torch.autograd.gradcheck(attend, leaves, fast_mode=backend == "triton")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

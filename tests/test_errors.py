@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-import flashlayer
-from flashlayer import available_backends, flash_attention
+from flashlayer import available_backends, flash_attention, flash_attention_varlen
 
 
 def qkv(*, heads: int = 4, kv_heads: int = 2, **kwargs) -> list[torch.Tensor]:
@@ -132,28 +131,79 @@ def test_bad_call(call: str) -> None:
         function(*qkv())
 
 
-UNBUILT = {
-    "attn_mask": torch.ones(5, 5, dtype=torch.bool),
-    "softcap": 30.0,
-    "alibi_slopes": torch.ones(4),
-    "sinks": torch.zeros(4),
-    "dropout_p": 0.1,
-    "dropout_seed": 1,
+OPTION_ERRORS = {
+    "mask_shape": (
+        {"attn_mask": torch.ones(5, 4) > 0},
+        ValueError,
+        r"\(2, 4, 5, 5\), got \(5, 4\)",
+    ),
+    "mask_dims": ({"attn_mask": torch.ones(1, 1, 1, 1, 5)}, ValueError, "must be broadcastable"),
+    "mask_int": (
+        {"attn_mask": torch.ones(5, 5).int()},
+        TypeError,
+        "bool or floating, got torch.int",
+    ),
+    "mask_type": ({"attn_mask": [[True]]}, TypeError, "attn_mask must be a torch.Tensor, got list"),
+    "softcap_0": ({"softcap": 0.0}, ValueError, "softcap must be positive, or None for off, got 0"),
+    "softcap_type": ({"softcap": True}, TypeError, "softcap must be a float or None, got bool"),
+    "slopes": ({"alibi_slopes": torch.ones(3)}, ValueError, r"\(heads=4,\) or .* got \(3,\)"),
+    "slopes_grad": (
+        {"alibi_slopes": torch.ones(4, requires_grad=True)},
+        ValueError,
+        "alibi_slopes has no gradient",
+    ),
+    "sinks": ({"sinks": torch.ones(2, 4)}, ValueError, r"sinks must be \(heads=4,\), got \(2, 4\)"),
+    "sinks_type": ({"sinks": 1.0}, TypeError, "sinks must be a torch.Tensor, got float"),
+    "dropout": ({"dropout_p": 1.5}, ValueError, "a probability from 0 to 1, got 1.5"),
+    "dropout_type": ({"dropout_p": "0.1"}, TypeError, "dropout_p must be a float, got str"),
+    "seed": ({"dropout_p": 0.1, "dropout_seed": 0.5}, TypeError, "an int or None, got float"),
+    "seed_size": ({"dropout_p": 0.1, "dropout_seed": 2**63}, ValueError, "must fit into 64 bits"),
 }
 
 
-@pytest.mark.parametrize("option", UNBUILT)
-def test_unbuilt_option_is_named(option: str) -> None:
-    with pytest.raises(NotImplementedError, match=f"{option} is not built yet"):
-        flash_attention(*qkv(), **{option: UNBUILT[option]})
+@pytest.mark.parametrize("name", OPTION_ERRORS)
+def test_bad_option(name: str) -> None:
+    options, error, message = OPTION_ERRORS[name]
+    with pytest.raises(error, match=message):
+        flash_attention(*qkv(), **options)
 
 
-def test_unbuilt_functions() -> None:
-    q, k, v = (torch.randn(5, 2, 8) for _ in range(3))
-    with pytest.raises(NotImplementedError, match="cu_seqlens_q"):
-        flashlayer.flash_attention_varlen(q, k, v, cu_seqlens_q=torch.tensor([0, 5]))
-    with pytest.raises(NotImplementedError, match="dropout_p"):
-        flashlayer.dropout_keep_mask(1, 1, 1, 1, 0.5, 0, "cpu")
+PACKED_ERRORS = {
+    "dense": (torch.randn(1, 9, 2, 8), {}, ValueError, r"query must have 3 dimensions \(tokens"),
+    "edges_type": (torch.randn(9, 2, 8), {"cu_seqlens_q": [0, 9]}, TypeError, "tensor, got list"),
+    "edges_float": (
+        torch.randn(9, 2, 8),
+        {"cu_seqlens_q": torch.tensor([0.0, 9.0])},
+        TypeError,
+        "must be an int32 or int64 tensor, got torch.float32",
+    ),
+    "edges_shape": (
+        torch.randn(9, 2, 8),
+        {"cu_seqlens_q": torch.tensor([[0, 9]])},
+        ValueError,
+        r"must be \(sequences \+ 1,\), got \(1, 2\)",
+    ),
+    "edges_differ": (
+        torch.randn(9, 2, 8),
+        {"cu_seqlens_k": torch.tensor([0, 4, 9])},
+        ValueError,
+        r"must be of one length, got \(2, 3\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PACKED_ERRORS)
+def test_bad_packing(name: str) -> None:
+    query, options, error, message = PACKED_ERRORS[name]
+    k = v = torch.randn(9, 2, 8)
+    with pytest.raises(error, match=message):
+        flash_attention_varlen(query, k, v, **{"cu_seqlens_q": torch.tensor([0, 9]), **options})
+
+
+def test_packed_keys_need_their_own_edges() -> None:
+    q, k = torch.randn(9, 2, 8), torch.randn(7, 2, 8)
+    with pytest.raises(ValueError, match=r"cu_seqlens_k must be given .* got 9 and 7 tokens"):
+        flash_attention_varlen(q, k, k, cu_seqlens_q=torch.tensor([0, 9]))
 
 
 def test_available_backends_names_every_reason() -> None:
@@ -170,22 +220,3 @@ def test_mixed_dtypes_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = flash_attention(q, k.bfloat16(), v)
     assert out.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("backend", ["aten", "triton"])
-def test_second_derivative_raises(backend: str) -> None:
-    """Where there is none it raises; a gradient penalty without it would be silently wrong."""
-    q, k, v = (x.requires_grad_() for x in qkv())
-    out = flash_attention(q, k, v, backend=backend)
-    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-        (out.sum() + dq.square().sum()).backward()
-
-
-def test_second_derivative_of_tiled() -> None:
-    leaves = [x.requires_grad_() for x in qkv(dtype=torch.float64)]
-
-    def attend(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return flash_attention(*tensors, causal=True, return_lse=True, backend="tiled")
-
-    assert torch.autograd.gradgradcheck(attend, leaves)

@@ -5,19 +5,18 @@ A backend is a module that fulfils :class:`flashlayer.spec.Backend`. None of the
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import Any
 
 import torch
 
 from flashlayer.backends import aten, standard, tiled, triton
 from flashlayer.spec import Problem
 
-BACKENDS: dict[str, ModuleType] = {
-    module.name: module for module in (triton, aten, tiled, standard)
-}
+# Modules, typed as what they fulfil and not as what they are.
+BACKENDS: dict[str, Any] = {module.name: module for module in (triton, aten, tiled, standard)}
 
 
-def select(name: str, problem: Problem) -> ModuleType:
+def select(name: str, problem: Problem) -> Any:
     """The backend called ``name``, or for ``"auto"`` the fastest that can compute ``problem``.
 
     Raises:

@@ -17,11 +17,16 @@ name = "aten"
 
 def refuses(problem: Problem) -> str | None:
     """A reason for all but full and top-left causal attention on the CPU with Dv = D."""
-    q, k, v, spec, _ = problem
+    q, k, v, spec, extras = problem
     if q.device.type != "cpu":
         return f"ATen's flash kernel is wrapped for the CPU only, the tensors are on {q.device}"
     if v.shape[-1] != q.shape[-1]:
         return f"it needs value's head dimension to be query's, got {v.shape[-1]} and {q.shape[-1]}"
+    for option, tensor in extras._asdict().items():
+        if tensor is not None:
+            return f"it has no {option}"
+    if spec.softcap is not None:
+        return "it has no softcap"
     if spec.window_left is not None or spec.window_right not in (None, 0):
         return "it has no sliding window"
     if spec.window_right == 0 and spec.offset(q.shape[2], k.shape[2]) != 0:
@@ -69,19 +74,16 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tup
         is_causal=causal,
         scale=scale,
     )
-    return o, lse.contiguous()
+    expected, _ = _forward_fake(q, k, v, scale, causal)
+    return o if o.stride() == expected.stride() else expected.copy_(o), lse.contiguous()
 
 
 @_forward.register_fake
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, seqlen_q, head_dim = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return (
-        q.new_empty(batch, seqlen_q, heads, head_dim).transpose(1, 2),  # the layout ATen returns
-        q.new_empty(batch, heads, seqlen_q, dtype=lse_dtype),
-    )
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
 @torch.library.custom_op("flashlayer::aten_backward", mutates_args=())

@@ -1,0 +1,99 @@
+"""Correctness searched for: drawn problems of every option, dtype and layout, held against fp64.
+
+`make test` runs the quick profile, from a fixed seed; ``pytest -m slow tests/test_property.py`` the
+long one. The number of examples is printed at the end of the run.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis.strategies import SearchStrategy
+
+from flashlayer import available_backends, flash_attention_varlen
+from tests.conftest import count_example
+from tests.strategies import Drawn, packed_problems, problems
+from tests.tolerance import assert_matches_standard
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+EXAMPLES = {"tiled": 150, "aten": 150, "triton": 30}
+SLOW_EXAMPLES = 2000
+
+
+def check(backend: str, problem: Drawn) -> None:
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    q, k, v = (x.to(device) for x in problem[:3])
+    options = {
+        name: option.to(device) if isinstance(option, torch.Tensor) else option
+        for name, option in problem.options.items()
+    }
+    refused = is_refused(backend, q, k, v, options)
+    count_example(backend, refused=refused)
+    if not refused:
+        torch.manual_seed(0)
+        assert_matches_standard(q, k, v, backend=backend, with_noise=True, **options)
+
+
+def is_refused(
+    backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict
+) -> bool:
+    if q.ndim == 4:
+        return available_backends(q, k, v, **options)[backend] is not None
+    try:
+        flash_attention_varlen(q, k, v, backend=backend, **options)
+    except ValueError as error:
+        assert "can't compute this call" in str(error)  # noqa: PT017
+        return True
+    return False
+
+
+def search(backend: str, examples: int, strategy: SearchStrategy[Drawn]) -> None:
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(problem=strategy)
+    def run(problem: Drawn) -> None:
+        check(backend, problem)
+
+    run()
+
+
+def dense(backend: str) -> SearchStrategy[Drawn]:
+    return problems(dtypes=FLOATS, plain=backend == "aten")
+
+
+@pytest.mark.parametrize("backend", EXAMPLES)
+def test_any_problem(backend: str) -> None:
+    search(backend, EXAMPLES[backend], dense(backend))
+
+
+@pytest.mark.parametrize("backend", ["tiled", "triton"])
+def test_any_packed_problem(backend: str) -> None:
+    search(backend, EXAMPLES[backend] // 2, packed_problems(dtypes=FLOATS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", EXAMPLES)
+def test_any_problem_at_length(backend: str) -> None:
+    search(backend, SLOW_EXAMPLES, dense(backend))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["tiled", "triton"])
+def test_any_packed_problem_at_length(backend: str) -> None:
+    search(backend, SLOW_EXAMPLES, packed_problems(dtypes=FLOATS))
+
+
+@pytest.mark.gpu
+def test_any_problem_at_real_sizes() -> None:
+    strategy = problems(
+        dtypes=(torch.bfloat16, torch.float16, torch.float32),
+        lengths=(1, 127, 512, 1000, 2049),
+        head_dims=(40, 64, 96, 128, 256),
+    )
+    search("triton", 500, strategy)

@@ -1,0 +1,321 @@
+"""What PyTorch does to functions: second derivatives, forward mode, vmap, compile, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from flashlayer import available_backends, flash_attention
+from flashlayer import flash_attention_varlen as varlen
+from flashlayer.spec import AttentionExtras, AttentionSpec, flatten
+from tests.test_accuracy import device_for
+
+BACKENDS = ("triton", "aten", "tiled")
+# Derivatives past the first leave the backend for the tiled algorithm, and take hundreds of calls:
+# one test of them runs the kernels in the interpreter, the gradient penalty below.
+FAST = ("aten", "tiled")
+PLAIN = {"causal": True}
+ALL = {
+    "window_size": (2, 1),
+    "softcap": 2.0,
+    "dropout_p": 0.2,
+    "dropout_seed": 3,
+    "alibi_slopes": torch.tensor([0.5, 0.25]),
+}
+
+
+def small(backend: str, *, requires_grad: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    device = device_for(backend)
+    q, k, v = (
+        torch.randn(1, h, 4, 3, dtype=torch.float64, device=device, requires_grad=requires_grad)
+        for h in (2, 1, 1)
+    )
+    return q, k, v
+
+
+def attention(backend: str, **options: Any) -> Callable[..., Any]:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return flash_attention(q, k, v, return_lse=True, backend=backend, **options)
+
+    return attend
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_second_derivative(backend: str) -> None:
+    assert gradgradcheck(attention(backend, **PLAIN), small(backend))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_forward_mode(backend: str) -> None:
+    attend = attention(backend, **PLAIN)
+    assert gradcheck(attend, small(backend), check_forward_ad=True, check_backward_ad=False)
+
+
+@pytest.mark.parametrize("check", [gradgradcheck, gradcheck])
+def test_all_options_at_once(check: Callable[..., bool]) -> None:
+    q, k, v = small("tiled")
+    mask = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor) -> Any:
+        return flash_attention(
+            q, k, v, attn_mask=mask, sinks=sinks, return_lse=True, backend="tiled", **ALL
+        )
+
+    forward_mode = {"check_forward_ad": True} if check is gradcheck else {}
+    assert check(attend, (q, k, v, mask, sinks), **forward_mode)
+
+
+def test_second_derivative_of_packed_sequences() -> None:
+    edges = torch.tensor([0, 2, 2, 5])
+    leaves = [
+        torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)
+    ]  # one token past the last sequence
+    attend = lambda *x: varlen(*x, cu_seqlens_q=edges, causal=True, backend="tiled")  # noqa: E731
+    assert gradcheck(attend, leaves, check_forward_ad=True)
+    assert gradgradcheck(attend, leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_penalty_is_that_of_the_formula(backend: str) -> None:
+    """What WGAN-GP does; an attention without a second derivative is silently wrong here."""
+    leaves = small(backend)
+    penalties = {}
+    for name in (backend, "standard"):
+        out, lse = attention(name, **PLAIN)(*leaves)
+        grads = torch.autograd.grad(out.square().sum() + lse.sum(), leaves, create_graph=True)
+        penalty = out.sum() + sum(grad.square().sum() for grad in grads)
+        penalties[name] = torch.autograd.grad(penalty, leaves)
+    torch.testing.assert_close(penalties[backend], penalties["standard"])
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_functional_transforms(backend: str) -> None:
+    q, k, v = small(backend, requires_grad=False)
+    tangents = tuple(torch.randn_like(x) for x in (q, k, v))
+    ours, standard = attention(backend, **PLAIN), attention("standard", **PLAIN)
+    loss = lambda attend: lambda q: attend(q, k, v)[0].square().sum()  # noqa: E731
+    for transform in (
+        lambda attend: torch.func.jvp(attend, (q, k, v), tangents)[1],
+        lambda attend: torch.func.vjp(attend, q, k, v)[1]((torch.ones_like(q), q[..., 0])),
+        lambda attend: torch.func.hessian(loss(attend))(q),
+        lambda attend: torch.func.jacfwd(loss(attend))(q),
+        lambda attend: torch.func.jacrev(loss(attend))(q),
+    ):
+        torch.testing.assert_close(transform(ours), transform(standard))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_vmap_over_any_one_input(backend: str, which: int) -> None:
+    inputs = list(small(backend, requires_grad=False))
+    attend = attention(backend, **PLAIN)
+    batch = torch.randn(3, *inputs[which].shape, dtype=torch.float64, device=inputs[0].device)
+    in_dims = tuple(0 if index == which else None for index in range(3))
+    rows = [[*inputs[:which], x, *inputs[which + 1 :]] for x in batch]
+    expected = [torch.stack(parts) for parts in zip(*(attend(*x) for x in rows), strict=True)]
+    inputs[which] = batch
+    for actual, reference in zip(torch.vmap(attend, in_dims)(*inputs), expected, strict=True):
+        torch.testing.assert_close(actual, reference)
+    # Per-sample gradients.
+    loss = lambda q, k, v: attend(q, k, v)[0].square().sum()  # noqa: E731
+    grads = torch.vmap(torch.func.grad(loss, argnums=which), in_dims)(*inputs)
+    torch.testing.assert_close(
+        grads, torch.stack([torch.func.grad(loss, argnums=which)(*x) for x in rows])
+    )
+
+
+def test_third_derivative_raises() -> None:
+    q, k, v = small("tiled")
+    out = flash_attention(q, k, v)
+    (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no third derivative"):
+        torch.autograd.grad(second.sum(), q)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, Tensor):
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+def test_derivatives_of_any_order_need_linear_memory() -> None:
+    """Nothing of size Sq x Sk, in the second derivative and in forward mode as well."""
+    seqlen = 4096
+    q, k, v = (torch.randn(1, 1, seqlen, 8, requires_grad=True) for _ in range(3))
+    with LargestTensor() as largest:
+        out = flash_attention(q, k, v, causal=True, backend="tiled")
+        (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+        torch.autograd.grad(dq.square().sum(), (q, k, v))
+        primals = tuple(x.detach() for x in (q, k, v))
+        torch.func.jvp(attention("tiled", causal=True), primals, primals)
+    assert largest.numel <= 512 * 512  # one tile
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", [*BACKENDS, "standard"])
+def test_compiles_without_a_break(backend: str, dynamic: bool) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        attention(backend, **PLAIN), fullgraph=True, backend="aot_eager", dynamic=dynamic
+    )
+    device = device_for(backend)
+    for seqlen in (17, 33):
+        inputs = [torch.randn(2, 2, seqlen, 16, device=device) for _ in range(3)]
+        results = []
+        for attend in (compiled, attention(backend, **PLAIN)):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            out, lse = attend(*leaves)
+            grads = torch.autograd.grad(out.square().sum() + lse.sum(), leaves)
+            results.append((out, lse, *grads))
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected)
+            assert actual.stride() == expected.stride()
+
+
+def test_compiles_with_options() -> None:
+    torch._dynamo.reset()
+    options = {"softcap": 2.0, "alibi_slopes": torch.rand(2), "dropout_p": 0.3, "dropout_seed": 1}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor) -> Tensor:
+        return flash_attention(q, k, v, attn_mask=mask, sinks=sinks, **options)
+
+    q, k, v = (torch.randn(1, 2, 20, 8) for _ in range(3))
+    inputs = (q, k, v, torch.randn(20, 20), torch.randn(2))
+    results = []
+    for function in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = function(*leaves)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", ["triton", "tiled"])
+def test_packed_sequences_compile_without_a_break(backend: str, dynamic: bool) -> None:
+    torch._dynamo.reset()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, sinks: Tensor) -> Any:
+        return varlen(
+            q,
+            k,
+            v,
+            cu_seqlens_q=edges,
+            max_seqlen_q=30,
+            causal=True,
+            sinks=sinks,
+            return_lse=True,
+            backend=backend,
+        )
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    device = device_for(backend)
+    for tokens in (30, 40):
+        inputs = [torch.randn(tokens, 2, 16, device=device) for _ in range(3)]
+        edges = torch.tensor([0, 10, 10, 25], device=device)
+        results = []
+        for function in (compiled, attend):
+            leaves = [x.clone().requires_grad_() for x in (*inputs, torch.ones(2, device=device))]
+            out, lse = function(*leaves[:3], edges, leaves[3])
+            loss = out.square().sum() + lse[:, :25].sum()
+            results.append((out, lse, *torch.autograd.grad(loss, leaves)))
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+def test_autocast_is_sdpas() -> None:
+    """fp32 inputs run in the autocast dtype, fp64 ones stay, gradients come back in fp32."""
+    q, k, v = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = flash_attention(q, k, v)
+        assert out.dtype == torch.bfloat16
+        assert torch.equal(out, flash_attention(*(x.bfloat16() for x in (q, k, v))))
+        assert flash_attention(*(x.double() for x in (q, k, v))).dtype == torch.float64
+    out.float().sum().backward()
+    assert q.grad is not None
+    assert q.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_subset_of_inputs_may_need_a_gradient(backend: str) -> None:
+    full = small(backend)
+    expected = torch.autograd.grad(attention(backend)(*full)[0].square().sum(), full)
+    for subset in range(1, 8):
+        leaves = [
+            x.detach().requires_grad_(bool(subset >> index & 1)) for index, x in enumerate(full)
+        ]
+        attention(backend)(*leaves)[0].square().sum().backward()
+        for leaf, grad in zip(leaves, expected, strict=True):
+            if leaf.requires_grad:
+                torch.testing.assert_close(leaf.grad, grad)
+            else:
+                assert leaf.grad is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_retained_graph_and_checkpointing_give_the_same_gradients(backend: str) -> None:
+    leaves = small(backend)
+    out, _ = attention(backend)(*leaves)
+    first = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+    second = torch.autograd.grad(out.sum(), leaves)
+    out, _ = checkpoint(attention(backend), *leaves, use_reentrant=False)
+    third = torch.autograd.grad(out.sum(), leaves)
+    for a, b, c in zip(first, second, third, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "standard"])
+def test_inference_mode(backend: str) -> None:
+    inputs = small(backend)
+    expected, _ = attention(backend)(*inputs)
+    with torch.inference_mode():
+        out, lse = attention(backend)(*inputs)
+    assert out.is_inference()
+    assert lse.is_inference()
+    torch.testing.assert_close(out, expected.detach())
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("name", ["aten", "triton"])
+def test_custom_ops_are_what_they_say(name: str, layout: str) -> None:
+    """``opcheck``: schema, fake shapes, dtypes and strides, and the compiled graph."""
+    device = device_for(name)
+    q, k, v = (torch.randn(1, 2, 5, 16, device=device) for _ in range(3))
+    if layout == "bshd":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    assert available_backends(q, k, v)[name] is None
+    forward = getattr(torch.ops.flashlayer, f"{name}_forward")
+    backward = getattr(torch.ops.flashlayer, f"{name}_backward")
+    options = OP_OPTIONS[name]
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(forward, (q, k, v, *options), test_utils=checks)
+    o, lse = forward(q, k, v, *options)
+    for dlse in (None, torch.randn_like(lse)):
+        no_mask = (False,) if name == "triton" else ()
+        arguments = (torch.randn_like(o), dlse, q, k, v, o, lse, *no_mask, *options)
+        torch.library.opcheck(backward, arguments, test_utils=checks)
+
+
+OP_OPTIONS = {
+    "aten": (0.25, True),
+    "triton": flatten(AttentionSpec(0.25, None, 0), AttentionExtras()),
+}
