@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -32,6 +33,7 @@ from triton.compiler import ASTSource
 from flashlayer.backends import triton as backend
 from flashlayer.kernels import backward as backward_kernels
 from flashlayer.kernels import forward as forward_kernels
+from flashlayer.spec import AttentionExtras, AttentionSpec
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -46,6 +48,7 @@ DTYPES = {
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
+POINTER_TYPES = DTYPES | {"u8": torch.uint8, "i32": torch.int32, "i64": torch.int64}
 MASKS = {"full": (None, None), "causal": (None, 0), "window": (1023, 0)}  # (left, right)
 HEAD_DIMS = (64, 128, 256)
 TENSOR_CORE = {
@@ -55,6 +58,29 @@ TENSOR_CORE = {
     "mfma": r"v_mfma",
 }
 BATCH, HEADS, SEQLEN = 4, 16, 4096
+
+
+def _plain(spec: AttentionSpec, q: Tensor) -> tuple[AttentionSpec, AttentionExtras]:
+    return spec, AttentionExtras()
+
+
+def _everything(spec: AttentionSpec, q: Tensor) -> tuple[AttentionSpec, AttentionExtras]:
+    return replace(spec, softcap=30.0, dropout_p=0.1), AttentionExtras(
+        attn_mask=q.new_empty(BATCH, 1, SEQLEN, SEQLEN),
+        alibi_slopes=q.new_empty(1, HEADS, dtype=torch.float32),
+        sinks=q.new_empty(HEADS),
+        dropout_seed=q.new_empty((), dtype=torch.int64),
+    )
+
+
+def _packed(spec: AttentionSpec, q: Tensor) -> tuple[AttentionSpec, AttentionExtras]:
+    edges = q.new_empty(BATCH + 1, dtype=torch.int32)
+    return replace(spec, max_seqlen_q=SEQLEN, max_seqlen_k=SEQLEN), AttentionExtras(
+        cu_seqlens_q=edges, cu_seqlens_k=edges
+    )
+
+
+OPTIONS = {"none": _plain, "all": _everything, "packed": _packed}
 
 
 class Launch(NamedTuple):
@@ -77,7 +103,7 @@ class Recorder:
 
 
 def record_launches(
-    target: str, dtype: torch.dtype, head_dim: int, mask: str, group: int
+    target: str, dtype: torch.dtype, head_dim: int, mask: str, group: int, option: str
 ) -> list[Launch]:
     """What one forward and backward pass launches on ``target``."""
     launches: list[Launch] = []
@@ -86,19 +112,26 @@ def record_launches(
         (backward_kernels, "delta_kernel"),
         (backward_kernels, "dkdv_kernel"),
         (backward_kernels, "dq_kernel"),
+        (backward_kernels, "dmask_kernel"),
     )
     q = torch.empty(BATCH, HEADS, SEQLEN, head_dim, dtype=dtype, device="meta")
     kv = torch.empty(BATCH, HEADS // group, SEQLEN, head_dim, dtype=dtype, device="meta")
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     lse = torch.empty(BATCH, HEADS, SEQLEN, dtype=lse_dtype, device="meta")
-    options = (head_dim**-0.5, 0, *MASKS[mask])
+    left, right = MASKS[mask]
+    spec, extras = OPTIONS[option](AttentionSpec(head_dim**-0.5, left, right), q)
+    d_mask = torch.empty(0, device="meta")
+    if extras.attn_mask is not None:
+        d_mask = torch.empty_like(extras.attn_mask)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(backend, "_target", return_value=target))
         for module, name in kernels:
             recorder = Recorder(getattr(module, name), launches)
             stack.enter_context(mock.patch.object(module, name, recorder))
-        backend.launch_forward(q, kv, kv, q, lse, *options)
-        backend.launch_backward(q, None, q, kv, kv, q, lse, q, kv, kv, *options)
+        backend.launch_forward(q, kv, kv, q, lse, spec, extras)
+        wants_d_mask = d_mask.numel() > 0
+        gradients = (q, kv, kv, lse, d_mask)
+        backend.launch_backward(q, None, q, kv, kv, q, lse, *gradients, wants_d_mask, spec, extras)
     return launches
 
 
@@ -116,7 +149,7 @@ def as_source(launch: Launch) -> ASTSource:
             return "constexpr"
         if isinstance(value, Tensor):
             attributes[path] = [["tt.divisibility", 16]]
-            return "*" + next(name for name, dtype in DTYPES.items() if dtype == value.dtype)
+            return "*" + next(name for name, dtype in POINTER_TYPES.items() if dtype == value.dtype)
         if parameter.annotation_type:
             return parameter.annotation_type
         if not parameter.do_not_specialize:
@@ -125,7 +158,7 @@ def as_source(launch: Launch) -> ASTSource:
                 return "constexpr"
             if value % 16 == 0:
                 attributes[path] = [["tt.divisibility", 16]]
-        return "i32"
+        return "i32" if value < 2**31 else "i64"
 
     for parameter in launch.kernel.params:
         value = launch.arguments[parameter.name]
@@ -191,16 +224,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--groups", nargs="+", type=int, default=[1], help="query heads per kv head"
     )
+    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=["none"])
     args = parser.parse_args(argv)
     if not isinstance(forward_kernels.forward_kernel, triton.JITFunction):
         parser.error("the kernels are interpreted: unset TRITON_INTERPRET to compile them")
 
     rows = []
-    matrix = itertools.product(args.targets, args.dtypes, args.head_dims, args.masks, args.groups)
-    for target, dtype, head_dim, mask, group in matrix:
-        for launch in record_launches(target, DTYPES[dtype], head_dim, mask, group):
+    matrix = itertools.product(
+        args.targets, args.dtypes, args.head_dims, args.masks, args.groups, args.options
+    )
+    for target, dtype, head_dim, mask, group, option in matrix:
+        for launch in record_launches(target, DTYPES[dtype], head_dim, mask, group, option):
             case = {"target": target, "dtype": dtype, "head_dim": head_dim}
-            case |= {"mask": mask, "group": group}
+            case |= {"mask": mask, "group": group, "options": option}
             rows.append(case | compile_launch(launch, target))
             print(" ".join(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
     if args.out is not None:

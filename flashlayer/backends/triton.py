@@ -6,11 +6,13 @@ Triton is imported on the first call, so that ``import flashlayer`` needs torch 
 import warnings
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashlayer.spec import AttentionExtras, AttentionSpec, Problem
+from flashlayer import philox
+from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, flatten, unflatten
 
 name = "triton"
 
@@ -19,19 +21,19 @@ MAX_HEAD_DIM = 256
 
 def refuses(problem: Problem) -> str | None:
     """A reason for everything but head dimensions up to 256 on a GPU or in the interpreter."""
-    q, _, v, _, extras = problem
+    q, _, v, _, _ = problem
     widest = max(q.shape[-1], v.shape[-1])
     if widest > MAX_HEAD_DIM:
         return f"its kernels go up to a head dimension of {MAX_HEAD_DIM}, got {widest}"
-    if any(extra is not None for extra in extras):
-        return "its kernels know no mask, ALiBi slopes or sinks"
     if q.device.type not in ("cpu", "cuda"):
         return f"it runs on CUDA and ROCm, the tensors are on {q.device}"
     if find_spec("triton") is None:
         return "Triton is not installed"
-    if _interpreted() != _triton_is_interpreted():
+    from flashlayer.kernels.primitives import INTERPRETED, TRITON_INTERPRETED
+
+    if INTERPRETED != TRITON_INTERPRETED:
         return "TRITON_INTERPRET changed after Triton was imported: set it before Python starts"
-    if _interpreted():
+    if INTERPRETED:
         return None
     if q.device.type == "cpu":
         return (
@@ -52,7 +54,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple[Tensor, Tensor]:
     """See :class:`flashlayer.spec.Backend`."""
-    return _forward(q, k, v, *_flat(spec, q, k))
+    return _forward(q, k, v, *flatten(spec, extras))
 
 
 def backward(
@@ -65,15 +67,20 @@ def backward(
     lse: Tensor,
     spec: AttentionSpec,
     extras: AttentionExtras,
-) -> tuple[Tensor, Tensor, Tensor, None, None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """See :class:`flashlayer.spec.Backend`."""
-    dq, dk, dv = _backward(do, dlse, q, k, v, o, lse, *_flat(spec, q, k))
-    return dq, dk, dv, None, None
-
-
-def _flat(spec: AttentionSpec, q: Tensor, k: Tensor) -> tuple[float, int, int | None, int | None]:
-    """The spec as an operator's schema can carry it."""
-    return spec.scale, spec.offset(q.shape[2], k.shape[2]), spec.window_left, spec.window_right
+    mask = extras.attn_mask
+    wants_d_mask = mask is not None and mask.requires_grad
+    dq, dk, dv, d_mask, d_sinks = _backward(
+        do, dlse, q, k, v, o, lse, wants_d_mask, *flatten(spec, extras)
+    )
+    return (
+        dq,
+        dk,
+        dv,
+        d_mask if wants_d_mask else None,
+        d_sinks if extras.sinks is not None else None,
+    )
 
 
 @torch.library.custom_op("flashlayer::triton_forward", mutates_args=())
@@ -82,34 +89,51 @@ def _forward(
     k: Tensor,
     v: Tensor,
     scale: float,
-    offset: int,
     window_left: int | None,
     window_right: int | None,
+    diagonal: str,
+    softcap: float | None,
+    dropout_p: float,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    dropout_seed: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    band = (offset, window_left, window_right)
-    o, lse = _forward_fake(q, k, v, scale, *band)
-    if _is_empty(q, k):
-        return o.zero_(), lse.fill_(-torch.inf)
+    spec, extras = unflatten(
+        scale,
+        window_left,
+        window_right,
+        diagonal,
+        softcap,
+        dropout_p,
+        max_seqlen_q,
+        max_seqlen_k,
+        attn_mask,
+        alibi_slopes,
+        sinks,
+        dropout_seed,
+        cu_seqlens_q,
+        cu_seqlens_k,
+    )
+    o, lse = _new_results(q, v)
     if _needs_fp32(q):
-        wide_o, wide_lse = _forward(q.float(), k.float(), v.float(), scale, *band)
-        return o.copy_(wide_o), wide_lse
-    with _launching(q):
-        launch_forward(q, k, v, o, lse, scale, *band)
+        wide_o, lse = forward(q.float(), k.float(), v.float(), spec, _in_fp32(extras))
+        return o.copy_(wide_o), lse
+    if cu_seqlens_q is not None:  # no program writes the tokens past the last sequence
+        o.zero_(), lse.fill_(-torch.inf)
+    if o.numel() > 0:
+        with _launching(q):
+            launch_forward(q, k, v, o, lse, spec, extras)
     return o, lse
 
 
 @_forward.register_fake
-def _forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    offset: int,
-    window_left: int | None,
-    window_right: int | None,
-) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return _empty_like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _new_results(q, v)
 
 
 @torch.library.custom_op("flashlayer::triton_backward", mutates_args=())
@@ -121,22 +145,59 @@ def _backward(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
+    wants_d_mask: bool,
     scale: float,
-    offset: int,
     window_left: int | None,
     window_right: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    band = (offset, window_left, window_right)
-    dq, dk, dv = _backward_fake(do, dlse, q, k, v, o, lse, scale, *band)
-    if _is_empty(q, k):
-        return dq.zero_(), dk.zero_(), dv.zero_()
+    diagonal: str,
+    softcap: float | None,
+    dropout_p: float,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    dropout_seed: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    spec, extras = unflatten(
+        scale,
+        window_left,
+        window_right,
+        diagonal,
+        softcap,
+        dropout_p,
+        max_seqlen_q,
+        max_seqlen_k,
+        attn_mask,
+        alibi_slopes,
+        sinks,
+        dropout_seed,
+        cu_seqlens_q,
+        cu_seqlens_k,
+    )
+    dq, dk, dv, d_mask, d_sinks = _new_gradients(q, k, v, wants_d_mask, attn_mask, sinks)
     if _needs_fp32(q):
-        wide = (x.float() for x in (q, k, v, o))
-        wide_dq, wide_dk, wide_dv = _backward(do.float(), dlse, *wide, lse, scale, *band)
-        return dq.copy_(wide_dq), dk.copy_(wide_dk), dv.copy_(wide_dv)
-    with _launching(q):
-        launch_backward(do, dlse, q, k, v, o, lse, dq, dk, dv, scale, *band)
-    return dq, dk, dv
+        tensors = (x.float() for x in (q, k, v, o))
+        flat = flatten(spec, _in_fp32(extras))
+        wide = _backward(do.float(), dlse, *tensors, lse, wants_d_mask, *flat)
+        results = (dq, dk, dv, d_mask, d_sinks)
+        return tuple(x.copy_(y) for x, y in zip(results, wide, strict=True))  # type: ignore[return-value]
+    if cu_seqlens_q is not None or q.numel() == 0 or k.numel() == 0:
+        # Tokens past the last sequence, and problems without a pair of a query and a key.
+        for gradient in (dq, dk, dv, d_mask):
+            gradient.zero_()
+    delta = torch.empty_like(lse)
+    if lse.numel() > 0:
+        with _launching(q):
+            launch_backward(
+                do, dlse, q, k, v, o, lse, dq, dk, dv, delta, d_mask, wants_d_mask, spec, extras
+            )
+    gradient = extras.sinks_gradient(lse, delta)
+    if gradient is not None:
+        d_sinks.copy_(gradient)
+    return dq, dk, dv, d_mask, d_sinks
 
 
 @_backward.register_fake
@@ -148,12 +209,11 @@ def _backward_fake(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    scale: float,
-    offset: int,
-    window_left: int | None,
-    window_right: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_like(q, q.shape[3]), _empty_like(k, k.shape[3]), _empty_like(v, v.shape[3])
+    wants_d_mask: bool,
+    *options: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _, extras = unflatten(*options)
+    return _new_gradients(q, k, v, wants_d_mask, extras.attn_mask, extras.sinks)
 
 
 def launch_forward(
@@ -162,42 +222,33 @@ def launch_forward(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    scale: float,
-    offset: int,
-    window_left: int | None,
-    window_right: int | None,
+    spec: AttentionSpec,
+    extras: AttentionExtras,
 ) -> None:
-    """Fill ``o`` and ``lse``; nothing may be empty."""
+    """Fill ``o``, which is not empty, and ``lse``."""
     from flashlayer.kernels.forward import forward_kernel
-    from flashlayer.kernels.tiles import padded
 
-    batch, heads, seqlen_q, head_dim = q.shape
-    value_dim = v.shape[3]
     tiles = _tiles("forward", q, v)
-    forward_kernel[(_num_blocks(seqlen_q, tiles["BLOCK_M"]) * heads * batch,)](
-        q_ptr=q,
-        k_ptr=k,
-        v_ptr=v,
+    num_blocks = _num_blocks(spec.max_seqlen_q, q.shape[2], tiles["BLOCK_M"])
+    grid = num_blocks * q.shape[1] * _sequences(q, extras)
+    if grid == 0:
+        return
+    launch: Any = forward_kernel[(grid,)]  # Triton types its launcher as the kernel it is not
+    launch(
+        **_inputs(q, k, v, spec, extras),
+        **_options(q, extras, spec),
+        **_packing(extras),
         o_ptr=o,
         lse_ptr=lse,
-        q_strides=q.stride(),
-        k_strides=k.stride(),
-        v_strides=v.stride(),
         o_strides=o.stride(),
-        heads=heads,
-        group=heads // k.shape[1],
-        seqlen_q=seqlen_q,
-        seqlen_k=k.shape[2],
-        scale=max(abs(scale), 1e-30),  # with sign 0 any positive factor will do
-        offset=offset,
-        window_left=window_left,
-        window_right=window_right,
-        SCALE_SIGN=(scale > 0) - (scale < 0),
-        HEAD_DIM=head_dim,
-        VALUE_DIM=value_dim,
-        BLOCK_D=padded(head_dim),
-        BLOCK_DV=padded(value_dim),
-        INPUT_PRECISION=_input_precision(q),
+        heads=q.shape[1],
+        group=q.shape[1] // k.shape[1],
+        num_blocks=num_blocks,
+        scale=max(abs(spec.scale), 1e-30),  # with sign 0 any positive factor will do
+        SCALE_SIGN=(spec.scale > 0) - (spec.scale < 0),
+        mask_ptr=_mask(extras),
+        mask_strides=_mask_strides(extras.attn_mask),
+        sinks_ptr=extras.sinks,
         **tiles,
     )
 
@@ -213,20 +264,22 @@ def launch_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    scale: float,
-    offset: int,
-    window_left: int | None,
-    window_right: int | None,
+    delta: Tensor,
+    d_mask: Tensor,
+    wants_d_mask: bool,
+    spec: AttentionSpec,
+    extras: AttentionExtras,
 ) -> None:
-    """Fill ``dq``, ``dk`` and ``dv``; nothing may be empty."""
-    from flashlayer.kernels.backward import delta_kernel, dkdv_kernel, dq_kernel
+    """Fill ``dq``, ``dk``, ``dv``, ``delta`` (B, H, Sq), not empty, and ``d_mask`` where wanted."""
+    from flashlayer.kernels.backward import delta_kernel, dkdv_kernel, dmask_kernel, dq_kernel
     from flashlayer.kernels.tiles import padded
 
-    batch, heads, seqlen_q, head_dim = q.shape
+    batch, heads, seqlen_q, _ = q.shape
     kv_heads, seqlen_k, value_dim = v.shape[1:]
-    delta = torch.empty_like(lse)  # (B, H, Sq)
+    sequences = _sequences(q, extras)
     tiles = _tiles("delta", q, v)
-    delta_kernel[(_num_blocks(seqlen_q, tiles["BLOCK_M"]) * heads * batch,)](
+    launch: Any = delta_kernel[(_num_blocks(None, seqlen_q, tiles["BLOCK_M"]) * heads * batch,)]
+    launch(
         o_ptr=o,
         do_ptr=do,
         dlse_ptr=None if dlse is None else dlse.contiguous(),
@@ -239,66 +292,160 @@ def launch_backward(
         BLOCK_DV=padded(value_dim),
         **tiles,
     )
+    if seqlen_k == 0 or sequences == 0:
+        return
+    shared = {
+        **_inputs(q, k, v, spec, extras),
+        **_options(q, extras, spec),
+        "do_ptr": do,
+        "lse_ptr": lse,
+        "delta_ptr": delta,
+        "do_strides": do.stride(),
+        "scale": spec.scale,
+        "mask_ptr": _mask(extras),
+        "mask_strides": _mask_strides(extras.attn_mask),
+    }
     tiles = _tiles("dkdv", q, v)
-    dkdv_kernel[(_num_blocks(seqlen_k, tiles["BLOCK_N"]) * kv_heads * batch,)](
-        q_ptr=q,
-        k_ptr=k,
-        v_ptr=v,
-        do_ptr=do,
-        lse_ptr=lse,
-        delta_ptr=delta,
-        dk_ptr=dk,
-        dv_ptr=dv,
-        q_strides=q.stride(),
-        k_strides=k.stride(),
-        v_strides=v.stride(),
-        do_strides=do.stride(),
-        dk_strides=dk.stride(),
-        dv_strides=dv.stride(),
-        kv_heads=kv_heads,
-        seqlen_q=seqlen_q,
-        seqlen_k=seqlen_k,
-        scale=scale,
-        offset=offset,
-        window_left=window_left,
-        window_right=window_right,
-        GROUP=heads // kv_heads,
-        HEAD_DIM=head_dim,
-        VALUE_DIM=value_dim,
-        BLOCK_D=padded(head_dim),
-        BLOCK_DV=padded(value_dim),
-        INPUT_PRECISION=_input_precision(q),
-        **tiles,
-    )
+    num_blocks = _num_blocks(spec.max_seqlen_k, seqlen_k, tiles["BLOCK_N"])
+    if num_blocks > 0:
+        launch = dkdv_kernel[(num_blocks * kv_heads * sequences,)]
+        launch(
+            **shared,
+            **_packing(extras),
+            dk_ptr=dk,
+            dv_ptr=dv,
+            dk_strides=dk.stride(),
+            dv_strides=dv.stride(),
+            kv_heads=kv_heads,
+            num_blocks=num_blocks,
+            GROUP=heads // kv_heads,
+            **tiles,
+        )
     tiles = _tiles("dq", q, v)
-    dq_kernel[(_num_blocks(seqlen_q, tiles["BLOCK_M"]) * heads * batch,)](
-        q_ptr=q,
-        k_ptr=k,
-        v_ptr=v,
-        do_ptr=do,
-        lse_ptr=lse,
-        delta_ptr=delta,
-        dq_ptr=dq,
-        q_strides=q.stride(),
-        k_strides=k.stride(),
-        v_strides=v.stride(),
-        do_strides=do.stride(),
-        dq_strides=dq.stride(),
-        heads=heads,
-        group=heads // kv_heads,
-        seqlen_q=seqlen_q,
-        seqlen_k=seqlen_k,
-        scale=scale,
-        offset=offset,
-        window_left=window_left,
-        window_right=window_right,
-        HEAD_DIM=head_dim,
-        VALUE_DIM=value_dim,
-        BLOCK_D=padded(head_dim),
-        BLOCK_DV=padded(value_dim),
-        INPUT_PRECISION=_input_precision(q),
-        **tiles,
-    )
+    num_blocks = _num_blocks(spec.max_seqlen_q, seqlen_q, tiles["BLOCK_M"])
+    if num_blocks > 0:
+        launch = dq_kernel[(num_blocks * heads * sequences,)]
+        launch(
+            **shared,
+            **_packing(extras),
+            dq_ptr=dq,
+            dq_strides=dq.stride(),
+            heads=heads,
+            group=heads // kv_heads,
+            num_blocks=num_blocks,
+            **tiles,
+        )
+    if wants_d_mask:
+        mask_batch, mask_heads, mask_q, mask_k = d_mask.shape
+        q_blocks = _num_blocks(None, mask_q, tiles["BLOCK_M"])
+        k_blocks = _num_blocks(None, mask_k, tiles["BLOCK_N"])
+        launch = dmask_kernel[(q_blocks * k_blocks * mask_heads * mask_batch,)]
+        launch(
+            **shared,
+            dmask_ptr=d_mask,
+            dmask_strides=d_mask.stride(),
+            batches=batch,
+            heads=heads,
+            group=heads // kv_heads,
+            mask_heads=mask_heads,
+            q_blocks=q_blocks,
+            k_blocks=k_blocks,
+            OVER_BATCH=mask_batch == 1,
+            OVER_HEADS=mask_heads == 1,
+            OVER_QUERIES=mask_q == 1,
+            OVER_KEYS=mask_k == 1,
+            **tiles,
+        )
+
+
+def _inputs(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
+) -> dict[str, Any]:
+    """What every kernel takes of q, k, v and the geometry."""
+    from flashlayer.kernels.tiles import padded
+
+    offset: int | None = spec.offset(q.shape[2], k.shape[2])
+    if extras.cu_seqlens_q is not None:  # None: the bottom right of each sequence
+        offset = None if spec.diagonal == "bottom_right" else 0
+    return {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "q_strides": q.stride(),
+        "k_strides": k.stride(),
+        "v_strides": v.stride(),
+        "seqlen_q": q.shape[2],
+        "seqlen_k": k.shape[2],
+        "offset": offset,
+        "window_left": spec.window_left,
+        "window_right": spec.window_right,
+        "HEAD_DIM": q.shape[3],
+        "VALUE_DIM": v.shape[3],
+        "BLOCK_D": padded(q.shape[3]),
+        "BLOCK_DV": padded(v.shape[3]),
+        "INPUT_PRECISION": _input_precision(q),
+    }
+
+
+def _options(q: Tensor, extras: AttentionExtras, spec: AttentionSpec) -> dict[str, Any]:
+    """Softcap, ALiBi and dropout; None where off, which compiles their code away."""
+    slopes = extras.alibi_slopes
+    drops = extras.dropout_seed is not None
+    return {
+        "softcap": spec.softcap or 1.0,
+        "SOFTCAP": spec.softcap is not None,
+        "slopes_ptr": slopes,
+        "slopes_stride": None if slopes is None else _own_stride(slopes, 0),
+        "seed_ptr": extras.dropout_seed,
+        "threshold": philox.threshold(spec.dropout_p) if drops else None,
+        "keep_scale": 1 / ((1 - spec.dropout_p) or 1.0),
+    }
+
+
+def _packing(extras: AttentionExtras) -> dict[str, Tensor | None]:
+    return {
+        "cu_seqlens_q_ptr": extras.cu_seqlens_q,
+        "cu_seqlens_k_ptr": extras.cu_seqlens_k,
+    }
+
+
+def _mask(extras: AttentionExtras) -> Tensor | None:
+    """The mask as the kernels read it: bytes for bools."""
+    mask = extras.attn_mask
+    return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
+
+
+def _mask_strides(mask: Tensor | None) -> tuple[int, ...] | None:
+    """Stride 0 along the dimensions that a mask has once for all."""
+    if mask is None:
+        return None
+    return tuple(_own_stride(mask, dim) for dim in range(4))
+
+
+def _own_stride(x: Tensor, dim: int) -> int:
+    return 0 if x.shape[dim] == 1 else x.stride(dim)
+
+
+def _new_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return _empty_like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+def _new_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    wants_d_mask: bool,
+    attn_mask: Tensor | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """An operator returns tensors only: what is not wanted is one of no elements."""
+    d_mask = q.new_empty(0)
+    if wants_d_mask and attn_mask is not None:
+        d_mask = attn_mask.new_empty(attn_mask.shape)
+    d_sinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    dq, dk, dv = (_empty_like(x, x.shape[3]) for x in (q, k, v))
+    return dq, dk, dv, d_mask, d_sinks
 
 
 def _empty_like(x: Tensor, head_dim: int) -> Tensor:
@@ -309,28 +456,20 @@ def _empty_like(x: Tensor, head_dim: int) -> Tensor:
     return x.new_empty(batch, heads, seqlen, head_dim)
 
 
-def _is_empty(q: Tensor, k: Tensor) -> bool:
-    return q.numel() == 0 or k.numel() == 0
+def _num_blocks(longest: int | None, length: int, block: int) -> int:
+    """Blocks of the longest packed sequence, or of a dense one."""
+    return -(-(length if longest is None else longest) // block)
 
 
-def _num_blocks(length: int, block: int) -> int:
-    return -(-length // block)
+def _sequences(q: Tensor, extras: AttentionExtras) -> int:
+    return q.shape[0] if extras.cu_seqlens_q is None else len(extras.cu_seqlens_q) - 1
 
 
 def _interpreted() -> bool:
     """Whether the kernels were imported under ``TRITON_INTERPRET=1``."""
-    import triton
+    from flashlayer.kernels.primitives import INTERPRETED
 
-    from flashlayer.kernels.forward import forward_kernel
-
-    return not isinstance(forward_kernel, triton.JITFunction)
-
-
-def _triton_is_interpreted() -> bool:
-    """The same for Triton's own library of jitted functions, which the kernels call."""
-    import triton
-
-    return not isinstance(triton.language.cdiv, triton.JITFunction)
+    return INTERPRETED
 
 
 def _needs_fp32(q: Tensor) -> bool:
@@ -338,10 +477,15 @@ def _needs_fp32(q: Tensor) -> bool:
     return q.dtype == torch.bfloat16 and _interpreted()
 
 
+def _in_fp32(extras: AttentionExtras) -> AttentionExtras:
+    wide = (x.float() if x is not None and x.dtype == torch.bfloat16 else x for x in extras)
+    return AttentionExtras(*wide)
+
+
 def _launching(q: Tensor) -> AbstractContextManager:
-    """The tensors' own device; or, in the interpreter, NumPy as quiet as a GPU is about inf."""
+    """The tensors' own device; or, in the interpreter, NumPy as quiet about inf as a GPU is."""
     if _interpreted():
-        return warnings.catch_warnings(action="ignore")
+        return warnings.catch_warnings(action="ignore", category=RuntimeWarning)
     return torch.cuda.device_of(q)
 
 

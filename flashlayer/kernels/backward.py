@@ -6,35 +6,70 @@ With ``s = scale * q k^T``, ``p = exp(s - lse)`` and ``o = p v``, for gradients 
     dq = scale * ds k                     dk = scale * ds^T q
 
 Nothing is accumulated across programs, so there are no atomics and two runs are bitwise equal.
-Dao, "FlashAttention-2", arXiv 2307.08691, section 3.1.
+Dao, "FlashAttention-2", arXiv 2307.08691, section 3.1. The options are those of the forward kernel;
+with an additive mask its gradient is ds, summed over what the mask was broadcast over.
 """
 
 import triton
 import triton.language as tl
 
 from flashlayer.kernels.primitives import (
-    LOG2E,
+    diagonal_offset,
     dot_into,
     head_pointer,
+    in_band,
+    keep_factor,
     key_bounds,
     key_tile_edges,
+    load_bias,
     load_tile,
-    mask_scores,
+    log2_ratio,
+    modify_scores,
     program_coordinates,
     query_bounds,
     query_tile_edges,
+    sequence,
     store_tile,
 )
 
 
 @triton.jit
-def load_lse_log2(lse_ptr, rows, valid_rows):
-    """The LSE of some rows in base 2; +inf, which makes p = 2^(s - inf) = 0, for rows without one.
+def load_lse(lse_ptr, rows, valid_rows):
+    """The LSE of some rows; +inf, which makes p = exp(s - inf) = 0, for rows without one.
 
     Those are the rows that are not valid and the rows that see no key, whose LSE is -inf.
     """
     lse = tl.load(lse_ptr + rows, mask=valid_rows, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
+    return tl.where(lse == float("-inf"), float("inf"), lse)
+
+
+@triton.jit
+def probabilities(
+    scores, scale, softcap, slope, bias, i, j, diagonal, left, right, k_length, lse, MASKED
+):
+    """``p = exp(s - lse)`` of a tile from its raw scores, and the softcap's tanh.
+
+    Either orientation: ``i``, ``j`` and ``lse`` broadcast to the tile. ``MASKED`` says whether
+    the band's edge runs through it.
+    """
+    x, capped = modify_scores(scores, scale, softcap, slope, bias, i + diagonal - j)
+    MODIFIED: tl.constexpr = softcap is not None or slope is not None or bias is not None
+    exponent = log2_ratio(x, lse, scale, MODIFIED)
+    if MASKED:
+        visible = in_band(i, j, diagonal, left, right, k_length)
+        exponent = tl.where(visible, exponent, float("-inf"))
+    return tl.exp2(exponent), capped
+
+
+@triton.jit
+def score_gradient(p, dp, delta, bias, kept):
+    """``ds = p * (dp - delta)``, before the softcap's derivative: the gradient of the mask."""
+    if kept is not None:
+        dp = dp * kept
+    ds = p * (dp - delta)
+    if bias is not None:  # a hidden value may hold NaN, and dp with it
+        ds = tl.where(bias == float("-inf"), 0.0, ds)
+    return ds
 
 
 @triton.jit(do_not_specialize=["seqlen_q"])
@@ -59,8 +94,8 @@ def delta_kernel(
     block, head, batch = program_coordinates(tl.cdiv(seqlen_q, BLOCK_M), heads)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     valid = rows < seqlen_q
-    o_ptr = head_pointer(o_ptr, o_strides, batch, head)
-    do_ptr = head_pointer(do_ptr, do_strides, batch, head)
+    o_ptr = head_pointer(o_ptr, o_strides, batch, head, 0)
+    do_ptr = head_pointer(do_ptr, do_strides, batch, head, 0)
     o = load_tile(o_ptr, o_strides, rows, valid, VALUE_DIM, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
     do = load_tile(do_ptr, do_strides, rows, valid, VALUE_DIM, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
     ACC_DTYPE: tl.constexpr = delta_ptr.dtype.element_ty
@@ -71,7 +106,9 @@ def delta_kernel(
     tl.store(delta_ptr + head_row + rows, delta, mask=valid)
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "offset", "window_left", "window_right"])
+@triton.jit(
+    do_not_specialize=["seqlen_q", "seqlen_k", "offset", "window_left", "window_right", "threshold"]
+)
 def dkdv_kernel(
     q_ptr,
     k_ptr,
@@ -90,10 +127,21 @@ def dkdv_kernel(
     kv_heads,
     seqlen_q,
     seqlen_k,
+    num_blocks,
     scale: tl.float64,
     offset,
     window_left,
     window_right,
+    softcap: tl.float64,
+    slopes_ptr,
+    slopes_stride,
+    mask_ptr,
+    mask_strides,
+    seed_ptr,
+    threshold,
+    keep_scale: tl.float64,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -101,32 +149,42 @@ def dkdv_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """One block of keys of one kv head per program: dK and dV, summed over its ``GROUP`` heads.
 
-    Shapes as in the forward kernel; do like o, dk like k, dv like v, lse and delta contiguous.
+    Shapes and options as in the forward kernel; do like o, dk like k, dv like v, lse and delta
+    contiguous. The tiles are transposed: keys down, queries across.
     """
-    num_blocks = tl.cdiv(seqlen_k, BLOCK_N)
     block, kv_head, batch = program_coordinates(num_blocks, kv_heads)
+    q_begin, k_begin, q_length, k_length = sequence(
+        batch, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seqlen_q, seqlen_k
+    )
+    entry = batch
+    if cu_seqlens_k_ptr is not None:
+        entry = batch * 0
+        if block >= tl.cdiv(k_length, BLOCK_N):
+            return
+    diagonal = diagonal_offset(offset, q_length, k_length)
     ACC_DTYPE: tl.constexpr = lse_ptr.dtype.element_ty
     scale = tl.full((), scale, ACC_DTYPE)
-    scale_log2 = scale * LOG2E
+    cap = tl.full((), softcap, ACC_DTYPE) if SOFTCAP else None
 
-    k_ptr = head_pointer(k_ptr, k_strides, batch, kv_head)
-    v_ptr = head_pointer(v_ptr, v_strides, batch, kv_head)
+    k_ptr = head_pointer(k_ptr, k_strides, entry, kv_head, k_begin)
+    v_ptr = head_pointer(v_ptr, v_strides, entry, kv_head, k_begin)
     k_start = block * BLOCK_N
-    k_stop = tl.minimum(k_start + BLOCK_N, seqlen_k)
+    k_stop = tl.minimum(k_start + BLOCK_N, k_length)
     columns = k_start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     # A key that no query at all sees counts as 0: its p is 0, and 0 * NaN would be NaN.
-    seen_bounds = key_bounds(0, seqlen_q, offset, window_left, window_right, seqlen_k)
+    seen_bounds = key_bounds(0, q_length, diagonal, window_left, window_right, k_length)
     seen = (columns >= seen_bounds[0]) & (columns < seen_bounds[3])
     k = load_tile(k_ptr, k_strides, columns, seen, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     v = load_tile(v_ptr, v_strides, columns, seen, VALUE_DIM, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), ACC_DTYPE)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), ACC_DTYPE)
-    bounds = query_bounds(k_start, k_stop, offset, window_left, window_right, seqlen_q)
+    bounds = query_bounds(k_start, k_stop, diagonal, window_left, window_right, q_length)
     edges = query_tile_edges(bounds)
     for part in tl.static_range(3):  # right edge of the band, queries that see all keys, left edge
         # An edge is at most BLOCK_N queries long. Its tiles are counted at compile time: with a
@@ -147,33 +205,61 @@ def dkdv_kernel(
                 q_start = edges[part] + tile * BLOCK_M
                 rows = q_start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
                 valid = tl.arange(0, BLOCK_M) < edges[part + 1] - q_start
-                head_row = (batch * kv_heads * GROUP + head).to(tl.int64) * seqlen_q
-                q_head = head_pointer(q_ptr, q_strides, batch, head)
-                q = load_tile(q_head, q_strides, rows, valid, HEAD_DIM, BLOCK_D)
-                lse_log2 = load_lse_log2(lse_ptr + head_row, rows, valid)  # [BLOCK_M]
-                scores = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)
-                exponent = scores * scale_log2 - lse_log2[None, :]  # [BLOCK_N, BLOCK_M]
-                if part != 1:
-                    exponent = mask_scores(
-                        exponent, columns, rows, -offset, window_right, window_left, seqlen_q
+                i, j = rows[None, :], columns[:, None]
+                slope = None
+                bias = None
+                kept = None
+                if slopes_ptr is not None:
+                    slope = tl.load(slopes_ptr + batch * slopes_stride + head).to(ACC_DTYPE)
+                if mask_ptr is not None:
+                    mask_head = head_pointer(mask_ptr, mask_strides, batch, head, 0)
+                    exists = valid[None, :] & (j < k_length)
+                    bias = load_bias(mask_head, mask_strides, i, j, exists, ACC_DTYPE)
+                if seed_ptr is not None:
+                    kept = keep_factor(
+                        seed_ptr, threshold, keep_scale, batch, head, i, j, ACC_DTYPE
                     )
-                p = tl.exp2(exponent)  # [BLOCK_N, BLOCK_M]
-                do_head = head_pointer(do_ptr, do_strides, batch, head)
+                head_row = (entry * kv_heads * GROUP + head).to(tl.int64) * seqlen_q + q_begin
+                q_head = head_pointer(q_ptr, q_strides, entry, head, q_begin)
+                q = load_tile(q_head, q_strides, rows, valid, HEAD_DIM, BLOCK_D)
+                lse = load_lse(lse_ptr + head_row, rows, valid)  # [BLOCK_M]
+                scores = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)
+                p, capped = probabilities(
+                    scores,
+                    scale,
+                    cap,
+                    slope,
+                    bias,
+                    i,
+                    j,
+                    diagonal,
+                    window_left,
+                    window_right,
+                    k_length,
+                    lse[None, :],
+                    MASKED=part != 1,
+                )  # [BLOCK_N, BLOCK_M]
+                do_head = head_pointer(do_ptr, do_strides, entry, head, q_begin)
                 do = load_tile(do_head, do_strides, rows, valid, VALUE_DIM, BLOCK_DV)
-                dv = dot_into(dv, p.to(do.dtype), do, INPUT_PRECISION)
+                p_kept = p if kept is None else p * kept
+                dv = dot_into(dv, p_kept.to(do.dtype), do, INPUT_PRECISION)
                 dp = tl.dot(v, tl.trans(do), input_precision=INPUT_PRECISION)
                 delta = tl.load(delta_ptr + head_row + rows, mask=valid, other=0.0)  # [BLOCK_M]
-                ds = p * (dp - delta[None, :])  # [BLOCK_N, BLOCK_M]
+                ds = score_gradient(p, dp, delta[None, :], bias, kept)  # [BLOCK_N, BLOCK_M]
+                if SOFTCAP:
+                    ds *= 1.0 - capped * capped
                 dk = dot_into(dk, ds.to(q.dtype), q, INPUT_PRECISION)
 
-    exists = columns < seqlen_k
-    dk_ptr = head_pointer(dk_ptr, dk_strides, batch, kv_head)
-    dv_ptr = head_pointer(dv_ptr, dv_strides, batch, kv_head)
+    exists = columns < k_length
+    dk_ptr = head_pointer(dk_ptr, dk_strides, entry, kv_head, k_begin)
+    dv_ptr = head_pointer(dv_ptr, dv_strides, entry, kv_head, k_begin)
     store_tile(dk_ptr, dk_strides, columns, exists, dk * scale, HEAD_DIM, BLOCK_D)
     store_tile(dv_ptr, dv_strides, columns, exists, dv, VALUE_DIM, BLOCK_DV)
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "offset", "window_left", "window_right"])
+@triton.jit(
+    do_not_specialize=["seqlen_q", "seqlen_k", "offset", "window_left", "window_right", "threshold"]
+)
 def dq_kernel(
     q_ptr,
     k_ptr,
@@ -191,62 +277,263 @@ def dq_kernel(
     group,
     seqlen_q,
     seqlen_k,
+    num_blocks,
     scale: tl.float64,
     offset,
     window_left,
     window_right,
+    softcap: tl.float64,
+    slopes_ptr,
+    slopes_stride,
+    mask_ptr,
+    mask_strides,
+    seed_ptr,
+    threshold,
+    keep_scale: tl.float64,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """One block of queries of one head per program, with the forward kernel's loop over keys."""
-    num_blocks = tl.cdiv(seqlen_q, BLOCK_M)
     block, head, batch = program_coordinates(num_blocks, heads)
+    q_begin, k_begin, q_length, k_length = sequence(
+        batch, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seqlen_q, seqlen_k
+    )
+    own_blocks = num_blocks
+    entry = batch
+    if cu_seqlens_q_ptr is not None:
+        entry = batch * 0
+        own_blocks = tl.cdiv(q_length, BLOCK_M)
+        if block >= own_blocks:
+            return
     if window_right is not None:
-        block = num_blocks - 1 - block  # the last queries see most keys: they go first
+        block = own_blocks - 1 - block  # the last queries see most keys: they go first
+    diagonal = diagonal_offset(offset, q_length, k_length)
     ACC_DTYPE: tl.constexpr = lse_ptr.dtype.element_ty
     scale = tl.full((), scale, ACC_DTYPE)
-    scale_log2 = scale * LOG2E
+    cap = tl.full((), softcap, ACC_DTYPE) if SOFTCAP else None
 
-    q_ptr = head_pointer(q_ptr, q_strides, batch, head)
-    k_ptr = head_pointer(k_ptr, k_strides, batch, head // group)
-    v_ptr = head_pointer(v_ptr, v_strides, batch, head // group)
-    do_ptr = head_pointer(do_ptr, do_strides, batch, head)
-    dq_ptr = head_pointer(dq_ptr, dq_strides, batch, head)
-    head_row = (batch * heads + head).to(tl.int64) * seqlen_q
+    q_ptr = head_pointer(q_ptr, q_strides, entry, head, q_begin)
+    k_ptr = head_pointer(k_ptr, k_strides, entry, head // group, k_begin)
+    v_ptr = head_pointer(v_ptr, v_strides, entry, head // group, k_begin)
+    do_ptr = head_pointer(do_ptr, do_strides, entry, head, q_begin)
+    dq_ptr = head_pointer(dq_ptr, dq_strides, entry, head, q_begin)
+    head_row = (entry * heads + head).to(tl.int64) * seqlen_q + q_begin
+    slope = None
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + batch * slopes_stride + head).to(ACC_DTYPE)
+    if mask_ptr is not None:
+        mask_ptr = head_pointer(mask_ptr, mask_strides, batch, head, 0)
 
     q_start = block * BLOCK_M
-    q_stop = tl.minimum(q_start + BLOCK_M, seqlen_q)
+    q_stop = tl.minimum(q_start + BLOCK_M, q_length)
     rows = q_start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    valid = rows < seqlen_q
+    valid = rows < q_length
     q = load_tile(q_ptr, q_strides, rows, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     do = load_tile(do_ptr, do_strides, rows, valid, VALUE_DIM, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-    lse_log2 = load_lse_log2(lse_ptr + head_row, rows, valid)  # [BLOCK_M]
+    lse = load_lse(lse_ptr + head_row, rows, valid)  # [BLOCK_M]
     delta = tl.load(delta_ptr + head_row + rows, mask=valid, other=0.0)  # [BLOCK_M]
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), ACC_DTYPE)
-    bounds = key_bounds(q_start, q_stop, offset, window_left, window_right, seqlen_k)
+    bounds = key_bounds(q_start, q_stop, diagonal, window_left, window_right, k_length)
     edges = key_tile_edges(bounds, BLOCK_N)
     for part in tl.static_range(3):  # left edge of the band, what all queries see, right edge
         if part > 0 or window_left is not None:
             for k_start in tl.range(edges[part], edges[part + 1], BLOCK_N):
                 columns = k_start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
                 seen = None if part == 1 else columns < edges[3]
+                i, j = rows[:, None], columns[None, :]
+                bias = None
+                kept = None
+                if mask_ptr is not None:
+                    exists = (i < q_length) & (j < k_length)
+                    bias = load_bias(mask_ptr, mask_strides, i, j, exists, ACC_DTYPE)
+                    attended = tl.max(bias, 0) > float("-inf")
+                    seen = attended if part == 1 else attended & (columns < edges[3])
+                if seed_ptr is not None:
+                    kept = keep_factor(
+                        seed_ptr, threshold, keep_scale, batch, head, i, j, ACC_DTYPE
+                    )
                 k = load_tile(k_ptr, k_strides, columns, seen, HEAD_DIM, BLOCK_D)
                 scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
-                exponent = scores * scale_log2 - lse_log2[:, None]  # [BLOCK_M, BLOCK_N]
-                if part != 1:
-                    exponent = mask_scores(
-                        exponent, rows, columns, offset, window_left, window_right, seqlen_k
-                    )
-                p = tl.exp2(exponent)  # [BLOCK_M, BLOCK_N]
+                p, capped = probabilities(
+                    scores,
+                    scale,
+                    cap,
+                    slope,
+                    bias,
+                    i,
+                    j,
+                    diagonal,
+                    window_left,
+                    window_right,
+                    k_length,
+                    lse[:, None],
+                    MASKED=part != 1,
+                )  # [BLOCK_M, BLOCK_N]
                 v = load_tile(v_ptr, v_strides, columns, seen, VALUE_DIM, BLOCK_DV)
                 dp = tl.dot(do, tl.trans(v), input_precision=INPUT_PRECISION)
-                ds = p * (dp - delta[:, None])  # [BLOCK_M, BLOCK_N]
+                ds = score_gradient(p, dp, delta[:, None], bias, kept)  # [BLOCK_M, BLOCK_N]
+                if SOFTCAP:
+                    ds *= 1.0 - capped * capped
                 dq = dot_into(dq, ds.to(k.dtype), k, INPUT_PRECISION)
 
     store_tile(dq_ptr, dq_strides, rows, valid, dq * scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(
+    do_not_specialize=["seqlen_q", "seqlen_k", "offset", "window_left", "window_right", "threshold"]
+)
+def dmask_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    mask_ptr,
+    dmask_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    do_strides,
+    mask_strides,
+    dmask_strides,
+    batches,
+    heads,
+    group,
+    seqlen_q,
+    seqlen_k,
+    mask_heads,
+    q_blocks,
+    k_blocks,
+    scale: tl.float64,
+    offset,
+    window_left,
+    window_right,
+    softcap: tl.float64,
+    slopes_ptr,
+    slopes_stride,
+    seed_ptr,
+    threshold,
+    keep_scale: tl.float64,
+    OVER_BATCH: tl.constexpr,
+    OVER_HEADS: tl.constexpr,
+    OVER_QUERIES: tl.constexpr,
+    OVER_KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """The gradient of a float mask: ds, summed over the dimensions that ``OVER_*`` name.
+
+    One program per element-of-batch, head, block of queries and block of keys that the mask has of
+    its own; it loops over all there are where the mask has one for all. So every sum is in one
+    program and in one order.
+    """
+    program = tl.program_id(0)
+    k_block = program % k_blocks
+    q_block = program // k_blocks % q_blocks
+    mask_head = program // (k_blocks * q_blocks) % mask_heads
+    mask_batch = program // (k_blocks * q_blocks * mask_heads)
+    ACC_DTYPE: tl.constexpr = lse_ptr.dtype.element_ty
+    scale = tl.full((), scale, ACC_DTYPE)
+    cap = tl.full((), softcap, ACC_DTYPE) if SOFTCAP else None
+
+    total = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
+    num_batches = batches if OVER_BATCH else 1
+    num_heads = heads if OVER_HEADS else 1
+    num_q = tl.cdiv(seqlen_q, BLOCK_M) if OVER_QUERIES else 1
+    for outer in tl.range(0, num_batches * num_heads * num_q):
+        batch = outer // (num_heads * num_q) if OVER_BATCH else mask_batch
+        head = outer // num_q % num_heads if OVER_HEADS else mask_head
+        q_start = (outer % num_q if OVER_QUERIES else q_block) * BLOCK_M
+        q_stop = tl.minimum(q_start + BLOCK_M, seqlen_q)
+        rows = q_start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        valid = rows < seqlen_q
+        head_row = (batch * heads + head).to(tl.int64) * seqlen_q
+        q_head = head_pointer(q_ptr, q_strides, batch, head, 0)
+        do_head = head_pointer(do_ptr, do_strides, batch, head, 0)
+        k_head = head_pointer(k_ptr, k_strides, batch, head // group, 0)
+        v_head = head_pointer(v_ptr, v_strides, batch, head // group, 0)
+        bias_head = head_pointer(mask_ptr, mask_strides, batch, head, 0)
+        q = load_tile(q_head, q_strides, rows, valid, HEAD_DIM, BLOCK_D)
+        do = load_tile(do_head, do_strides, rows, valid, VALUE_DIM, BLOCK_DV)
+        lse = load_lse(lse_ptr + head_row, rows, valid)  # [BLOCK_M]
+        delta = tl.load(delta_ptr + head_row + rows, mask=valid, other=0.0)  # [BLOCK_M]
+        slope = None
+        if slopes_ptr is not None:
+            slope = tl.load(slopes_ptr + batch * slopes_stride + head).to(ACC_DTYPE)
+        bounds = key_bounds(q_start, q_stop, offset, window_left, window_right, seqlen_k)
+        start = bounds[0]
+        stop = bounds[3]
+        if not OVER_KEYS:  # the one tile of keys, unless these queries see nothing of it
+            first = k_block * BLOCK_N
+            stop = tl.where((first < stop) & (first + BLOCK_N > start), first + 1, first)
+            start = first
+        for k_start in tl.range(start, stop, BLOCK_N):
+            columns = k_start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+            i, j = rows[:, None], columns[None, :]
+            exists = (i < seqlen_q) & (j < seqlen_k)
+            bias = load_bias(bias_head, mask_strides, i, j, exists, ACC_DTYPE)
+            seen = (tl.max(bias, 0) > float("-inf")) & (columns < bounds[3])
+            seen &= columns >= bounds[0]
+            k = load_tile(k_head, k_strides, columns, seen, HEAD_DIM, BLOCK_D)
+            scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+            p, _ = probabilities(
+                scores,
+                scale,
+                cap,
+                slope,
+                bias,
+                i,
+                j,
+                offset,
+                window_left,
+                window_right,
+                seqlen_k,
+                lse[:, None],
+                MASKED=True,
+            )  # [BLOCK_M, BLOCK_N]
+            v = load_tile(v_head, v_strides, columns, seen, VALUE_DIM, BLOCK_DV)
+            dp = tl.dot(do, tl.trans(v), input_precision=INPUT_PRECISION)
+            kept = None
+            if seed_ptr is not None:
+                kept = keep_factor(seed_ptr, threshold, keep_scale, batch, head, i, j, ACC_DTYPE)
+            total += score_gradient(p, dp, delta[:, None], bias, kept)
+
+    # What was summed over stands in the first row, the first column, or both.
+    rows = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_N)
+    if OVER_QUERIES:
+        total = tl.where(rows[:, None] == 0, tl.sum(total, 0)[None, :], 0.0)
+        rows_exist = rows == 0
+    else:
+        rows += q_block * BLOCK_M
+        rows_exist = rows < seqlen_q
+    if OVER_KEYS:
+        total = tl.where(columns[None, :] == 0, tl.sum(total, 1)[:, None], 0.0)
+        columns_exist = columns == 0
+    else:
+        columns += k_block * BLOCK_N
+        columns_exist = columns < seqlen_k
+    dmask_ptr = head_pointer(dmask_ptr, dmask_strides, mask_batch, mask_head, 0)
+    pointers = (
+        dmask_ptr
+        + rows.to(tl.int64)[:, None] * dmask_strides[2]
+        + columns.to(tl.int64)[None, :] * dmask_strides[3]
+    )
+    exist = rows_exist[:, None] & columns_exist[None, :]
+    tl.store(pointers, total.to(dmask_ptr.dtype.element_ty), mask=exist)

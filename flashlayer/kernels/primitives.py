@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(math.log2(math.e))
-LN2 = tl.constexpr(math.log(2.0))
 
 
 @triton.jit
@@ -81,13 +80,112 @@ def query_tile_edges(bounds):
 
 
 @triton.jit
-def mask_scores(scores, first, others, offset, left, right, length):
-    """-inf for the pairs outside the band; ``first`` positions down, ``others`` across."""
-    start, stop = visible_interval(first, offset, left, right, length)
-    visible = others[None, :] < stop[:, None]
+def in_band(i, j, offset, left, right, seqlen_k):
+    """Whether query ``i`` sees key ``j``; two index tensors that broadcast to a tile."""
+    start, stop = visible_interval(i, offset, left, right, seqlen_k)
+    visible = j < stop
     if left is not None:
-        visible &= others[None, :] >= start[:, None]
-    return tl.where(visible, scores, float("-inf"))
+        visible &= j >= start
+    return visible
+
+
+@triton.jit
+def sequence(batch, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seqlen_q, seqlen_k):
+    """Where the sequence of this program is: first query, first key, and how many of each.
+
+    A dense tensor holds one per batch entry, from its row 0 on; packed tensors hold them one after
+    the other, and ``batch`` counts sequences.
+    """
+    if cu_seqlens_q_ptr is not None:
+        q_begin = tl.load(cu_seqlens_q_ptr + batch)
+        k_begin = tl.load(cu_seqlens_k_ptr + batch)
+        q_length = tl.load(cu_seqlens_q_ptr + batch + 1) - q_begin
+        k_length = tl.load(cu_seqlens_k_ptr + batch + 1) - k_begin
+    else:
+        q_begin = 0
+        k_begin = 0
+        q_length = seqlen_q
+        k_length = seqlen_k
+    return q_begin, k_begin, q_length, k_length
+
+
+@triton.jit
+def diagonal_offset(offset, q_length, k_length):
+    """Key position of query 0; ``offset`` is None for the bottom right of each sequence."""
+    return k_length - q_length if offset is None else offset
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent, accurate for small arguments too; Triton itself has none everywhere."""
+    e = tl.exp(2.0 * x)
+    result = 1.0 - 2.0 / (e + 1.0)
+    if x.dtype != tl.float64:
+        # Near 0 the difference cancels: five terms of the series, good to 2e-8 below 0.3.
+        y = x * x
+        series = x + x * y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835))))
+        result = tl.where(tl.abs(x) < 0.3, series, result)
+    return result
+
+
+@triton.jit
+def load_bias(mask_ptr, mask_strides, i, j, exists, ACC_DTYPE: tl.constexpr):
+    """Tile of an additive mask; of a bool mask (stored as uint8), 0 where True and -inf elsewhere.
+
+    ``mask_ptr`` points to one head; dimensions that are broadcast have stride 0.
+    """
+    pointers = mask_ptr + i.to(tl.int64) * mask_strides[2] + j.to(tl.int64) * mask_strides[3]
+    if mask_ptr.dtype.element_ty == tl.uint8:
+        attend = tl.load(pointers, mask=exists, other=0) != 0
+        bias = tl.where(attend, 0.0, float("-inf")).to(ACC_DTYPE)
+    else:
+        bias = tl.load(pointers, mask=exists, other=float("-inf")).to(ACC_DTYPE)
+    return bias
+
+
+@triton.jit
+def modify_scores(scores, scale, softcap, slope, bias, distance):
+    """Scale, softcap, ALiBi and mask, in this order; also tanh, for the derivative of the softcap.
+
+    With none of the three the scores stay as they came: :func:`log2_ratio` scales them.
+    """
+    capped = scores
+    x = scores
+    if softcap is not None or slope is not None or bias is not None:
+        x = scores * scale
+        if softcap is not None:
+            capped = tanh(x / softcap)
+            x = softcap * capped
+        if slope is not None:
+            x -= slope * tl.abs(distance)
+        if bias is not None:
+            x = tl.where(bias == float("-inf"), bias, x + bias)
+    return x, capped
+
+
+@triton.jit
+def log2_ratio(x, reference, scale, MODIFIED: tl.constexpr):
+    """``log2(exp(score) / exp(reference))`` for the scores of :func:`modify_scores`.
+
+    The difference is taken before the change of base: large scores stay exact, and an LSE of
+    ``finfo.min`` finite. Scores that came unscaled take one fused multiply-add on the way.
+    """
+    score = x if MODIFIED else x * scale
+    return (score - reference) * LOG2E
+
+
+@triton.jit
+def keep_factor(seed_ptr, threshold, keep_scale, batch, head, i, j, DTYPE: tl.constexpr):
+    """Dropout's factors of a tile: 0 or ``keep_scale``; the twin of :mod:`flashlayer.philox`."""
+    zero = i * 0 + j * 0
+    word, _, _, _ = tl.philox(
+        tl.load(seed_ptr),
+        (zero + batch).to(tl.uint32),
+        (zero + head).to(tl.uint32),
+        (zero + i).to(tl.uint32),
+        (zero + j).to(tl.uint32),
+    )
+    return tl.where(word.to(tl.int64) >= threshold, tl.full((), keep_scale, DTYPE), 0.0)
 
 
 @triton.jit
@@ -105,9 +203,10 @@ def program_coordinates(num_blocks, heads):
 
 
 @triton.jit
-def head_pointer(ptr, strides, batch, head):
-    """Pointer to row 0, column 0 of one head of a ``(B, H, S, D)`` tensor."""
-    return ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+def head_pointer(ptr, strides, batch, head, row):
+    """Pointer to column 0 of a row of one head of a ``(B, H, S, D)`` tensor."""
+    ptr += batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    return ptr + tl.to_tensor(row).to(tl.int64) * strides[2]
 
 
 @triton.jit
@@ -149,3 +248,8 @@ def store_tile(ptr, strides, rows, valid_rows, tile, HEAD_DIM: tl.constexpr, BLO
     mask = tile_mask(valid_rows, HEAD_DIM, BLOCK_D)
     pointers = tile_pointers(ptr, strides, rows, BLOCK_D)
     tl.store(pointers, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+# Whether TRITON_INTERPRET=1 was set when these kernels were defined, and when Triton's own were.
+INTERPRETED = not isinstance(visible_interval, triton.JITFunction)
+TRITON_INTERPRETED = not isinstance(tl.cdiv, triton.JITFunction)

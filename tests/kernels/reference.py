@@ -88,17 +88,17 @@ def error_ratios(x: Inputs, spec: AttentionSpec) -> dict[str, float]:
     ratios = {}
     for name, result in actual.items():
         assert result.shape == reference[name].shape, name
-        wide = reference[name]
+        wide, dtype = reference[name], result.dtype
         infinite = wide == -torch.inf
         assert torch.equal(result == -torch.inf, infinite), f"{name}: -inf in the wrong rows"
         zero = torch.zeros((), dtype=torch.float64, device=wide.device)
         result, same, wide = (
             torch.where(infinite, zero, y.double()) for y in (result, same_dtype[name], wide)
         )
-        if x.q.dtype == torch.float64:
+        if dtype == torch.float64:
             bound = 1e-12 * max(1.0, wide.abs().max().item())
         else:
-            rounded = wide.to(x.q.dtype)
+            rounded = wide.to(dtype)
             floor = 2 * ((rounded + 0.3 - 0.3) - rounded).abs().max().item()
             bound = FACTORS[name] * (same - wide).abs().max().item() + floor
         error = (result - wide).abs().max().item()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flashlayer.backends import triton as backend
-from flashlayer.spec import AttentionSpec
+from flashlayer.spec import AttentionExtras, AttentionSpec, flatten
 from tests.kernels.reference import draw, run_kernels
 
 CAUSAL = AttentionSpec(0.25, None, 0)
@@ -22,21 +22,21 @@ def layouts() -> dict:
 @pytest.mark.parametrize("layout", ["bhsd", "bshd", "expanded", "one_head_one_row"])
 def test_opcheck(layout: str) -> None:
     x = layouts()[layout]
-    flat = (0.25, x.k.shape[2] - x.q.shape[2], None, 0)
+    flat = flatten(CAUSAL, AttentionExtras())
     o, lse = backend._forward(x.q, x.k, x.v, *flat)
     torch.library.opcheck(backend._forward, (x.q, x.k, x.v, *flat), test_utils=UTILITIES)
     for dlse in (None, x.dlse):
-        arguments = (x.do, dlse, x.q, x.k, x.v, o, lse, *flat)
+        arguments = (x.do, dlse, x.q, x.k, x.v, o, lse, False, *flat)
         torch.library.opcheck(backend._backward, arguments, test_utils=UTILITIES)
 
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd", "expanded", "one_head_one_row"])
 def test_fake_strides_are_the_real_ones(layout: str) -> None:
     x = layouts()[layout]
-    flat = (0.25, x.k.shape[2] - x.q.shape[2], None, 0)
+    flat = flatten(CAUSAL, AttentionExtras())
     real = backend._forward(x.q, x.k, x.v, *flat)
     fake = backend._forward_fake(x.q, x.k, x.v, *flat)
-    arguments = (x.do, x.dlse, x.q, x.k, x.v, *real, *flat)
+    arguments = (x.do, x.dlse, x.q, x.k, x.v, *real, False, *flat)
     real += backend._backward(*arguments)
     fake += backend._backward_fake(*arguments)
     for ours, theirs in zip(real, fake, strict=True):
