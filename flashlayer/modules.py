@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from flashlayer.functional import WindowSize, flash_attention
+from flashlayer import online_softmax
+from flashlayer.functional import WindowSize, flash_attention, flash_attention_varlen
 
 
 class FlashAttention(nn.Module):
@@ -26,15 +28,15 @@ class FlashAttention(nn.Module):
         causal: each position sees itself and those before it (bottom-right aligned with a longer
             context).
         window_size: ``(left, right)`` sliding window, as in :func:`flash_attention`.
-        softcap: not built yet.
-        alibi: not built yet.
-        sinks: not built yet.
+        softcap: cap on the scores, as in :func:`flash_attention`.
+        alibi: add ALiBi with the paper's slopes, see :func:`alibi_slopes`.
+        sinks: learn one attention sink per head, ``self.sinks`` (H,), zero at first.
         qk_norm: RMS-normalise every query and key head over ``D`` with a learned gain, before the
             rotation (Dehghani et al., arXiv 2302.05442, section 2; RMSNorm as in Qwen3).
         rotary_base: rotate queries and keys by their position (RoPE, Su et al., arXiv 2104.09864,
             section 3.4.2; first and second half of the head paired, as in GPT-NeoX and Llama) with
             this base, commonly 10000. None is off.
-        dropout: not built yet.
+        dropout: probability that an attention weight is dropped; off in ``eval()``.
         bias: whether the four projections have a bias.
         scale: factor on the scores; ``D ** -0.5`` if None.
         backend: as in :func:`flash_attention`.
@@ -44,7 +46,6 @@ class FlashAttention(nn.Module):
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: the sizes do not fit together.
-        NotImplementedError: an option that is not built yet.
 
     Example:
         >>> layer = FlashAttention(512, 8, num_kv_heads=2, causal=True, rotary_base=10000.0)
@@ -74,7 +75,6 @@ class FlashAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _refuse_unbuilt(softcap=softcap is not None, alibi=alibi, sinks=sinks, dropout=dropout != 0)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         for name, size in (
             ("embed_dim", embed_dim),
@@ -102,12 +102,17 @@ class FlashAttention(nn.Module):
                 raise ValueError(f"rotary_base must be positive, got {rotary_base}")
             if head_dim % 2:
                 raise ValueError(f"rotary_base needs an even head_dim, got {head_dim}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be a probability from 0 to 1, got {dropout}")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.causal = causal
         self.window_size = window_size
+        self.softcap = softcap
+        self.alibi = alibi
+        self.dropout = dropout
         self.rotary_base = rotary_base
         self.scale = scale
         self.backend = backend
@@ -116,6 +121,7 @@ class FlashAttention(nn.Module):
         self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias, **factory)
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias, **factory)
         self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias, **factory)
+        self.sinks = nn.Parameter(torch.zeros(num_heads, **factory)) if sinks else None
         self.q_norm = nn.RMSNorm(head_dim, **factory) if qk_norm else None
         self.k_norm = nn.RMSNorm(head_dim, **factory) if qk_norm else None
 
@@ -127,60 +133,89 @@ class FlashAttention(nn.Module):
         attn_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-        cache: Any = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Attend from ``x`` to itself, or to ``context`` where one is given.
 
         Args:
-            x: ``(B, S, E)``.
+            x: ``(B, S, E)``; with ``cu_seqlens`` packed, ``(T, E)``.
             context: ``(B, Sc, E)``, where keys and values come from (cross-attention); ``x`` if
                 None.
-            attn_mask: not built yet.
-            cu_seqlens: not built yet.
-            max_seqlen: not built yet.
-            cache: not built yet.
+            attn_mask: bool or float, broadcastable to ``(B, H, S, Sk)``, as in
+                :func:`flash_attention`.
+            cu_seqlens: ``(N + 1,)``, boundaries of the packed sequences, as in
+                :func:`flash_attention_varlen`.
+            max_seqlen: the longest packed sequence, or more.
+            cache: keys and values of the positions before ``x``; those of ``x`` are appended to it.
 
         Returns:
-            ``(B, S, E)``.
+            As ``x``.
 
         Raises:
-            ValueError: a shape does not fit, or ``context`` meets ``rotary_base``: positions in two
-                different sequences have no common origin.
+            ValueError: a shape does not fit, or two arguments that exclude each other meet.
         """
-        _refuse_unbuilt(
-            attn_mask=attn_mask is not None,
-            cu_seqlens=cu_seqlens is not None,
-            max_seqlen=max_seqlen is not None,
-            cache=cache is not None,
-        )
-        for name, tensor in (("x", x), ("context", x if context is None else context)):
-            if tensor.ndim != 3 or tensor.shape[-1] != self.embed_dim:
-                raise ValueError(
-                    f"{name} must be (batch, sequence, embed_dim={self.embed_dim}), "
-                    f"got {tuple(tensor.shape)}"
-                )
-        if context is not None and self.rotary_base is not None:
-            raise ValueError(
-                "context can't be combined with rotary_base: x and context share no positions"
-            )
+        self._check_inputs(x, context, attn_mask, cu_seqlens, max_seqlen, cache)
         source = x if context is None else context
-        q = rearrange(self.q_proj(x), "b s (h d) -> b h s d", h=self.num_heads)
-        k = rearrange(self.k_proj(source), "b s (h d) -> b h s d", h=self.num_kv_heads)
-        v = rearrange(self.v_proj(source), "b s (h d) -> b h s d", h=self.num_kv_heads)
+        q = rearrange(self.q_proj(x), "... s (h d) -> ... h s d", h=self.num_heads)
+        k = rearrange(self.k_proj(source), "... s (h d) -> ... h s d", h=self.num_kv_heads)
+        v = rearrange(self.v_proj(source), "... s (h d) -> ... h s d", h=self.num_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary_base is not None:
-            q, k = rotate(q, self.rotary_base), rotate(k, self.rotary_base)
-        out = flash_attention(
-            q,
-            k,
-            v,
-            causal=self.causal,
-            window_size=self.window_size,
-            scale=self.scale,
-            backend=self.backend,
-        )
+            position = _positions(x, cu_seqlens, 0 if cache is None else cache.length)
+            q, k = (rotate(heads, self.rotary_base, position) for heads in (q, k))
+        if cache is not None:
+            k, v = cache.append(k, v)
+        options: dict[str, Any] = {
+            "causal": self.causal,
+            "window_size": self.window_size,
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "alibi_slopes": alibi_slopes(self.num_heads, x.device) if self.alibi else None,
+            "sinks": self.sinks,
+            "dropout_p": self.dropout if self.training else 0.0,
+            "backend": self.backend,
+        }
+        if cu_seqlens is not None:
+            q, k, v = (rearrange(heads, "h t d -> t h d") for heads in (q, k, v))
+            out = flash_attention_varlen(
+                q, k, v, cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen, **options
+            )
+            return self.out_proj(rearrange(out, "t h d -> t (h d)"))
+        if cache is not None and attn_mask is None:
+            out = attend_to_cache(q, k, v, **options)
+        else:
+            out = flash_attention(q, k, v, attn_mask=attn_mask, **options)
         return self.out_proj(rearrange(out, "b h s d -> b s (h d)"))
+
+    def _check_inputs(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        attn_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        cache: KVCache | None,
+    ) -> None:
+        layout, ndim = ("(batch, sequence", 3) if cu_seqlens is None else ("(tokens", 2)
+        for name, tensor in (("x", x), ("context", x if context is None else context)):
+            if tensor.ndim != ndim or tensor.shape[-1] != self.embed_dim:
+                raise ValueError(
+                    f"{name} must be {layout}, embed_dim={self.embed_dim}), "
+                    f"got {tuple(tensor.shape)}"
+                )
+        if max_seqlen is not None and cu_seqlens is None:
+            raise ValueError("max_seqlen needs cu_seqlens: it is about packed sequences")
+        exclusions = (
+            ("context", context, "rotary_base", self.rotary_base, "they share no positions"),
+            ("context", context, "cu_seqlens", cu_seqlens, "it has no boundaries of its own"),
+            ("context", context, "cache", cache, "the cache holds the keys of x"),
+            ("cache", cache, "cu_seqlens", cu_seqlens, "it holds whole batches"),
+            ("attn_mask", attn_mask, "cu_seqlens", cu_seqlens, "a mask has no packed form"),
+        )
+        for name, argument, other_name, other, reason in exclusions:
+            if argument is not None and other is not None:
+                raise ValueError(f"{name} can't be combined with {other_name}: {reason}")
 
     def extra_repr(self) -> str:
         """The options that the projections do not show; those at their default are left out."""
@@ -194,6 +229,14 @@ class FlashAttention(nn.Module):
             parts.append(f"window_size={tuple(self.window_size)}")
         if self.rotary_base is not None:
             parts.append(f"rotary_base={self.rotary_base}")
+        if self.softcap is not None:
+            parts.append(f"softcap={self.softcap}")
+        if self.alibi:
+            parts.append("alibi=True")
+        if self.sinks is not None:
+            parts.append("sinks=True")
+        if self.dropout:
+            parts.append(f"dropout={self.dropout}")
         if self.scale is not None:
             parts.append(f"scale={self.scale}")
         if self.backend != "auto":
@@ -201,18 +244,156 @@ class FlashAttention(nn.Module):
         return ", ".join(parts)
 
 
-def rotate(x: Tensor, base: float) -> Tensor:
-    """Rotary position embedding of ``(B, H, S, D)``, positions 0 to S - 1; same shape and dtype.
+class KVCache:
+    """Keys and values of the positions a layer has already seen, for generation.
+
+    One for each layer; starts empty and grows as it must, in steps that double it, so that ``n``
+    tokens cost O(n) copying. Meant for inference: appending writes into one buffer.
+
+    Attributes:
+        length: number of positions held.
+
+    Example:
+        >>> layer, cache = FlashAttention(64, 4, causal=True).eval(), KVCache()
+        >>> with torch.inference_mode():
+        ...     prompt = layer(torch.randn(1, 100, 64), cache=cache)
+        ...     step = layer(torch.randn(1, 1, 64), cache=cache)
+        >>> cache.length
+        101
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._buffers: list[Tensor] = []  # keys and values, (B, Hkv, capacity, D) each
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add positions ``(B, Hkv, S, D)``; returns all keys and values so far, as views.
+
+        Raises:
+            ValueError: they do not fit what the cache holds.
+        """
+        new = [key.detach(), value.detach()]
+        if not self._buffers:
+            self._buffers = [x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in new]
+        elif self._buffers[0].shape[:2] != key.shape[:2]:
+            raise ValueError(
+                f"the cache holds (batch, kv_heads) = {tuple(self._buffers[0].shape[:2])}, "
+                f"got keys of {tuple(key.shape)}"
+            )
+        stop = self.length + key.shape[2]
+        self._buffers = [self._with_room(buffer, stop) for buffer in self._buffers]
+        for buffer, x in zip(self._buffers, new, strict=True):
+            buffer[:, :, self.length : stop] = x
+        self.length = stop
+        return self._buffers[0][:, :, :stop], self._buffers[1][:, :, :stop]
+
+    def _with_room(self, buffer: Tensor, needed: int) -> Tensor:
+        batch, kv_heads, capacity, dim = buffer.shape
+        if needed <= capacity:
+            return buffer
+        grown = buffer.new_empty(batch, kv_heads, max(needed, 2 * capacity), dim)
+        grown[:, :, : self.length] = buffer[:, :, : self.length]
+        return grown
+
+
+# A step of one token has B * Hkv programs' worth of work, too few to fill a GPU: its keys are split
+# until there are this many, none shorter than MIN_SPLIT keys.
+PROGRAMS_TO_FILL_A_GPU = 256
+MIN_SPLIT = 256
+
+
+def attend_to_cache(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+    """:func:`flash_attention` of the newest queries to all keys; one token is split over the keys.
+
+    Args:
+        q: ``(B, H, S, D)``.
+        k: ``(B, Hkv, Sk, D)``.
+        v: ``(B, Hkv, Sk, Dv)``.
+        **options: those of :func:`flash_attention`.
+    """
+    batch, _, seqlen_q, _ = q.shape
+    splits = 1
+    if q.device.type != "cpu" and seqlen_q == 1:
+        wanted = PROGRAMS_TO_FILL_A_GPU // (batch * k.shape[1])
+        splits = max(1, min(wanted, k.shape[2] // MIN_SPLIT))
+    # ALiBi and a window count positions from the end of the keys, which a split no longer knows.
+    whole = options.get("alibi_slopes") is not None or options["window_size"][0] is not None
+    if splits == 1 or whole or options["dropout_p"] > 0:
+        return flash_attention(q, k, v, **options)
+    return split_attention(q, k, v, splits, **options)
+
+
+def split_attention(q: Tensor, k: Tensor, v: Tensor, splits: int, **options: Any) -> Tensor:
+    """One query against ``splits`` parts of the keys, side by side, merged by their LSE.
+
+    Args:
+        q: ``(B, H, 1, D)``, a query that sees every key.
+        k: ``(B, Hkv, Sk, D)``.
+        v: ``(B, Hkv, Sk, Dv)``.
+        splits: number of parts of equal length; the keys that are left over make one more.
+        **options: ``scale``, ``softcap``, ``sinks`` and ``backend`` of :func:`flash_attention`.
+    """
+    kept: dict[str, Any] = {name: options.get(name) for name in ("scale", "softcap")}
+    kept["backend"] = options.get("backend", "auto")
+    group_size, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
+    length = k.shape[2] // splits
+    # The parts become kv heads of their own; each keeps its group of query heads.
+    q_parts = rearrange(q, "b (h g) s d -> b h g s d", g=group_size)
+    q_parts = q_parts.unsqueeze(2).expand(-1, -1, splits, -1, -1, -1).flatten(1, 3)
+    k_parts, v_parts = (
+        rearrange(x[:, :, : splits * length], "b h (n s) d -> b (h n) s d", n=splits)
+        for x in (k, v)
+    )
+    out, lse = flash_attention(q_parts, k_parts, v_parts, return_lse=True, **kept)
+    unfold = {"h": kv_heads, "n": splits, "g": group_size}
+    out = rearrange(out, "b (h n g) s d -> n b (h g) s d", **unfold)
+    lse = rearrange(lse, "b (h n g) s -> n b (h g) s", **unfold)
+    states = [_state_of(out[part], lse[part]) for part in range(splits)]
+    if splits * length < k.shape[2]:
+        rest = (x[:, :, splits * length :] for x in (k, v))
+        states.append(_state_of(*flash_attention(q, *rest, return_lse=True, **kept)))
+    if options.get("sinks") is not None:
+        sink = options["sinks"].to(lse.dtype).view(-1, 1).expand_as(lse[0])
+        states.append(_state_of(torch.zeros_like(out[0]), sink))
+    return online_softmax.finalize(functools.reduce(online_softmax.merge, states)).to(q.dtype)
+
+
+def _state_of(out: Tensor, lse: Tensor) -> online_softmax.SoftmaxState:
+    """The state of finished attention: ``out`` is one value of weight ``exp(lse)``."""
+    return online_softmax.SoftmaxState(lse, (lse > -torch.inf).to(lse.dtype), out.to(lse.dtype))
+
+
+def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
+    """The slopes of ALiBi for ``num_heads`` heads, ``(H,)`` fp32 (Press et al., arXiv 2108.12409).
+
+    ``2 ** (-8 n / H)`` for n = 1 to H where H is a power of two; else those of the power of two
+    below, and every other one of the power of two above, as in the paper's code.
+    """
+    power = 2 ** (num_heads.bit_length() - 1)
+    slopes = torch.exp2(-8 / power * torch.arange(1, power + 1, device=device))
+    odd = 1 + 2 * torch.arange(num_heads - power, device=device)
+    return torch.cat((slopes, torch.exp2(-4 / power * odd)))
+
+
+def _positions(x: Tensor, cu_seqlens: Tensor | None, first: int) -> Tensor:
+    """Position of every token in its sequence, ``(S,)``."""
+    token = torch.arange(first, first + x.shape[-2], device=x.device)
+    if cu_seqlens is None:
+        return token
+    return token - cu_seqlens[torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)]
+
+
+def rotate(x: Tensor, base: float, position: Tensor) -> Tensor:
+    """Rotary position embedding of ``(..., S, D)`` at positions ``(S,)``; same shape and dtype.
 
     Angles and rotation are computed in fp32 (fp64 for fp64) whatever the dtype of ``x``: in bf16,
     positions past 256 are no longer distinct.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    position = torch.arange(x.shape[-2], device=x.device, dtype=dtype)
     frequency = base ** -(
         torch.arange(0, x.shape[-1], 2, device=x.device, dtype=dtype) / x.shape[-1]
     )
-    angle = position[:, None] * frequency  # [S, D/2]
+    angle = position.to(dtype)[:, None] * frequency  # [S, D/2]
     first, second = x.to(dtype).chunk(2, dim=-1)
     return torch.cat(
         (
@@ -221,9 +402,3 @@ def rotate(x: Tensor, base: float) -> Tensor:
         ),
         dim=-1,
     ).to(x.dtype)
-
-
-def _refuse_unbuilt(**asked_for: bool) -> None:
-    for name, is_asked_for in asked_for.items():
-        if is_asked_for:
-            raise NotImplementedError(f"{name} is not built yet")

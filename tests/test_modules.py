@@ -5,8 +5,11 @@ import torch
 from torch import nn
 
 import flashlayer
-from flashlayer import FlashAttention
-from flashlayer.modules import rotate
+from flashlayer import FlashAttention, flash_attention
+from flashlayer.modules import KVCache, alibi_slopes, rotate, split_attention
+
+CONTEXT, EDGES = torch.zeros(2, 5, 16), torch.tensor([0, 10])
+MASK = torch.ones(5, 5, dtype=torch.bool)
 
 
 def by_hand(layer: FlashAttention, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
@@ -21,7 +24,7 @@ def by_hand(layer: FlashAttention, x: torch.Tensor, context: torch.Tensor) -> to
         if layer.q_norm is not None:
             q, k = layer.q_norm(q), layer.k_norm(k)
         if layer.rotary_base is not None:
-            q, k = rotate(q, layer.rotary_base), rotate(k, layer.rotary_base)
+            q, k = (rotate(y, layer.rotary_base, torch.arange(y.shape[1])) for y in (q, k))
         scores = q @ k.mT * (layer.scale or layer.head_dim**-0.5)
         if layer.causal:
             offset = k.shape[1] - q.shape[1]
@@ -68,17 +71,18 @@ def test_gradients_reach_every_parameter() -> None:
 
 def test_rotation_depends_on_distance_only() -> None:
     q, k = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
-    scores = rotate(q.expand(1, 1, 20, 8), 100.0) @ rotate(k.expand(1, 1, 20, 8), 100.0).mT
+    q, k = (rotate(x.expand(1, 1, 20, 8), 100.0, torch.arange(20)) for x in (q, k))
+    scores = q @ k.mT
     for distance in range(-19, 20):
         diagonal = scores[0, 0].diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
-    torch.testing.assert_close(scores[0, 0].diagonal(), (q @ k).expand(20))
+    torch.testing.assert_close(scores[0, 0].diagonal(), (q[0, 0, 0] @ k[0, 0, 0]).expand(20))
 
 
 def test_rotation_in_bf16_keeps_positions_apart() -> None:
-    x = torch.ones(1, 1, 1024, 8, dtype=torch.bfloat16)
+    x, position = torch.ones(1, 1, 1024, 8, dtype=torch.bfloat16), torch.arange(1024)
     torch.testing.assert_close(
-        rotate(x, 10000.0).float(), rotate(x.float(), 10000.0), rtol=1e-2, atol=1e-2
+        rotate(x, 1e4, position).float(), rotate(x.float(), 1e4, position), rtol=1e-2, atol=1e-2
     )
 
 
@@ -138,10 +142,7 @@ BAD_LAYERS = {
     "float": ({"head_dim": 4.0}, TypeError, "head_dim must be an int, got float"),
     "odd_rotary": ({"head_dim": 5, "rotary_base": 1e4}, ValueError, "needs an even head_dim"),
     "rotary": ({"rotary_base": -1.0}, ValueError, "rotary_base must be positive"),
-    "softcap": ({"softcap": 30.0}, NotImplementedError, "softcap is not built yet"),
-    "alibi": ({"alibi": True}, NotImplementedError, "alibi is not built yet"),
-    "sinks": ({"sinks": True}, NotImplementedError, "sinks is not built yet"),
-    "dropout": ({"dropout": 0.1}, NotImplementedError, "dropout is not built yet"),
+    "dropout": ({"dropout": -0.1}, ValueError, "dropout must be a probability"),
 }
 
 
@@ -171,7 +172,98 @@ def test_bad_inputs(inputs: tuple, options: dict, error: type, message: str) -> 
         FlashAttention(16, 4, **options)(*inputs)
 
 
-@pytest.mark.parametrize("option", ["attn_mask", "cu_seqlens", "max_seqlen", "cache"])
-def test_unbuilt_forward_option_is_named(option: str) -> None:
-    with pytest.raises(NotImplementedError, match=f"{option} is not built yet"):
-        FlashAttention(16, 4)(torch.zeros(2, 5, 16), **{option: torch.ones(1)})
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_seqlen": 5}, "max_seqlen needs cu_seqlens"),
+        ({"context": CONTEXT, "cache": KVCache()}, "context can't be combined with cache"),
+        ({"cu_seqlens": EDGES, "cache": KVCache()}, "cache can't be combined with cu_seqlens"),
+        ({"cu_seqlens": EDGES, "attn_mask": MASK}, "attn_mask can't be combined with cu_seqlens"),
+    ],
+)
+def test_arguments_that_exclude_each_other(arguments: dict, message: str) -> None:
+    x = torch.zeros(10, 16) if "cu_seqlens" in arguments else torch.zeros(2, 5, 16)
+    with pytest.raises(ValueError, match=message):
+        FlashAttention(16, 4)(x, **arguments)
+
+
+def test_packed_sequences_are_what_each_gives_alone() -> None:
+    layer = FlashAttention(16, 4, num_kv_heads=2, causal=True, rotary_base=100.0, alibi=True)
+    x, edges = torch.randn(10, 16), torch.tensor([0, 3, 3, 10])
+    packed = layer(x, cu_seqlens=edges, max_seqlen=7)
+    for start, stop in ((0, 3), (3, 10)):
+        torch.testing.assert_close(packed[start:stop], layer(x[None, start:stop])[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_kv_heads": 2, "rotary_base": 100.0, "qk_norm": True},
+        {"window_size": (3, 0)},
+        {"alibi": True, "softcap": 5.0},
+        {"sinks": True},
+    ],
+    ids=str,
+)
+def test_generation_with_a_cache_is_the_whole_sequence(options: dict) -> None:
+    layer = FlashAttention(16, 4, causal=True, **options).eval()
+    if options.get("sinks"):
+        layer.sinks.data.normal_()
+    x, cache = torch.randn(2, 12, 16), KVCache()
+    with torch.inference_mode():
+        whole = layer(x)
+        steps = [layer(x[:, start:stop], cache=cache) for start, stop in ((0, 5), (5, 6), (6, 12))]
+    assert cache.length == 12
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole)
+
+
+def test_cache_keeps_what_it_had_when_it_grows() -> None:
+    cache = KVCache()
+    keys = torch.randn(2, 3, 20, 4)
+    for step in range(20):
+        k, v = cache.append(keys[:, :, step : step + 1], 2 * keys[:, :, step : step + 1])
+        assert torch.equal(k, keys[:, :, : step + 1])
+        assert torch.equal(v, 2 * keys[:, :, : step + 1])
+    with pytest.raises(ValueError, match=r"the cache holds \(batch, kv_heads\) = \(2, 3\)"):
+        cache.append(keys[:1], keys[:1])
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 7])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_one_token_split_over_the_keys(splits: int, with_sinks: bool) -> None:
+    """The parts merge by their LSE into the attention over all keys."""
+    q, k, v = (torch.randn(2, h, s, 8) for h, s in ((6, 1), (2, 100), (2, 100)))
+    options = {"softcap": 3.0, "sinks": torch.randn(6) if with_sinks else None}
+    expected = flash_attention(q, k, v, **options)
+    torch.testing.assert_close(split_attention(q, k, v, splits, **options), expected)
+
+
+def test_options_reach_the_attention() -> None:
+    """Each option of the layer changes its output, as it changes the function's."""
+    x = torch.randn(2, 9, 16)
+    plain = FlashAttention(16, 4)
+    for options in ({"softcap": 0.1}, {"alibi": True}, {"sinks": True}, {"window_size": (2, 2)}):
+        layer = FlashAttention(16, 4, **options)
+        layer.load_state_dict(plain.state_dict(), strict=False)
+        assert not torch.allclose(layer(x), plain(x)), options
+
+
+def test_dropout_is_off_in_eval_and_reproducible() -> None:
+    layer, x = FlashAttention(16, 4, dropout=0.5), torch.randn(2, 9, 16)
+    outs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        outs.append(layer(x))
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+    plain = FlashAttention(16, 4)
+    plain.load_state_dict(layer.state_dict())
+    assert torch.equal(layer.eval()(x), plain(x))
+
+
+def test_alibi_slopes_are_the_papers() -> None:
+    assert alibi_slopes(8).tolist() == [2.0**-n for n in range(1, 9)]
+    expected = [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]
+    torch.testing.assert_close(alibi_slopes(6), torch.tensor(expected))
+    assert alibi_slopes(1).tolist() == [2.0**-8]
