@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(RUN) -m train parity --config configs/parity_cpu.yaml
 
 test: $(VENV)/.installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
