@@ -15,7 +15,7 @@ no tensor core to run on and keeps whole rows of both operands in registers: its
 _HALF = {
     "sm_80": {  # also sm_86, sm_89 and sm_120, which have 101376 bytes: every row fits them
         "forward": ((128, 64, 4, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
-        "dkdv": ((64, 128, 8, 2), (32, 64, 4, 2), (32, 32, 8, 1)),
+        "dkdv": ((64, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
         "dq": ((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
     },
     "sm_90": {

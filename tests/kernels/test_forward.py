@@ -97,7 +97,5 @@ def test_refusals_give_the_reason() -> None:
     assert backend.refuses(Problem(small, small, small, spec, extras)) is None
     assert "257" in backend.refuses(Problem(wide, wide, small, spec, extras))
     assert "257" in backend.refuses(Problem(small, small, wide, spec, extras))
-    masked = AttentionExtras(attn_mask=small)
-    assert "mask" in backend.refuses(Problem(small, small, small, spec, masked))
     meta = small.to("meta")
     assert "meta" in backend.refuses(Problem(meta, meta, meta, spec, extras))
