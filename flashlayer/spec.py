@@ -59,11 +59,6 @@ class AttentionSpec:
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
 
-    @property
-    def is_banded(self) -> bool:
-        """Whether the geometry hides any key at all."""
-        return self.window_left is not None or self.window_right is not None
-
     def without_idle_edges(self, seqlen_q: int, seqlen_k: int) -> AttentionSpec:
         """The same attention with the band's edges dropped where they hide no key of this problem.
 
