@@ -124,7 +124,8 @@ def _forward(
         wide_o, lse = forward(q.float(), k.float(), v.float(), spec, _in_fp32(extras))
         return o.copy_(wide_o), lse
     if cu_seqlens_q is not None:  # no program writes the tokens past the last sequence
-        o.zero_(), lse.fill_(-torch.inf)
+        o.zero_()
+        lse.fill_(-torch.inf)
     if o.numel() > 0:
         with _launching(q):
             launch_forward(q, k, v, o, lse, spec, extras)
