@@ -15,6 +15,8 @@ from flashlayer import flash_attention_varlen as varlen
 from tests.test_accuracy import device_for
 from tests.tolerance import assert_matches_standard
 
+torch.manual_seed(0)  # the options below are drawn as the module is read, before any fixture
+
 B, H, HKV, SQ, SK, D = 2, 2, 1, 70, 65, 16
 BACKENDS = ("triton", "tiled")
 
@@ -261,7 +263,7 @@ def test_packed(backend: str, name: str, dtype: torch.dtype) -> None:
     except ValueError as error:
         assert "can't compute this call" in str(error)  # noqa: PT017
         return
-    results = assert_matches_standard(q, k, v, backend=backend, **options)
+    results = assert_matches_standard(q, k, v, backend=backend, with_noise=True, **options)
     for tensor, last in (("out", 80), ("dq", 80), ("dk", 78), ("dv", 78)):
         assert results[tensor][last:].count_nonzero() == 0, tensor
     assert (results["lse"][:, 80:] == -torch.inf).all()
