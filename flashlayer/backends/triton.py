@@ -273,7 +273,7 @@ def launch_backward(
 ) -> None:
     """Fill ``dq``, ``dk``, ``dv``, ``delta`` (B, H, Sq), not empty, and ``d_mask`` where wanted."""
     from flashlayer.kernels.backward import delta_kernel, dkdv_kernel, dmask_kernel, dq_kernel
-    from flashlayer.kernels.tiles import padded
+    from flashlayer.kernels.tiles import head_tiles
 
     batch, heads, seqlen_q, _ = q.shape
     kv_heads, seqlen_k, value_dim = v.shape[1:]
@@ -290,7 +290,7 @@ def launch_backward(
         heads=heads,
         seqlen_q=seqlen_q,
         VALUE_DIM=value_dim,
-        BLOCK_DV=padded(value_dim),
+        BLOCK_DV=head_tiles(value_dim),
         **tiles,
     )
     if seqlen_k == 0 or sequences == 0:
@@ -363,7 +363,7 @@ def _inputs(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> dict[str, Any]:
     """What every kernel takes of q, k, v and the geometry."""
-    from flashlayer.kernels.tiles import padded
+    from flashlayer.kernels.tiles import head_tiles
 
     offset: int | None = spec.offset(q.shape[2], k.shape[2])
     if extras.cu_seqlens_q is not None:  # None: the bottom right of each sequence
@@ -382,8 +382,8 @@ def _inputs(
         "window_right": spec.window_right,
         "HEAD_DIM": q.shape[3],
         "VALUE_DIM": v.shape[3],
-        "BLOCK_D": padded(q.shape[3]),
-        "BLOCK_DV": padded(v.shape[3]),
+        "BLOCK_D": head_tiles(q.shape[3]),
+        "BLOCK_DV": head_tiles(v.shape[3]),
         "INPUT_PRECISION": _input_precision(q),
     }
 
@@ -508,12 +508,11 @@ def _input_precision(q: Tensor) -> str:
 
 
 def _tiles(kernel: str, q: Tensor, v: Tensor) -> dict[str, int]:
-    from flashlayer.kernels.tiles import padded, tile_config
+    from flashlayer.kernels.tiles import tile_config
 
     precision = "half"
     if q.dtype == torch.float64:
         precision = "fp64"
     elif q.dtype == torch.float32:
         precision = "tf32" if _input_precision(q) == "tf32" else "fp32"
-    widest = padded(max(q.shape[3], v.shape[3]))
-    return tile_config(kernel, _target(q.device), precision, widest)
+    return tile_config(kernel, _target(q.device), precision, max(q.shape[3], v.shape[3]))

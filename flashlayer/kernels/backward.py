@@ -16,20 +16,23 @@ import triton.language as tl
 from flashlayer.kernels.primitives import (
     diagonal_offset,
     dot_into,
+    dot_rows,
     head_pointer,
     in_band,
     keep_factor,
     key_bounds,
     key_tile_edges,
     load_bias,
-    load_tile,
+    load_tiles,
     log2_ratio,
     modify_scores,
     program_coordinates,
     query_bounds,
     query_tile_edges,
+    scaled,
     sequence,
-    store_tile,
+    store_tiles,
+    zero_tiles,
 )
 
 
@@ -44,19 +47,16 @@ def load_lse(lse_ptr, rows, valid_rows):
 
 
 @triton.jit
-def probabilities(
-    scores, scale, softcap, slope, bias, i, j, diagonal, left, right, k_length, lse, MASKED
-):
+def probabilities(scores, scale, softcap, slope, bias, distance, visible, lse):
     """``p = exp(s - lse)`` of a tile from its raw scores, and the softcap's tanh.
 
-    Either orientation: ``i``, ``j`` and ``lse`` broadcast to the tile. ``MASKED`` says whether
-    the band's edge runs through it.
+    Either orientation: ``distance`` and ``lse`` broadcast to the tile. ``visible`` is a tile where
+    the band's edge runs through it, else None.
     """
-    x, capped = modify_scores(scores, scale, softcap, slope, bias, i + diagonal - j)
+    x, capped = modify_scores(scores, scale, softcap, slope, bias, distance)
     MODIFIED: tl.constexpr = softcap is not None or slope is not None or bias is not None
     exponent = log2_ratio(x, lse, scale, MODIFIED)
-    if MASKED:
-        visible = in_band(i, j, diagonal, left, right, k_length)
+    if visible is not None:
         exponent = tl.where(visible, exponent, float("-inf"))
     return tl.exp2(exponent), capped
 
@@ -96,10 +96,12 @@ def delta_kernel(
     valid = rows < seqlen_q
     o_ptr = head_pointer(o_ptr, o_strides, batch, head, 0)
     do_ptr = head_pointer(do_ptr, do_strides, batch, head, 0)
-    o = load_tile(o_ptr, o_strides, rows, valid, VALUE_DIM, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-    do = load_tile(do_ptr, do_strides, rows, valid, VALUE_DIM, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+    o = load_tiles(o_ptr, o_strides, rows, valid, VALUE_DIM, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+    do = load_tiles(do_ptr, do_strides, rows, valid, VALUE_DIM, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
     ACC_DTYPE: tl.constexpr = delta_ptr.dtype.element_ty
-    delta = tl.sum(o.to(ACC_DTYPE) * do.to(ACC_DTYPE), 1)  # [BLOCK_M]
+    delta = tl.zeros((BLOCK_M,), ACC_DTYPE)
+    for part in tl.static_range(len(BLOCK_DV)):
+        delta += tl.sum(o[part].to(ACC_DTYPE) * do[part].to(ACC_DTYPE), 1)
     head_row = (batch * heads + head).to(tl.int64) * seqlen_q
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + head_row + rows, mask=valid, other=0.0)
@@ -179,11 +181,11 @@ def dkdv_kernel(
     # A key that no query at all sees counts as 0: its p is 0, and 0 * NaN would be NaN.
     seen_bounds = key_bounds(0, q_length, diagonal, window_left, window_right, k_length)
     seen = (columns >= seen_bounds[0]) & (columns < seen_bounds[3])
-    k = load_tile(k_ptr, k_strides, columns, seen, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    v = load_tile(v_ptr, v_strides, columns, seen, VALUE_DIM, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+    k = load_tiles(k_ptr, k_strides, columns, seen, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    v = load_tiles(v_ptr, v_strides, columns, seen, VALUE_DIM, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
 
-    dk = tl.zeros((BLOCK_N, BLOCK_D), ACC_DTYPE)
-    dv = tl.zeros((BLOCK_N, BLOCK_DV), ACC_DTYPE)
+    dk = zero_tiles(BLOCK_N, BLOCK_D, ACC_DTYPE)
+    dv = zero_tiles(BLOCK_N, BLOCK_DV, ACC_DTYPE)
     bounds = query_bounds(k_start, k_stop, diagonal, window_left, window_right, q_length)
     edges = query_tile_edges(bounds)
     for part in tl.static_range(3):  # right edge of the band, queries that see all keys, left edge
@@ -209,6 +211,9 @@ def dkdv_kernel(
                 slope = None
                 bias = None
                 kept = None
+                visible = None
+                if part != 1:  # queries of a key: that interval does not change in this loop
+                    visible = in_band(j, i, -diagonal, window_right, window_left, q_length)
                 if slopes_ptr is not None:
                     slope = tl.load(slopes_ptr + batch * slopes_stride + head).to(ACC_DTYPE)
                 if mask_ptr is not None:
@@ -221,40 +226,35 @@ def dkdv_kernel(
                     )
                 head_row = (entry * kv_heads * GROUP + head).to(tl.int64) * seqlen_q + q_begin
                 q_head = head_pointer(q_ptr, q_strides, entry, head, q_begin)
-                q = load_tile(q_head, q_strides, rows, valid, HEAD_DIM, BLOCK_D)
+                q = load_tiles(q_head, q_strides, rows, valid, HEAD_DIM, BLOCK_D)
                 lse = load_lse(lse_ptr + head_row, rows, valid)  # [BLOCK_M]
-                scores = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)
+                scores = dot_rows(k, q, INPUT_PRECISION)
                 p, capped = probabilities(
                     scores,
                     scale,
                     cap,
                     slope,
                     bias,
-                    i,
-                    j,
-                    diagonal,
-                    window_left,
-                    window_right,
-                    k_length,
+                    i + diagonal - j,
+                    visible,
                     lse[None, :],
-                    MASKED=part != 1,
                 )  # [BLOCK_N, BLOCK_M]
                 do_head = head_pointer(do_ptr, do_strides, entry, head, q_begin)
-                do = load_tile(do_head, do_strides, rows, valid, VALUE_DIM, BLOCK_DV)
+                do = load_tiles(do_head, do_strides, rows, valid, VALUE_DIM, BLOCK_DV)
                 p_kept = p if kept is None else p * kept
-                dv = dot_into(dv, p_kept.to(do.dtype), do, INPUT_PRECISION)
-                dp = tl.dot(v, tl.trans(do), input_precision=INPUT_PRECISION)
+                dv = dot_into(dv, p_kept.to(do[0].dtype), do, INPUT_PRECISION)
+                dp = dot_rows(v, do, INPUT_PRECISION)
                 delta = tl.load(delta_ptr + head_row + rows, mask=valid, other=0.0)  # [BLOCK_M]
                 ds = score_gradient(p, dp, delta[None, :], bias, kept)  # [BLOCK_N, BLOCK_M]
                 if SOFTCAP:
                     ds *= 1.0 - capped * capped
-                dk = dot_into(dk, ds.to(q.dtype), q, INPUT_PRECISION)
+                dk = dot_into(dk, ds.to(q[0].dtype), q, INPUT_PRECISION)
 
     exists = columns < k_length
     dk_ptr = head_pointer(dk_ptr, dk_strides, entry, kv_head, k_begin)
     dv_ptr = head_pointer(dv_ptr, dv_strides, entry, kv_head, k_begin)
-    store_tile(dk_ptr, dk_strides, columns, exists, dk * scale, HEAD_DIM, BLOCK_D)
-    store_tile(dv_ptr, dv_strides, columns, exists, dv, VALUE_DIM, BLOCK_DV)
+    store_tiles(dk_ptr, dk_strides, columns, exists, scaled(dk, scale), HEAD_DIM, BLOCK_D)
+    store_tiles(dv_ptr, dv_strides, columns, exists, dv, VALUE_DIM, BLOCK_DV)
 
 
 @triton.jit(
@@ -336,12 +336,12 @@ def dq_kernel(
     q_stop = tl.minimum(q_start + BLOCK_M, q_length)
     rows = q_start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     valid = rows < q_length
-    q = load_tile(q_ptr, q_strides, rows, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    do = load_tile(do_ptr, do_strides, rows, valid, VALUE_DIM, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+    q = load_tiles(q_ptr, q_strides, rows, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    do = load_tiles(do_ptr, do_strides, rows, valid, VALUE_DIM, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
     lse = load_lse(lse_ptr + head_row, rows, valid)  # [BLOCK_M]
     delta = tl.load(delta_ptr + head_row + rows, mask=valid, other=0.0)  # [BLOCK_M]
 
-    dq = tl.zeros((BLOCK_M, BLOCK_D), ACC_DTYPE)
+    dq = zero_tiles(BLOCK_M, BLOCK_D, ACC_DTYPE)
     bounds = key_bounds(q_start, q_stop, diagonal, window_left, window_right, k_length)
     edges = key_tile_edges(bounds, BLOCK_N)
     for part in tl.static_range(3):  # left edge of the band, what all queries see, right edge
@@ -352,6 +352,9 @@ def dq_kernel(
                 i, j = rows[:, None], columns[None, :]
                 bias = None
                 kept = None
+                visible = None
+                if part != 1:
+                    visible = in_band(i, j, diagonal, window_left, window_right, k_length)
                 if mask_ptr is not None:
                     exists = (i < q_length) & (j < k_length)
                     bias = load_bias(mask_ptr, mask_strides, i, j, exists, ACC_DTYPE)
@@ -361,31 +364,26 @@ def dq_kernel(
                     kept = keep_factor(
                         seed_ptr, threshold, keep_scale, batch, head, i, j, ACC_DTYPE
                     )
-                k = load_tile(k_ptr, k_strides, columns, seen, HEAD_DIM, BLOCK_D)
-                scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+                k = load_tiles(k_ptr, k_strides, columns, seen, HEAD_DIM, BLOCK_D)
+                scores = dot_rows(q, k, INPUT_PRECISION)
                 p, capped = probabilities(
                     scores,
                     scale,
                     cap,
                     slope,
                     bias,
-                    i,
-                    j,
-                    diagonal,
-                    window_left,
-                    window_right,
-                    k_length,
+                    i + diagonal - j,
+                    visible,
                     lse[:, None],
-                    MASKED=part != 1,
                 )  # [BLOCK_M, BLOCK_N]
-                v = load_tile(v_ptr, v_strides, columns, seen, VALUE_DIM, BLOCK_DV)
-                dp = tl.dot(do, tl.trans(v), input_precision=INPUT_PRECISION)
+                v = load_tiles(v_ptr, v_strides, columns, seen, VALUE_DIM, BLOCK_DV)
+                dp = dot_rows(do, v, INPUT_PRECISION)
                 ds = score_gradient(p, dp, delta[:, None], bias, kept)  # [BLOCK_M, BLOCK_N]
                 if SOFTCAP:
                     ds *= 1.0 - capped * capped
-                dq = dot_into(dq, ds.to(k.dtype), k, INPUT_PRECISION)
+                dq = dot_into(dq, ds.to(k[0].dtype), k, INPUT_PRECISION)
 
-    store_tile(dq_ptr, dq_strides, rows, valid, dq * scale, HEAD_DIM, BLOCK_D)
+    store_tiles(dq_ptr, dq_strides, rows, valid, scaled(dq, scale), HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(
@@ -469,8 +467,8 @@ def dmask_kernel(
         k_head = head_pointer(k_ptr, k_strides, batch, head // group, 0)
         v_head = head_pointer(v_ptr, v_strides, batch, head // group, 0)
         bias_head = head_pointer(mask_ptr, mask_strides, batch, head, 0)
-        q = load_tile(q_head, q_strides, rows, valid, HEAD_DIM, BLOCK_D)
-        do = load_tile(do_head, do_strides, rows, valid, VALUE_DIM, BLOCK_DV)
+        q = load_tiles(q_head, q_strides, rows, valid, HEAD_DIM, BLOCK_D)
+        do = load_tiles(do_head, do_strides, rows, valid, VALUE_DIM, BLOCK_DV)
         lse = load_lse(lse_ptr + head_row, rows, valid)  # [BLOCK_M]
         delta = tl.load(delta_ptr + head_row + rows, mask=valid, other=0.0)  # [BLOCK_M]
         slope = None
@@ -490,25 +488,20 @@ def dmask_kernel(
             bias = load_bias(bias_head, mask_strides, i, j, exists, ACC_DTYPE)
             seen = (tl.max(bias, 0) > float("-inf")) & (columns < bounds[3])
             seen &= columns >= bounds[0]
-            k = load_tile(k_head, k_strides, columns, seen, HEAD_DIM, BLOCK_D)
-            scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+            k = load_tiles(k_head, k_strides, columns, seen, HEAD_DIM, BLOCK_D)
+            scores = dot_rows(q, k, INPUT_PRECISION)
             p, _ = probabilities(
                 scores,
                 scale,
                 cap,
                 slope,
                 bias,
-                i,
-                j,
-                offset,
-                window_left,
-                window_right,
-                seqlen_k,
+                i + offset - j,
+                in_band(i, j, offset, window_left, window_right, seqlen_k),
                 lse[:, None],
-                MASKED=True,
             )  # [BLOCK_M, BLOCK_N]
-            v = load_tile(v_head, v_strides, columns, seen, VALUE_DIM, BLOCK_DV)
-            dp = tl.dot(do, tl.trans(v), input_precision=INPUT_PRECISION)
+            v = load_tiles(v_head, v_strides, columns, seen, VALUE_DIM, BLOCK_DV)
+            dp = dot_rows(do, v, INPUT_PRECISION)
             kept = None
             if seed_ptr is not None:
                 kept = keep_factor(seed_ptr, threshold, keep_scale, batch, head, i, j, ACC_DTYPE)

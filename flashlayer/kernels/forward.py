@@ -11,19 +11,23 @@ import triton.language as tl
 from flashlayer.kernels.primitives import (
     LOG2E,
     diagonal_offset,
+    divided,
     dot_into,
+    dot_rows,
     head_pointer,
     in_band,
     keep_factor,
     key_bounds,
     key_tile_edges,
     load_bias,
-    load_tile,
+    load_tiles,
     log2_ratio,
     modify_scores,
     program_coordinates,
+    scaled,
     sequence,
-    store_tile,
+    store_tiles,
+    zero_tiles,
 )
 
 
@@ -48,7 +52,7 @@ def online_softmax_update(
     l_i = l_i * rescale + tl.sum(p, 1)
     if kept is not None:
         p = p * kept
-    acc = dot_into(acc * rescale[:, None], p.to(v.dtype), v, INPUT_PRECISION)
+    acc = dot_into(scaled(acc, rescale[:, None]), p.to(v[0].dtype), v, INPUT_PRECISION)
     return m_new, l_i, acc
 
 
@@ -100,7 +104,7 @@ def forward_kernel(
     Shapes: q ``(B, heads, seqlen_q, HEAD_DIM)``, k and v ``(B, heads // group, seqlen_k, ...)``,
     o ``(B, heads, seqlen_q, VALUE_DIM)``, each with its four strides; lse ``(B, heads, seqlen_q)``
     contiguous, whose dtype is the one of the accumulation. ``num_blocks`` counts the blocks of the
-    longest sequence. ``BLOCK_D`` and ``BLOCK_DV`` are the head dimensions padded to a power of two.
+    longest sequence. ``BLOCK_D`` and ``BLOCK_DV``: widths of the head dimensions' column tiles.
     The scores are ``SCALE_SIGN * scale * q k^T`` with ``scale > 0``: the sign (1, -1, 0) goes into
     q, where it is exact, so that the factor after the maximum is always positive.
 
@@ -135,9 +139,9 @@ def forward_kernel(
     q_stop = tl.minimum(q_start + BLOCK_M, q_length)
     rows = q_start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     valid = rows < q_length
-    q = load_tile(q_ptr, q_strides, rows, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    q = load_tiles(q_ptr, q_strides, rows, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     if SCALE_SIGN != 1:
-        q = (q * SCALE_SIGN).to(q.dtype)
+        q = scaled(q, SCALE_SIGN)
     scale = tl.full((), scale, ACC_DTYPE)
     cap = tl.full((), softcap, ACC_DTYPE) if SOFTCAP else None
     slope = None
@@ -148,7 +152,7 @@ def forward_kernel(
 
     m_i = tl.full((BLOCK_M,), float("-inf"), ACC_DTYPE)
     l_i = tl.zeros((BLOCK_M,), ACC_DTYPE)
-    acc = tl.zeros((BLOCK_M, BLOCK_DV), ACC_DTYPE)
+    acc = zero_tiles(BLOCK_M, BLOCK_DV, ACC_DTYPE)
     if sinks_ptr is not None:  # one more key, whose score is the sink and whose value is 0
         sink = tl.load(sinks_ptr + head).to(ACC_DTYPE)
         m_i = tl.zeros((BLOCK_M,), ACC_DTYPE) + sink
@@ -169,13 +173,13 @@ def forward_kernel(
                     # What the mask hides from all these queries may hold NaN.
                     attended = tl.max(bias, 0) > float("-inf")
                     seen = attended if part == 1 else attended & (columns < edges[3])
-                k = load_tile(k_ptr, k_strides, columns, seen, HEAD_DIM, BLOCK_D)
-                scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+                k = load_tiles(k_ptr, k_strides, columns, seen, HEAD_DIM, BLOCK_D)
+                scores = dot_rows(q, k, INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
                 x, _ = modify_scores(scores, scale, cap, slope, bias, i + diagonal - j)
                 if part != 1:
                     visible = in_band(i, j, diagonal, window_left, window_right, k_length)
                     x = tl.where(visible, x, float("-inf"))
-                v = load_tile(v_ptr, v_strides, columns, seen, VALUE_DIM, BLOCK_DV)
+                v = load_tiles(v_ptr, v_strides, columns, seen, VALUE_DIM, BLOCK_DV)
                 kept = None
                 if seed_ptr is not None:
                     kept = keep_factor(
@@ -187,6 +191,7 @@ def forward_kernel(
 
     # A row that saw no key has m_i = -inf and l_i = 0: o = 0 / 1 and lse = -inf + log(1).
     l_i = tl.where(l_i == 0.0, 1.0, l_i)
-    store_tile(o_ptr, o_strides, rows, valid, acc / l_i[:, None], VALUE_DIM, BLOCK_DV)
+    o = divided(acc, l_i[:, None])
+    store_tiles(o_ptr, o_strides, rows, valid, o, VALUE_DIM, BLOCK_DV)
     lse_ptr += (entry * heads + head).to(tl.int64) * seqlen_q + q_begin
     tl.store(lse_ptr + rows, m_i + tl.log(l_i), mask=valid)

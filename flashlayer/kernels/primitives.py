@@ -8,6 +8,10 @@ block, and for a whole vector of positions. An unbounded side of the window is `
 Triton compiles away.
 
 Addresses. A stride is only ever multiplied by a 64-bit index.
+
+Column tiles. A tile's sides are powers of two, a head dimension is any number. It is covered by one
+or two *column tiles* whose widths ``BLOCK_D`` lists: 96 = 64 + 32 instead of a padded 128. Rows of
+q, k, v and of the accumulators are tuples of them, and only the functions here look inside.
 """
 
 import math
@@ -80,9 +84,13 @@ def query_tile_edges(bounds):
 
 
 @triton.jit
-def in_band(i, j, offset, left, right, seqlen_k):
-    """Whether query ``i`` sees key ``j``; two index tensors that broadcast to a tile."""
-    start, stop = visible_interval(i, offset, left, right, seqlen_k)
+def in_band(i, j, offset, left, right, length):
+    """Whether query ``i`` sees key ``j``; two index tensors that broadcast to a tile.
+
+    As :func:`visible_interval` also for key ``i`` and query ``j``, with ``-offset, right, left``;
+    ``length`` is that of ``j``'s sequence.
+    """
+    start, stop = visible_interval(i, offset, left, right, length)
     visible = j < stop
     if left is not None:
         visible &= j >= start
@@ -189,9 +197,62 @@ def keep_factor(seed_ptr, threshold, keep_scale, batch, head, i, j, DTYPE: tl.co
 
 
 @triton.jit
+def zero_tiles(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr):
+    """Column tiles of zeros: one ``[BLOCK_M, width]`` for each width of ``BLOCK_D``."""
+    tiles = ()
+    for part in tl.static_range(len(BLOCK_D)):
+        tiles += (tl.full((BLOCK_M, BLOCK_D[part]), 0.0, DTYPE),)
+    return tiles
+
+
+@triton.jit
+def scaled(tiles, factor):
+    """Column tiles times a factor that broadcasts, each in its own dtype."""
+    products = ()
+    for part in tl.static_range(len(tiles)):
+        products += ((tiles[part] * factor).to(tiles[part].dtype),)
+    return products
+
+
+@triton.jit
+def divided(tiles, divisor):
+    """Column tiles over a divisor that broadcasts."""
+    quotients = ()
+    for part in tl.static_range(len(tiles)):
+        quotients += (tiles[part] / divisor,)
+    return quotients
+
+
+@triton.jit
+def dot_rows(a, b, INPUT_PRECISION: tl.constexpr):
+    """``a b^T`` over the head dimension, whose column tiles add up."""
+    product = tl.dot(a[0], tl.trans(b[0]), input_precision=INPUT_PRECISION)
+    for part in tl.static_range(1, len(a)):
+        product = tl.dot(
+            a[part],
+            tl.trans(b[part]),
+            product,
+            input_precision=INPUT_PRECISION,
+            out_dtype=product.dtype,
+        )
+    return product
+
+
+@triton.jit
 def dot_into(acc, a, b, INPUT_PRECISION: tl.constexpr):
-    """``acc + a b`` in the accumulator's dtype."""
-    return tl.dot(a, b, acc, input_precision=INPUT_PRECISION, out_dtype=acc.dtype)
+    """``acc + a b`` in the accumulator's dtype: a tile times column tiles."""
+    sums = ()
+    for part in tl.static_range(len(b)):
+        sums += (
+            tl.dot(
+                a,
+                b[part],
+                acc[part],
+                input_precision=INPUT_PRECISION,
+                out_dtype=acc[part].dtype,
+            ),
+        )
+    return sums
 
 
 @triton.jit
@@ -210,19 +271,19 @@ def head_pointer(ptr, strides, batch, head, row):
 
 
 @triton.jit
-def tile_pointers(ptr, strides, rows, BLOCK_D: tl.constexpr):
-    """Pointers ``[rows, BLOCK_D]`` into one head."""
-    columns = tl.arange(0, BLOCK_D).to(tl.int64)
+def tile_pointers(ptr, strides, rows, first, WIDTH: tl.constexpr):
+    """Pointers ``[rows, WIDTH]`` into one head, from column ``first`` on."""
+    columns = (first + tl.arange(0, WIDTH)).to(tl.int64)
     return ptr + rows.to(tl.int64)[:, None] * strides[2] + columns[None, :] * strides[3]
 
 
 @triton.jit
-def tile_mask(valid_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def tile_mask(valid_rows, columns: tl.constexpr, WIDTH: tl.constexpr):
     """Which elements of a tile exist, None if all do; ``valid_rows`` is one bool a row or None."""
-    valid_columns = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]  # [1, BLOCK_D]
-    if HEAD_DIM < BLOCK_D and valid_rows is not None:
+    valid_columns = (tl.arange(0, WIDTH) < columns)[None, :]  # [1, WIDTH]
+    if columns < WIDTH and valid_rows is not None:
         mask = valid_rows[:, None] & valid_columns
-    elif HEAD_DIM < BLOCK_D:
+    elif columns < WIDTH:
         mask = valid_columns
     elif valid_rows is not None:
         mask = valid_rows[:, None]
@@ -232,22 +293,29 @@ def tile_mask(valid_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_tile(ptr, strides, rows, valid_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load rows of one head ``[rows, BLOCK_D]``; 0 in rows not valid and in columns past HEAD_DIM.
+def load_tiles(ptr, strides, rows, valid_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load rows of one head in column tiles; 0 in rows not valid and in columns past HEAD_DIM.
 
     ``valid_rows`` is one bool a row, or None when all of them are valid.
     """
-    mask = tile_mask(valid_rows, HEAD_DIM, BLOCK_D)
-    other = None if mask is None else 0.0
-    return tl.load(tile_pointers(ptr, strides, rows, BLOCK_D), mask=mask, other=other)
+    tiles = ()
+    for part in tl.static_range(len(BLOCK_D)):
+        mask = tile_mask(valid_rows, HEAD_DIM - part * BLOCK_D[0], BLOCK_D[part])
+        other = None if mask is None else 0.0
+        pointers = tile_pointers(ptr, strides, rows, part * BLOCK_D[0], BLOCK_D[part])
+        tiles += (tl.load(pointers, mask=mask, other=other),)
+    return tiles
 
 
 @triton.jit
-def store_tile(ptr, strides, rows, valid_rows, tile, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Store the valid rows of a tile in the tensor's own dtype."""
-    mask = tile_mask(valid_rows, HEAD_DIM, BLOCK_D)
-    pointers = tile_pointers(ptr, strides, rows, BLOCK_D)
-    tl.store(pointers, tile.to(ptr.dtype.element_ty), mask=mask)
+def store_tiles(
+    ptr, strides, rows, valid_rows, tiles, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Store the valid rows of column tiles in the tensor's own dtype."""
+    for part in tl.static_range(len(BLOCK_D)):
+        mask = tile_mask(valid_rows, HEAD_DIM - part * BLOCK_D[0], BLOCK_D[part])
+        pointers = tile_pointers(ptr, strides, rows, part * BLOCK_D[0], BLOCK_D[part])
+        tl.store(pointers, tiles[part].to(ptr.dtype.element_ty), mask=mask)
 
 
 # Whether TRITON_INTERPRET=1 was set when these kernels were defined, and when Triton's own were.

@@ -11,7 +11,7 @@ The tiles that are streamed past them live in shared memory, ``num_stages`` of e
 no tensor core to run on and keeps whole rows of both operands in registers: its tiles are small.
 """
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages) for padded head dimensions up to 64, to 128 and to 256.
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) for head dimensions up to 64, to 128 and to 256.
 _HALF = {
     "sm_80": {  # also sm_86, sm_89 and sm_120, which have 101376 bytes: every row fits them
         "forward": ((128, 64, 4, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
@@ -65,29 +65,40 @@ def nearest_target(capability: tuple[int, int]) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(capability[0], "sm_80")
 
 
-def tile_config(kernel: str, target: str, dtype: str, block_d: int) -> dict[str, int]:
+def tile_config(kernel: str, target: str, dtype: str, head_dim: int) -> dict[str, int]:
     """Tile sizes and launch options of one kernel.
 
     Args:
         kernel: ``"forward"``, ``"delta"``, ``"dkdv"`` or ``"dq"``.
         target: ``"sm_80"``, ``"sm_90"``, ``"sm_100"``, ``"gfx942"`` or ``"interpreter"``.
         dtype: ``"half"`` (fp16, bf16), ``"fp32"``, ``"tf32"`` (fp32 with TF32 allowed), ``"fp64"``.
-        block_d: the larger of the two padded head dimensions, 16 to 256.
+        head_dim: the larger of the two head dimensions, 1 to 256.
 
     Returns:
         ``BLOCK_M``, ``BLOCK_N``, ``num_warps`` and ``num_stages``, as a kernel launch takes them
         (delta has no keys, so no ``BLOCK_N``).
     """
     if kernel == "delta":  # streams o and do once, in rows that 4 warps hold in registers
-        return {"BLOCK_M": 4096 // block_d, "num_warps": 4, "num_stages": 1}
+        columns = 1 << (sum(head_tiles(head_dim)) - 1).bit_length()
+        return {"BLOCK_M": 4096 // columns, "num_warps": 4, "num_stages": 1}
     if target == "interpreter":
         sizes = _INTERPRETER[kernel]
     else:
         rows = _HALF[target] if dtype == "half" else _WIDE[dtype]
-        sizes = rows[kernel][0 if block_d <= 64 else 1 if block_d <= 128 else 2]
+        sizes = rows[kernel][0 if head_dim <= 64 else 1 if head_dim <= 128 else 2]
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes, strict=True))
 
 
-def padded(head_dim: int) -> int:
-    """The power of two, at least 16, that a head dimension is padded to."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+def head_tiles(head_dim: int) -> tuple[int, ...]:
+    """Widths of the column tiles that cover a head dimension: one power of two from 16 up, or two.
+
+    The second one is there where it saves columns: 96 is 64 + 32 and not 128, 40 is 32 + 16.
+    """
+    whole = _power_of_two(head_dim)
+    rest = _power_of_two(head_dim - whole // 2)
+    return (whole // 2, rest) if whole // 2 + rest < whole else (whole,)
+
+
+def _power_of_two(columns: int) -> int:
+    """The least one that holds so many columns and that a matrix product takes: from 16 up."""
+    return max(16, 1 << max(columns - 1, 0).bit_length())
