@@ -51,6 +51,7 @@ CASES = (
     Case("head_dim_96", head_dim=96, options={"causal": True}),
     Case("head_dim_111", head_dim=111),
     Case("head_dim_256", head_dim=256, seqlen_q=33, seqlen_k=65, options={"causal": True}),
+    Case("head_dim_512", head_dim=512, seqlen_q=17, seqlen_k=33, options={"causal": True}),
     Case("one_query", seqlen_q=1, seqlen_k=129, options={"causal": True}),
     Case("window", seqlen_q=129, seqlen_k=129, options={"window_size": (16, 0)}),
     Case("window_both_sides", seqlen_k=127, options={"window_size": (5, 9)}),

@@ -16,11 +16,12 @@ from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, flatten, un
 
 name = "triton"
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
+MAX_WIDE_HEAD_DIM = 256  # fp32 and fp64, whose tiles take two and four times the room
 
 
 def refuses(problem: Problem) -> str | None:
-    """A reason for everything but head dimensions up to 256 on a GPU or in the interpreter."""
+    """A reason for all that is not on a GPU or in the interpreter, or has no room on the chip."""
     q, _, v, _, _ = problem
     widest = max(q.shape[-1], v.shape[-1])
     if widest > MAX_HEAD_DIM:
@@ -39,6 +40,11 @@ def refuses(problem: Problem) -> str | None:
         return (
             "on the CPU its kernels run in Triton's interpreter only: "
             "set the environment variable TRITON_INTERPRET=1 before Python starts"
+        )
+    if q.dtype in (torch.float32, torch.float64) and widest > MAX_WIDE_HEAD_DIM:
+        return (
+            f"tiles of {q.dtype} have no room on a chip past a head dimension of "
+            f"{MAX_WIDE_HEAD_DIM}, got {widest}"
         )
     if torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(q.device)

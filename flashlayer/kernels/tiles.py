@@ -1,8 +1,9 @@
 """The tile table: how much of the problem one program holds, chosen by looking it up.
 
-Every row was picked from compiled code (``python -m benchmarks.codegen``): it fits the chip's
-shared memory, and in fp16 and bf16, with head dimensions 64, 128 and 256, it neither spills nor
-makes ``ptxas`` serialize the tensor cores. There is no autotuning: the same call always runs the
+Every row was picked from compiled code (``python -m benchmarks codegen``): it fits the chip's
+shared memory, and in fp16 and bf16 it neither spills nor makes ``ptxas`` serialize the tensor
+cores; a few head dimensions that need a column mask or lie between 128 and 256 spill under 150
+bytes. There is no autotuning: the same call always runs the
 same kernel.
 
 Two things bound a tile. The accumulators live in registers (forward ``BLOCK_M x Dv``, dQ
@@ -11,45 +12,107 @@ The tiles that are streamed past them live in shared memory, ``num_stages`` of e
 no tensor core to run on and keeps whole rows of both operands in registers: its tiles are small.
 """
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages) for head dimensions up to 64, to 128 and to 256.
+# The widest head dimension a row is for: (BLOCK_M, BLOCK_N, num_warps, num_stages).
 _HALF = {
     "sm_80": {  # also sm_86, sm_89 and sm_120, which have 101376 bytes: every row fits them
-        "forward": ((128, 64, 4, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
-        "dkdv": ((64, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
-        "dq": ((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+        "forward": {
+            48: (128, 64, 8, 2),
+            64: (128, 64, 4, 3),
+            128: (128, 64, 8, 2),
+            192: (64, 32, 8, 1),
+            256: (64, 32, 8, 2),
+            512: (32, 32, 8, 1),
+        },
+        "dkdv": {
+            64: (64, 128, 8, 2),
+            96: (32, 128, 8, 2),
+            128: (32, 64, 8, 2),
+            192: (16, 32, 8, 1),
+            256: (32, 32, 8, 1),
+            512: (16, 16, 8, 1),
+        },
+        "dq": {
+            64: (64, 64, 4, 2),
+            96: (64, 32, 4, 2),
+            128: (64, 64, 8, 2),
+            192: (32, 32, 8, 2),
+            256: (64, 32, 8, 1),
+            512: (16, 16, 8, 1),
+        },
     },
     "sm_90": {
-        "forward": ((128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
-        "dkdv": ((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
-        "dq": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
+        "forward": {
+            64: (128, 64, 8, 3),
+            128: (128, 128, 8, 2),
+            256: (128, 64, 8, 2),
+            512: (32, 32, 8, 1),
+        },
+        "dkdv": {
+            128: (64, 128, 8, 2),
+            256: (32, 64, 8, 2),
+            512: (32, 16, 8, 1),
+        },
+        "dq": {
+            64: (128, 64, 8, 3),
+            128: (128, 64, 8, 2),
+            192: (128, 32, 8, 2),
+            256: (64, 32, 8, 2),
+            512: (32, 32, 8, 1),
+        },
     },
     "sm_100": {
-        "forward": ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
-        "dkdv": ((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
-        "dq": ((128, 64, 8, 3), (128, 64, 4, 2), (64, 32, 8, 2)),
+        "forward": {
+            64: (128, 128, 8, 3),
+            128: (128, 128, 8, 2),
+            256: (128, 64, 8, 2),
+            512: (32, 32, 8, 1),
+        },
+        "dkdv": {128: (64, 128, 8, 2), 256: (32, 64, 8, 2), 512: (32, 16, 8, 1)},
+        "dq": {
+            64: (128, 64, 8, 3),
+            128: (128, 64, 4, 2),
+            256: (64, 32, 8, 2),
+            512: (32, 32, 8, 1),
+        },
     },
     "gfx942": {
-        "forward": ((128, 64, 4, 2), (128, 32, 4, 2), (64, 16, 4, 1)),
-        "dkdv": ((32, 64, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1)),
-        "dq": ((64, 64, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
+        "forward": {
+            64: (128, 64, 4, 2),
+            128: (128, 32, 4, 2),
+            192: (64, 32, 4, 1),
+            256: (64, 16, 4, 1),
+            512: (32, 16, 4, 1),
+        },
+        "dkdv": {
+            64: (32, 64, 4, 1),
+            128: (32, 32, 4, 1),
+            256: (16, 32, 4, 1),
+            512: (16, 16, 4, 1),
+        },
+        "dq": {
+            64: (64, 64, 4, 1),
+            128: (64, 32, 4, 1),
+            256: (32, 16, 4, 1),
+            512: (16, 16, 4, 1),
+        },
     },
 }
-# Wider types: one row serves all chips.
+# Wider types, up to 256: one row serves all chips.
 _WIDE = {
     "tf32": {
-        "forward": ((64, 64, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
-        "dkdv": ((32, 64, 8, 2), (32, 32, 8, 1), (16, 16, 8, 1)),
-        "dq": ((64, 32, 8, 2), (32, 32, 8, 1), (16, 16, 8, 1)),
+        "forward": {64: (64, 64, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
+        "dkdv": {64: (32, 64, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+        "dq": {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
     },
     "fp32": {
-        "forward": ((64, 32, 8, 1), (64, 16, 8, 1), (32, 16, 8, 1)),
-        "dkdv": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-        "dq": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        "forward": {64: (64, 32, 8, 1), 128: (64, 16, 8, 1), 256: (32, 16, 8, 1)},
+        "dkdv": {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 32, 8, 1)},
+        "dq": {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     },
     "fp64": {
-        "forward": ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-        "dkdv": ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-        "dq": ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        "forward": {64: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
+        "dkdv": {64: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
+        "dq": {64: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
     },
 }
 # Small and not square, so that small tests cross many tile edges.
@@ -72,7 +135,7 @@ def tile_config(kernel: str, target: str, dtype: str, head_dim: int) -> dict[str
         kernel: ``"forward"``, ``"delta"``, ``"dkdv"`` or ``"dq"``.
         target: ``"sm_80"``, ``"sm_90"``, ``"sm_100"``, ``"gfx942"`` or ``"interpreter"``.
         dtype: ``"half"`` (fp16, bf16), ``"fp32"``, ``"tf32"`` (fp32 with TF32 allowed), ``"fp64"``.
-        head_dim: the larger of the two head dimensions, 1 to 256.
+        head_dim: the larger of the two head dimensions, 1 to 512 in half precision, else to 256.
 
     Returns:
         ``BLOCK_M``, ``BLOCK_N``, ``num_warps`` and ``num_stages``, as a kernel launch takes them
@@ -84,8 +147,8 @@ def tile_config(kernel: str, target: str, dtype: str, head_dim: int) -> dict[str
     if target == "interpreter":
         sizes = _INTERPRETER[kernel]
     else:
-        rows = _HALF[target] if dtype == "half" else _WIDE[dtype]
-        sizes = rows[kernel][0 if head_dim <= 64 else 1 if head_dim <= 128 else 2]
+        rows = (_HALF[target] if dtype == "half" else _WIDE[dtype])[kernel]
+        sizes = rows[min(widest for widest in rows if widest >= head_dim)]
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes, strict=True))
 
 

@@ -40,7 +40,10 @@ def test_geometry(seqlen_q: int, seqlen_k: int, spec: AttentionSpec, dtype: torc
 
 @pytest.mark.parametrize(
     ("head_dim", "value_dim"),
-    [(1, 1), (40, 40), (59, 59), (96, 96), (111, 111), (256, 256), (64, 17), (17, 64), (80, 1)],
+    [
+        *((1, 1), (40, 40), (59, 59), (96, 96), (111, 111), (144, 144), (192, 192), (256, 256)),
+        *((64, 17), (17, 64), (80, 1), (96, 40), (300, 512)),
+    ],
 )
 def test_head_dims(head_dim: int, value_dim: int) -> None:
     x = draw(seqlen_q=33, seqlen_k=65, head_dim=head_dim, value_dim=value_dim)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flashlayer import flash_attention
 from flashlayer.spec import AttentionSpec
 from tests.kernels.reference import assert_accurate, draw, run_kernels
 
@@ -28,7 +29,8 @@ def test_real_sizes(spec: str, seqlen: int, head_dim: int, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    ("head_dim", "value_dim"), [(16, 16), (32, 32), (40, 59), (80, 80), (96, 128), (256, 256)]
+    ("head_dim", "value_dim"),
+    [(16, 16), (32, 32), (40, 59), (80, 80), (96, 128), (192, 192), (256, 256)],
 )
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_head_dims_and_groups(
@@ -39,8 +41,17 @@ def test_head_dims_and_groups(
     assert_accurate(x, SPECS["band"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [320, 512])
+def test_widest_heads(head_dim: int, dtype: torch.dtype) -> None:
+    x = draw(2, 4, 2, 257, 300, head_dim, dtype=dtype)
+    assert_accurate(x, SPECS["causal"])
+    with pytest.raises(ValueError, match="no room on a chip"):
+        flash_attention(*(t.float() for t in x[:3]), backend="triton")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 96, 128, 256])
 def test_runs_are_bitwise_equal(head_dim: int, dtype: torch.dtype) -> None:
     """Also a guard against miscompiled wgmma, whose results change from run to run."""
     x = draw(2, 16, 4, seqlen_q=1025, head_dim=head_dim, dtype=dtype)
