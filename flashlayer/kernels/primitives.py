@@ -267,7 +267,8 @@ def program_coordinates(num_blocks, heads):
 def head_pointer(ptr, strides, batch, head, row):
     """Pointer to column 0 of a row of one head of a ``(B, H, S, D)`` tensor."""
     ptr += batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
-    return ptr + tl.to_tensor(row).to(tl.int64) * strides[2]
+    row = tl.full((), 0, tl.int64) + row  # a 64-bit tensor also where it comes as a number
+    return ptr + row * strides[2]
 
 
 @triton.jit
