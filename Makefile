@@ -26,7 +26,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/pyright
 
 bench: $(VENV)/.installed
-	$(RUN) -m benchmarks.codegen
+	$(RUN) -m benchmarks codegen
 
 # The stamp is written last: an install that was interrupted starts again.
 $(VENV)/.installed: pyproject.toml constraints.txt

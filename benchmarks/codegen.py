@@ -1,24 +1,34 @@
 """The compile ledger: what every kernel becomes on every chip, on a machine that has none of them.
 
-    python -m benchmarks.codegen --out benchmarks/results/codegen/triton-3.7.1.json
+    python -m benchmarks codegen --out benchmarks/results
 
-Each kernel is compiled ahead of time exactly as the backend would launch it: the launch itself is
-recorded (arguments, specialised strides, tile sizes), not written down a second time. The ledger
-holds registers, spills, shared memory against the chip's limit, tensor-core instructions, and
-whether ptxas serialized them.
+Each kernel is compiled ahead of time exactly as the backend would launch it: the backend runs on
+tensors without memory, its launches are recorded instead of made, and Triton's own JIT specialises
+and compiles them for a chip that is only named. From the machine code come registers, spills,
+shared memory, the blocks an SM holds, the tensor-core instructions, and the hot loop
+(:mod:`benchmarks.machine_code`) with the share of peak it can reach (:mod:`benchmarks.chips`).
+
+The second part compares each kernel with every option off to its twin from whose source the options
+have been taken out (:mod:`benchmarks.strip`).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import itertools
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -26,13 +36,15 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
+from benchmarks import chips, machine_code
+from benchmarks.strip import stripped
 from flashlayer.backends import triton as backend
-from flashlayer.kernels import backward as backward_kernels
-from flashlayer.kernels import forward as forward_kernels
+from flashlayer.kernels.primitives import INTERPRETED
 from flashlayer.spec import AttentionExtras, AttentionSpec
 
 TARGETS = {
@@ -41,36 +53,43 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes
 DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
-POINTER_TYPES = DTYPES | {"u8": torch.uint8, "i32": torch.int32, "i64": torch.int64}
-MASKS = {"full": (None, None), "causal": (None, 0), "window": (1023, 0)}  # (left, right)
-HEAD_DIMS = (64, 128, 256)
-TENSOR_CORE = {
-    "wgmma": r"wgmma\.mma_async",
-    "tcgen05": r"tcgen05\.mma",
-    "mma": r"\bmma\.sync",
-    "mfma": r"v_mfma",
-}
+MASKS = {"full": (None, None), "causal": (None, 0)}  # (left, right)
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 BATCH, HEADS, SEQLEN = 4, 16, 4096
+WINDOW = 1023
+SAME = 0.01  # how far a kernel with its options off may be from one without them
+
+# Where each option is compiled on its own, unless --options or --full say otherwise.
+OPTIONS_TARGET, OPTIONS_DTYPE, OPTIONS_HEAD_DIMS = "sm_90", "bf16", (64, 128)
+# Names that only the options' code uses.
+OPTION_NAMES = re.compile(
+    r"softcap|slope|alibi|bias|sink|seed|dropout|threshold|keep_|cu_seqlens|philox|tanh"
+    r"|mask_(ptr|strides|head)",
+    re.IGNORECASE,
+)
 
 
-def _plain(spec: AttentionSpec, q: Tensor) -> tuple[AttentionSpec, AttentionExtras]:
-    return spec, AttentionExtras()
+def _window(spec: AttentionSpec) -> AttentionSpec:
+    right = WINDOW if spec.window_right is None else spec.window_right
+    return replace(spec, window_left=WINDOW, window_right=right)
 
 
-def _everything(spec: AttentionSpec, q: Tensor) -> tuple[AttentionSpec, AttentionExtras]:
-    return replace(spec, softcap=30.0, dropout_p=0.1), AttentionExtras(
-        attn_mask=q.new_empty(BATCH, 1, SEQLEN, SEQLEN),
-        alibi_slopes=q.new_empty(1, HEADS, dtype=torch.float32),
-        sinks=q.new_empty(HEADS),
-        dropout_seed=q.new_empty((), dtype=torch.int64),
-    )
+def _mask(q: Tensor) -> Tensor:
+    return q.new_empty(BATCH, 1, SEQLEN, SEQLEN).requires_grad_()
+
+
+def _slopes(q: Tensor) -> Tensor:
+    return q.new_empty(1, HEADS, dtype=torch.float32)
+
+
+def _seed(q: Tensor) -> Tensor:
+    return q.new_empty((), dtype=torch.int64)
 
 
 def _packed(spec: AttentionSpec, q: Tensor) -> tuple[AttentionSpec, AttentionExtras]:
@@ -80,7 +99,40 @@ def _packed(spec: AttentionSpec, q: Tensor) -> tuple[AttentionSpec, AttentionExt
     )
 
 
-OPTIONS = {"none": _plain, "all": _everything, "packed": _packed}
+def _everything(spec: AttentionSpec, q: Tensor) -> tuple[AttentionSpec, AttentionExtras]:
+    return replace(_window(spec), softcap=30.0, dropout_p=0.1), AttentionExtras(
+        attn_mask=_mask(q),
+        alibi_slopes=_slopes(q),
+        sinks=q.new_empty(HEADS),
+        dropout_seed=_seed(q),
+    )
+
+
+OPTIONS: dict[str, Callable[[AttentionSpec, Tensor], tuple[AttentionSpec, AttentionExtras]]] = {
+    "none": lambda spec, q: (spec, AttentionExtras()),
+    "packed": _packed,
+    "window": lambda spec, q: (_window(spec), AttentionExtras()),
+    "mask": lambda spec, q: (spec, AttentionExtras(attn_mask=_mask(q))),
+    "softcap": lambda spec, q: (replace(spec, softcap=30.0), AttentionExtras()),
+    "alibi": lambda spec, q: (spec, AttentionExtras(alibi_slopes=_slopes(q))),
+    "sinks": lambda spec, q: (spec, AttentionExtras(sinks=q.new_empty(HEADS))),
+    "dropout": lambda spec, q: (
+        replace(spec, dropout_p=0.1),
+        AttentionExtras(dropout_seed=_seed(q)),
+    ),
+    "all": _everything,
+}
+
+
+class Case(NamedTuple):
+    """One call of attention, forward and backward."""
+
+    target: str
+    dtype: str
+    head_dim: int
+    mask: str
+    group: int
+    options: str
 
 
 class Launch(NamedTuple):
@@ -90,161 +142,287 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
 
 
-class Recorder:
-    """Stands in for a kernel and notes its launches."""
+class NamedDevice:
+    """Stands in for Triton's driver: a chip that kernels are compiled for, not run on."""
 
-    def __init__(self, kernel: triton.JITFunction, launches: list[Launch]) -> None:
-        self.kernel = kernel
-        self.launches = launches
+    def __init__(self, target: str) -> None:
+        self.target = target
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        """``kernel[grid](...)``: note the arguments, launch nothing."""
-        return lambda **arguments: self.launches.append(Launch(self.kernel, arguments))
+    def get_current_device(self) -> str:
+        """The key under which Triton keeps what it has compiled."""
+        return self.target
+
+    def get_current_stream(self, device: str) -> int:
+        """No stream, as nothing is launched."""
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        """What Triton compiles for."""
+        return TARGETS[self.target]
 
 
-def record_launches(
-    target: str, dtype: torch.dtype, head_dim: int, mask: str, group: int, option: str
-) -> list[Launch]:
-    """What one forward and backward pass launches on ``target``."""
+def record_launches(case: Case) -> list[Launch]:
+    """What one forward and one backward pass launch."""
     launches: list[Launch] = []
-    kernels = (
-        (forward_kernels, "forward_kernel"),
-        (backward_kernels, "delta_kernel"),
-        (backward_kernels, "dkdv_kernel"),
-        (backward_kernels, "dq_kernel"),
-        (backward_kernels, "dmask_kernel"),
-    )
-    q = torch.empty(BATCH, HEADS, SEQLEN, head_dim, dtype=dtype, device="meta")
-    kv = torch.empty(BATCH, HEADS // group, SEQLEN, head_dim, dtype=dtype, device="meta")
-    lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    lse = torch.empty(BATCH, HEADS, SEQLEN, dtype=lse_dtype, device="meta")
-    left, right = MASKS[mask]
-    spec, extras = OPTIONS[option](AttentionSpec(head_dim**-0.5, left, right), q)
-    d_mask = torch.empty(0, device="meta")
-    if extras.attn_mask is not None:
-        d_mask = torch.empty_like(extras.attn_mask)
+
+    def run(self: triton.JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        names = (x.name for x in self.params)
+        launches.append(Launch(self, dict(zip(names, args, strict=False)) | kwargs))
+
+    dtype = DTYPES[case.dtype]
+    q = torch.empty(BATCH, HEADS, SEQLEN, case.head_dim, dtype=dtype, device="meta")
+    if case.options == "packed":
+        q = q.reshape(1, HEADS, BATCH * SEQLEN, case.head_dim)
+    kv = q[:, : HEADS // case.group].contiguous()
+    left, right = MASKS[case.mask]
+    spec, extras = OPTIONS[case.options](AttentionSpec(case.head_dim**-0.5, left, right), q)
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(backend, "_target", return_value=target))
-        for module, name in kernels:
-            recorder = Recorder(getattr(module, name), launches)
-            stack.enter_context(mock.patch.object(module, name, recorder))
-        backend.launch_forward(q, kv, kv, q, lse, spec, extras)
-        wants_d_mask = d_mask.numel() > 0
-        gradients = (q, kv, kv, lse, d_mask)
-        backend.launch_backward(q, None, q, kv, kv, q, lse, *gradients, wants_d_mask, spec, extras)
+        # The operators' own functions: on tensors without memory torch would call their fakes.
+        for name in ("_forward", "_backward"):
+            operator = getattr(backend, name)
+            stack.enter_context(mock.patch.object(backend, name, operator._init_fn))
+        stack.enter_context(mock.patch.object(backend, "_target", return_value=case.target))
+        stack.enter_context(mock.patch.object(backend, "_launching", return_value=nullcontext()))
+        stack.enter_context(mock.patch.object(triton.JITFunction, "run", run))
+        o, lse = backend.forward(q, kv, kv, spec, extras)
+        backend.backward(torch.empty_like(o), None, q, kv, kv, o, lse, spec, extras)
     return launches
 
 
-def as_source(launch: Launch) -> ASTSource:
-    """The launch as the JIT would specialise it: 16-byte alignment and constants in the type."""
-    signature, constants, attributes = {}, {}, {}
-
-    def describe(value: Any, path: tuple[int, ...], parameter: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(
-                describe(item, (*path, index), parameter) for index, item in enumerate(value)
-            )
-        if parameter.is_constexpr or value is None:
-            constants[path] = value
-            return "constexpr"
-        if isinstance(value, Tensor):
-            attributes[path] = [["tt.divisibility", 16]]
-            return "*" + next(name for name, dtype in POINTER_TYPES.items() if dtype == value.dtype)
-        if parameter.annotation_type:
-            return parameter.annotation_type
-        if not parameter.do_not_specialize:
-            if value == 1:
-                constants[path] = 1
-                return "constexpr"
-            if value % 16 == 0:
-                attributes[path] = [["tt.divisibility", 16]]
-        return "i32" if value < 2**31 else "i64"
-
-    for parameter in launch.kernel.params:
-        value = launch.arguments[parameter.name]
-        signature[parameter.name] = describe(value, (parameter.num,), parameter)
-    return ASTSource(launch.kernel, signature, constants, attributes)
+def compile_launch(launch: Launch, target: str) -> tuple[Any, str]:
+    """Triton's compiled kernel and what ``ptxas -v`` said of it (nothing for AMD)."""
+    driver.set_active(NamedDevice(target))
+    # A kernel taken from Triton's cache on disk would come without the log.
+    knobs.compilation.always_compile = True
+    knobs.nvidia.dump_ptxas_log = True
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        compiled = launch.kernel.run(grid=(1,), warmup=True, **launch.arguments)
+    log = _logs.setdefault(compiled.hash, printed.getvalue())
+    return compiled, log
 
 
-def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
-    """Compile one launch and read the machine code's own report."""
-    options = {name: launch.arguments[name] for name in ("num_warps", "num_stages")}
-    compiled = triton.compile(as_source(launch), target=TARGETS[target], options=options)
-    row = {
+_logs: dict[str, str] = {}  # within a process Triton compiles each kernel once
+
+
+@lru_cache(maxsize=1024)
+def disassemble(cubin: bytes) -> machine_code.Code:
+    """The machine code of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(f"nvdisasm: {process.stderr}")
+    return machine_code.parse(process.stdout)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"no {pattern!r} in the compiler's report:\n{text[-2000:]}")
+    return int(found[1])
+
+
+def describe(launch: Launch, target: str, head_dim: int) -> dict[str, Any]:
+    """Compile one launch and read the machine code and the compiler's report."""
+    compiled, log = compile_launch(launch, target)
+    metadata = compiled.metadata
+    row: dict[str, Any] = {
         "kernel": launch.kernel.__name__,
         **{name: launch.arguments.get(name) for name in ("BLOCK_M", "BLOCK_N")},
-        **options,
-        "shared_bytes": compiled.metadata.shared,
-        "shared_limit": SHARED_LIMIT[target],
+        "num_warps": metadata.num_warps,
+        "num_stages": metadata.num_stages,
     }
-    if target.startswith("sm_"):
-        code = compiled.asm["ptx"]
-        row |= ptxas_report(code, TARGETS[target].arch)
-    else:
-        code = compiled.asm["amdgcn"]
-        row |= {
-            "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1]),
-            "spill_bytes": 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code)[1]),
-            "serialized": False,
+    shared = {
+        "shared_bytes": metadata.shared,
+        "shared_limit": chips.SHARED_LIMIT[target],
+    }
+    nothing = dict.fromkeys(
+        ("blocks_per_sm", "limited_by", "instructions", "loop", "products", "peak_share")
+    )
+    if target not in chips.CHIPS:
+        text = compiled.asm["amdgcn"]
+        mfma = len(re.findall(r"^\s*v_mfma", text, flags=re.MULTILINE))
+        return row | {
+            "registers": _number(r"\.vgpr_count:\s+(\d+)", text),
+            "spill_bytes": 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", text),
+            **shared,
+            "tensor_core": {"mfma": mfma} if mfma else {},
+            "serialized": None,
+            **nothing,
         }
-    counts = {name: len(re.findall(pattern, code)) for name, pattern in TENSOR_CORE.items()}
-    row["tensor_core"] = {name: count for name, count in counts.items() if count}
+    code = disassemble(compiled.asm["cubin"])
+    registers = _number(r"Used (\d+) registers", log)
+    tensor_columns = getattr(metadata, "tmem_size", None) or 0
+    resident = chips.residency(
+        target, registers, metadata.shared, metadata.num_warps, tensor_columns
+    )
+    row |= {
+        "registers": registers,
+        "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
+        **shared,
+        "tensor_core": machine_code.tensor_core_kinds(code.instructions),
+        "serialized": "serialized" in log,
+        **nothing,
+        "blocks_per_sm": resident.blocks,
+        "limited_by": resident.limit,
+        "instructions": machine_code.size(code),
+    }
+    loop = machine_code.hot_loop(code)
+    # Warp groups that do different work have loops of their own, which one block's count can't mix.
+    if loop is None or "ttg.warp_specialize" in compiled.asm["ttgir"]:
+        return row
+    row["loop"] = machine_code.count_classes(loop)
+    per_tcgen05 = machine_code.tcgen05_multiply_adds(compiled.asm["ttgir"])
+    macs = machine_code.multiply_adds(loop, metadata.num_warps, per_tcgen05)
+    ffma = sum(x.opcode == "FFMA" for x in loop)
+    if macs and row["BLOCK_N"]:
+        row["products"] = round(
+            sum(macs.values()) / (row["BLOCK_M"] * row["BLOCK_N"] * head_dim), 3
+        )
+    share = chips.peak_share(target, metadata.num_warps, row["loop"], macs, ffma)
+    if share is not None:
+        row["peak_share"] = {
+            "of": "matrix" if macs else "fp32",
+            "no_overlap": round(share.no_overlap, 3),
+            "full_overlap": round(share.full_overlap, 3),
+            "bound": share.bound,
+        }
     return row
 
 
-def ptxas_report(ptx: str, arch: int) -> dict[str, Any]:
-    """``ptxas -v``: registers, spilled bytes (stores plus loads), the serialization warning."""
+def compare_without_options(launch: Launch, target: str) -> dict[str, Any]:
+    """Registers and instructions of a kernel with every option off, and without their code."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={name}", str(source)]
-        process = subprocess.run(
-            [*command, "-o", str(Path(folder, "kernel.cubin"))],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    log = process.stdout + process.stderr
-    return {
-        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
-        "spill_bytes": sum(int(count) for count in re.findall(r"(\d+) bytes spill", log)),
-        "serialized": "serialized" in log,
-    }
+        kernel, arguments, source = stripped(launch.kernel, launch.arguments, Path(folder))
+        if left := OPTION_NAMES.findall(source):
+            raise RuntimeError(f"{launch.kernel.__name__}: options left in the source: {left}")
+        row: dict[str, Any] = {"kernel": launch.kernel.__name__}
+        for version, each in (("off", launch), ("absent", Launch(kernel, arguments))):
+            compiled, log = compile_launch(each, target)
+            row[f"registers_{version}"] = _number(r"Used (\d+) registers", log)
+            code = disassemble(compiled.asm["cubin"])
+            row[f"instructions_{version}"] = machine_code.size(code)
+    row["same"] = all(
+        abs(row[f"{what}_off"] - row[f"{what}_absent"]) <= SAME * row[f"{what}_absent"]
+        for what in ("registers", "instructions")
+    )
+    return row
+
+
+def run_cases(cases: list[Case], parts: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Every row of some cases, by part of the ledger."""
+    results: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
+    for case in cases:
+        for launch in record_launches(case):
+            if "rows" in parts:
+                row = describe(launch, case.target, case.head_dim)
+                results["rows"].append(case._asdict() | row)
+            if "options_off" in parts and compares(case):
+                row = compare_without_options(launch, case.target)
+                results["options_off"].append(case._asdict() | row)
+    return results
+
+
+PARTS = ("rows", "options_off")
+
+
+def compares(case: Case) -> bool:
+    """Whether the case is one that is compared with its twin without options."""
+    return (case.target, case.dtype, case.options) == (OPTIONS_TARGET, OPTIONS_DTYPE, "none") and (
+        case.head_dim in OPTIONS_HEAD_DIMS
+    )
+
+
+def matrix(args: argparse.Namespace) -> Iterator[Case]:
+    """The cases that the command line asks for."""
+    axes = (args.targets, args.dtypes, args.head_dims, args.masks, args.groups, OPTIONS)
+    for case in itertools.starmap(Case, itertools.product(*axes)):
+        if args.options is not None:
+            wanted = case.options in args.options
+        else:
+            wanted = args.full or case.options == "none"
+            if case.mask == "causal" and case.head_dim in OPTIONS_HEAD_DIMS:
+                wanted |= (case.target, case.dtype) == (OPTIONS_TARGET, OPTIONS_DTYPE)
+                wanted |= case.options == "packed" and case.dtype == OPTIONS_DTYPE
+        if "rows" not in args.parts:
+            wanted &= compares(case)
+        if wanted:
+            yield case
+
+
+def write(path: Path, versions: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> None:
+    """``path``.json with one row a line, so that differences stay readable, and ``path``.md."""
+    from benchmarks.codegen_report import markdown
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = [f'"{name}": {json.dumps(value)}' for name, value in versions.items()]
+    for name, rows in results.items():
+        lines = ",\n  ".join(json.dumps(row) for row in rows)
+        parts.append(f'"{name}": [\n  {lines}\n]')
+    path.with_suffix(".json").write_text("{" + ",\n".join(parts) + "}\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(versions, results), encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compile the matrix, print a line a kernel, write the ledger."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="write the ledger here, as JSON")
+    """Compile the matrix, say how far it is, write the ledger."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks codegen", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--out", type=Path, help="folder for codegen.json and codegen.md")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp16", "fp32"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS))
-    parser.add_argument("--masks", nargs="+", choices=MASKS, default=["full", "causal"])
+    parser.add_argument("--masks", nargs="+", choices=MASKS, default=list(MASKS))
     parser.add_argument(
         "--groups", nargs="+", type=int, default=[1], help="query heads per kv head"
     )
-    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=["none"])
-    args = parser.parse_args(argv)
-    if not isinstance(forward_kernels.forward_kernel, triton.JITFunction):
-        parser.error("the kernels are interpreted: unset TRITON_INTERPRET to compile them")
-
-    rows = []
-    matrix = itertools.product(
-        args.targets, args.dtypes, args.head_dims, args.masks, args.groups, args.options
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        choices=OPTIONS,
+        help="these everywhere (default: none everywhere; packed in bf16 at 64 and 128; each "
+        "option on its own, and all of them, on sm_90 in bf16 at 64 and 128, causal)",
     )
-    for target, dtype, head_dim, mask, group, option in matrix:
-        for launch in record_launches(target, DTYPES[dtype], head_dim, mask, group, option):
-            case = {"target": target, "dtype": dtype, "head_dim": head_dim}
-            case |= {"mask": mask, "group": group, "options": option}
-            rows.append(case | compile_launch(launch, target))
-            print(" ".join(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
+    parser.add_argument("--full", action="store_true", help="every option everywhere")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which tables (both)"
+    )
+    parser.add_argument("--options-off", action="store_true", help="short for --parts options_off")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    args = parser.parse_args(argv)
+    if INTERPRETED:
+        parser.error("the kernels are interpreted: unset TRITON_INTERPRET to compile them")
+    if args.options_off:
+        args.parts = ["options_off"]
+
+    # Masks and groups of one shape share kernels (delta has neither): one process compiles them.
+    tasks: dict[tuple[str, ...], list[Case]] = {}
+    for case in matrix(args):
+        key = (case.target, case.dtype, str(case.head_dim), case.options)
+        tasks.setdefault(key, []).append(case)
+    if not tasks:
+        parser.error("nothing to compile")
+    results: dict[str, list[dict[str, Any]]] = {part: [] for part in args.parts}
+    with ExitStack() as stack:
+        run: Callable[..., Iterator[Any]] = map
+        if args.jobs > 1:
+            context = multiprocessing.get_context("spawn")
+            run = stack.enter_context(ProcessPoolExecutor(args.jobs, context)).map
+        finished = run(run_cases, tasks.values(), itertools.repeat(args.parts))
+        for count, (task, rows) in enumerate(zip(tasks, finished, strict=True), start=1):
+            for part in args.parts:
+                results[part] += rows[part]
+            print(f"{count}/{len(tasks)}", *task, flush=True)
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n  ".join(json.dumps(row) for row in rows)  # one row a line: diffs stay readable
-        args.out.write_text(
-            f'{{"triton": "{triton.__version__}", "rows": [\n  {lines}\n]}}\n', encoding="utf-8"
-        )
+        ptxas = {
+            name: get_ptxas(TARGETS[name].arch).version
+            for name in args.targets
+            if name in chips.CHIPS
+        }
+        write(args.out / "codegen", {"triton": triton.__version__, "ptxas": ptxas}, results)
     return 0
 
 

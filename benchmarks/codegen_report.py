@@ -1,0 +1,113 @@
+"""The compile ledger as a page to read."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+HOW_TO_READ = """\
+Written by `python -m benchmarks codegen`; nothing here was run on a GPU.
+
+- **tile**: `BLOCK_M x BLOCK_N`, warps (w) and pipeline stages (s). **regs** a thread; **spill** in
+  bytes of stores plus loads; **shared** in KiB of what one block may have.
+- **blocks/SM**: how many blocks an SM holds at a time, and what keeps the next one out. A lone
+  block of one warp group takes turns between softmax and products; two blocks, or groups, overlap.
+- **tensor core**: kind and number of matrix instructions in the kernel. **instr**: all of them.
+- **hot loop**: instructions of one warp in one trip of the loop over unmasked tiles, by class:
+  MMA / MUFU (exp2) / FMA / ALU (compare, select, integer, conversion) / memory / control (with the
+  uniform datapath, which takes issue slots and no lanes).
+- **products**: multiply-adds of one trip in units of `BLOCK_M * BLOCK_N * D`. The mathematics needs
+  2 in the forward pass, 4 in dK/dV, 3 in dQ; more is padding of the head dimension or unrolling.
+- **share of peak**: what the loop can reach, from no overlap of the matrix unit with the others to
+  full overlap, and the busiest of the others. It is a bound from counts and published rates
+  ([chips.py](../chips.py)), not a forecast: memory, latency and barriers are left out. In fp32 the
+  peak is that of FFMA.
+- `!` marks what no default tile may do with every option off: spill, have its wgmma serialized, or
+  ask for more shared memory than there is.
+"""
+
+
+def _tile(row: dict[str, Any]) -> str:
+    size = "x".join(str(row[name]) for name in ("BLOCK_M", "BLOCK_N") if row[name])
+    return f"{size} w{row['num_warps']} s{row['num_stages']}"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    share = row["peak_share"]
+    spill = f"{row['spill_bytes']} !" if row["spill_bytes"] else "0"
+    shared = f"{row['shared_bytes'] / 1024:.0f} of {row['shared_limit'] / 1024:.0f}"
+    kinds = " ".join(f"{kind} {count}" for kind, count in row["tensor_core"].items())
+    return [
+        str(row["head_dim"]),
+        row["mask"],
+        row["options"] if row["group"] == 1 else f"{row['options']}, group {row['group']}",
+        row["kernel"].removesuffix("_kernel"),
+        _tile(row),
+        str(row["registers"]),
+        spill,
+        shared + (" !" if row["shared_bytes"] > row["shared_limit"] else ""),
+        "" if row["limited_by"] is None else f"{row['blocks_per_sm']} ({row['limited_by']})",
+        kinds + (" serialized !" if row["serialized"] else ""),
+        "" if row["instructions"] is None else str(row["instructions"]),
+        "" if row["loop"] is None else " / ".join(map(str, row["loop"].values())),
+        "" if row["products"] is None else f"{row['products']:.2f}",
+        ""
+        if share is None
+        else f"{share['no_overlap']:.0%} to {share['full_overlap']:.0%}, {share['bound']}",
+    ]
+
+
+COLUMNS = (
+    "D",
+    "mask",
+    "options",
+    "kernel",
+    "tile",
+    "regs",
+    "spill",
+    "shared",
+    "blocks/SM",
+    "tensor core",
+    "instr",
+    "hot loop",
+    "products",
+    "share of peak",
+)
+
+
+def table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def markdown(versions: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> str:
+    """The whole page; delta, which only streams o and do once, is in the JSON alone."""
+    ptxas = ", ".join(f"{target} {version}" for target, version in versions["ptxas"].items())
+    page = [f"# Compile ledger\n\nTriton {versions['triton']}; ptxas: {ptxas}.\n\n{HOW_TO_READ}"]
+    rows = [row for row in results.get("rows", []) if row["kernel"] != "delta_kernel"]
+    for (target, dtype), group in groupby(rows, lambda row: (row["target"], row["dtype"])):
+        page.append(f"## {target}, {dtype}\n\n{table(COLUMNS, [_cells(row) for row in group])}")
+    if compared := results.get("options_off"):
+        columns = ("D", "mask", "kernel", "regs", "regs, absent", "instr", "instr, absent", "same")
+        cells = [
+            [
+                str(row["head_dim"]),
+                row["mask"],
+                row["kernel"].removesuffix("_kernel"),
+                *(
+                    str(row[f"{what}_{version}"])
+                    for what in ("registers", "instructions")
+                    for version in ("off", "absent")
+                ),
+                "yes" if row["same"] else "no !",
+            ]
+            for row in compared
+        ]
+        page.append(
+            "## Options that are off cost nothing\n\n"
+            "Each kernel as it is, every option off, and compiled from a source out of which the "
+            "code of\nthe options was taken (sm_90, bf16). Same: registers and instructions within "
+            f"1 %.\n\n{table(columns, cells)}"
+        )
+    return "\n".join(page)
