@@ -17,7 +17,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 
@@ -59,15 +59,15 @@ class _Fold(ast.NodeTransformer):
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:
         self.generic_visit(node)
-        decides = isinstance(node.op, ast.Or)  # the truth value that settles the whole
+        # A kernel's conditions have no side effects: one operand can settle the whole.
+        decides = isinstance(node.op, ast.Or)
         rest = []
         for operand in node.values:
             value = _value(operand)
             if value is _UNKNOWN:
                 rest.append(operand)
             elif bool(value) == decides:
-                rest.append(ast.Constant(decides))
-                break
+                return ast.Constant(decides)
         if not rest:
             return ast.Constant(not decides)
         return rest[0] if len(rest) == 1 else ast.BoolOp(node.op, rest)
@@ -213,6 +213,35 @@ class _Stripper:
             node.keywords = [ast.keyword(x.arg, given[x.arg]) for x in stripped.args.args]
 
 
+class Source(NamedTuple):
+    """A kernel's source with its helpers', and what it takes from where it was written."""
+
+    name: str
+    text: str
+    globals: dict[str, Any]
+
+
+def strip_source(kernel: triton.JITFunction, arguments: Mapping[str, Any]) -> Source:
+    """The source of a kernel without the code of the options that ``arguments`` leave off.
+
+    Raises:
+        ValueError: If the name of a parameter that is gone is left anywhere in the source.
+        NotImplementedError: If the source does what this module does not understand.
+    """
+    values = {x.name: arguments[x.name] for x in kernel.params}
+    off = {name: x for name, x in values.items() if x is None or x is False}
+    stripper = _Stripper()
+    function = stripper.strip(kernel, off)
+    module = ast.Module([*stripper.functions.values()], type_ignores=[])
+    text = ast.unparse(ast.fix_missing_locations(module))
+    names = {x.id for x in ast.walk(module) if isinstance(x, ast.Name)}
+    names |= {x.arg for x in ast.walk(module) if isinstance(x, ast.arg | ast.keyword) and x.arg}
+    gone = values.keys() - {x.arg for x in function.args.args}
+    if left := names & (gone | off.keys()):
+        raise ValueError(f"{kernel.__name__} still knows {sorted(left)}")
+    return Source(function.name, text, stripper.globals)
+
+
 def stripped(
     kernel: triton.JITFunction, arguments: Mapping[str, Any], folder: Path
 ) -> tuple[triton.JITFunction, dict[str, Any], str]:
@@ -224,33 +253,21 @@ def stripped(
         folder: where to write the module of the stripped source, which Triton reads back.
 
     Returns:
-        The stripped kernel, the arguments that it still has, and its source with its helpers'.
+        The stripped kernel, the arguments that it still has, and its source.
 
     Raises:
-        ValueError: If the name of a parameter that is gone is left anywhere in the source.
-        NotImplementedError: If the source does what this module does not understand.
+        ValueError, NotImplementedError: As :func:`strip_source`.
     """
-    values = {x.name: arguments[x.name] for x in kernel.params}
-    off = {name: x for name, x in values.items() if x is None or x is False}
-    stripper = _Stripper()
-    function = stripper.strip(kernel, off)
-    module = ast.Module([*stripper.functions.values()], type_ignores=[])
-    source = ast.unparse(ast.fix_missing_locations(module))
-    names = {x.id for x in ast.walk(module) if isinstance(x, ast.Name)}
-    names |= {x.arg for x in ast.walk(module) if isinstance(x, ast.arg | ast.keyword) and x.arg}
-    gone = values.keys() - {x.arg for x in function.args.args}
-    if left := names & (gone | off.keys()):
-        raise ValueError(f"{kernel.__name__} still knows {sorted(left)}")
-
-    path = folder / f"{function.name}_stripped.py"
-    path.write_text(f"{source}\n", encoding="utf-8")
+    source = strip_source(kernel, arguments)
+    path = folder / f"{source.name}_stripped.py"
+    path.write_text(f"{source.text}\n", encoding="utf-8")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
-    vars(loaded).update(stripper.globals)
+    vars(loaded).update(source.globals)
     spec.loader.exec_module(loaded)
-    result = getattr(loaded, function.name)
+    result = getattr(loaded, source.name)
     launch_options = arguments.keys() - {x.name for x in kernel.params}
     wanted = launch_options | {x.name for x in result.params}
-    return result, {k: v for k, v in arguments.items() if k in wanted}, source
+    return result, {k: v for k, v in arguments.items() if k in wanted}, source.text

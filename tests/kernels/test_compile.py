@@ -1,5 +1,6 @@
 """What the kernels compile to, for chips this machine need not have."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -16,22 +17,19 @@ SMALL_AMPERE = (
 )
 
 
-def ledger(tmp_path: Path, *arguments: str) -> list[dict]:
+def ledger(tmp_path: Path, *arguments: str) -> dict[str, list[dict]]:
     """In a process of its own: this one may have imported the kernels for the interpreter."""
-    out = tmp_path / "ledger.json"
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks", "codegen", "--out", str(tmp_path), "--jobs", "1"]
     process = subprocess.run(
-        [sys.executable, "-m", "benchmarks.codegen", "--out", str(out), *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert process.returncode == 0, process.stderr[-3000:]
-    return json.loads(out.read_text())["rows"]
+    return json.loads((tmp_path / "codegen.json").read_text())
 
 
-def check(rows: list[dict], instruction: str) -> None:
+def check(rows: list[dict], instruction: str | None) -> None:
+    """The rules of the ledger; ``instruction`` multiplies the matrices, if any has to."""
     assert {row["kernel"] for row in rows} == {
         "forward_kernel",
         "delta_kernel",
@@ -42,36 +40,69 @@ def check(rows: list[dict], instruction: str) -> None:
         assert row["spill_bytes"] == 0, row
         assert not row["serialized"], row
         assert row["shared_bytes"] <= row["shared_limit"], row
-        if row["kernel"] != "delta_kernel":
+        assert row["blocks_per_sm"] != 0, row
+        if row["target"] == "sm_80":
+            assert row["shared_bytes"] <= SMALL_AMPERE, row
+        if instruction is not None and row["kernel"] != "delta_kernel":
             assert row["tensor_core"].get(instruction), row
 
 
-def test_sm_90(tmp_path: Path) -> None:
-    arguments = ("--targets", "sm_90", "--dtypes", "bf16", "--head-dims", "64", "128")
-    check(ledger(tmp_path, *arguments), "wgmma")
+def check_loops(rows: list[dict]) -> None:
+    """The hot loop does the products that the mathematics has, and no more."""
+    products = {"forward_kernel": 2, "dkdv_kernel": 4, "dq_kernel": 3}
+    for row in rows:
+        if row["kernel"] != "delta_kernel":
+            assert row["products"] == products[row["kernel"]], row
+            assert 0 < row["peak_share"]["no_overlap"] < row["peak_share"]["full_overlap"] <= 1, row
+
+
+@pytest.mark.parametrize("head_dim", ["64", "128"])
+def test_options_that_are_off_cost_nothing_on_sm_90(tmp_path: Path, head_dim: str) -> None:
+    """The default tiles keep the rules, and lose nothing without the code of any option."""
+    arguments = ("--targets", "sm_90", "--dtypes", "bf16", "--head-dims", head_dim)
+    results = ledger(tmp_path, *arguments, "--options", "none")
+    check(results["rows"], "wgmma")
+    check_loops(results["rows"])
+    compared = {(row["mask"], row["kernel"]): row for row in results["options_off"]}
+    kernels = ("forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel")
+    assert compared.keys() == set(itertools.product(("full", "causal"), kernels))
+    for row in compared.values():
+        for what in ("registers", "instructions"):
+            absent = row[f"{what}_absent"]
+            assert abs(row[f"{what}_off"] - absent) <= 0.01 * absent, row
 
 
 @pytest.mark.parametrize(
-    ("target", "instruction"), [("sm_80", "mma"), ("sm_100", "tcgen05"), ("gfx942", "mfma")]
+    ("target", "instruction", "head_dims"),
+    [
+        ("sm_80", "mma", ["64", "128"]),
+        ("sm_80", "mma", ["256"]),
+        ("sm_90", "wgmma", ["256"]),
+        ("sm_100", "tcgen05", ["64", "128"]),
+        ("sm_100", "tcgen05", ["256"]),
+        ("gfx942", "mfma", ["64", "128", "256"]),
+    ],
 )
-def test_other_chips(tmp_path: Path, target: str, instruction: str) -> None:
-    arguments = ("--dtypes", "fp16", "--head-dims", "128", "--masks", "causal")
-    rows = ledger(tmp_path, "--targets", target, *arguments)
-    check(rows, instruction)
-    if target == "sm_80":
-        assert all(row["shared_bytes"] <= SMALL_AMPERE for row in rows)
+def test_default_tiles(tmp_path: Path, target: str, instruction: str, head_dims: list[str]) -> None:
+    arguments = ("--targets", target, "--dtypes", "bf16", "--head-dims", *head_dims)
+    check(ledger(tmp_path, *arguments, "--options", "none")["rows"], instruction)
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    """fp16 compiles like bf16: the tile table doesn't tell them apart."""
+    arguments = ("--targets", "sm_90", "--dtypes", "fp16", "--head-dims", "128")
+    rows = ledger(tmp_path, *arguments, "--masks", "causal", "--options", "none")["rows"]
+    check(rows, "wgmma")
 
 
 def test_wide_types(tmp_path: Path) -> None:
-    arguments = ("--dtypes", "fp32", "fp64", "--head-dims", "64", "--masks", "causal")
-    for row in ledger(tmp_path, "--targets", "sm_80", *arguments):
-        assert row["spill_bytes"] == 0, row
-        assert row["shared_bytes"] <= SMALL_AMPERE, row
+    arguments = ("--targets", "sm_80", "--dtypes", "fp32", "fp64", "--head-dims", "64")
+    check(ledger(tmp_path, *arguments, "--masks", "causal", "--options", "none")["rows"], None)
 
 
 def test_refuses_to_compile_interpreted_kernels(tmp_path: Path) -> None:
     process = subprocess.run(
-        [sys.executable, "-m", "benchmarks.codegen"],
+        [sys.executable, "-m", "benchmarks", "codegen"],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
