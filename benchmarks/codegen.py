@@ -211,7 +211,7 @@ def disassemble(cubin: bytes) -> machine_code.Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        command = [knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name]
         process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
         raise RuntimeError(f"nvdisasm: {process.stderr}")

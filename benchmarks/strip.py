@@ -146,6 +146,26 @@ def _constants(function: ast.FunctionDef) -> dict[str, Any]:
     return found
 
 
+def _definition(kernel: triton.JITFunction) -> ast.FunctionDef:
+    """A function as it is written, without the defaults of its parameters."""
+    function = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn))).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    arguments = function.args
+    if arguments.posonlyargs or arguments.kwonlyargs or arguments.vararg or arguments.kwarg:
+        raise NotImplementedError(f"{function.name}: only plain parameters are understood")
+    arguments.defaults = []
+    return function
+
+
+def _defaults(kernel: triton.JITFunction) -> dict[str, ast.expr]:
+    """What a call passes for the parameters that it doesn't mention."""
+    return {
+        x.name: ast.parse(repr(getattr(x.default, "value", x.default)), mode="eval").body
+        for x in kernel.params
+        if x.has_default
+    }
+
+
 class _Stripper:
     """Collects the stripped functions: one for each helper and the constants it is called with."""
 
@@ -158,17 +178,14 @@ class _Stripper:
         key = (kernel.fn, *sorted(known.items()))
         if key in self.functions:
             return self.functions[key]
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))
-        function = tree.body[0]
-        assert isinstance(function, ast.FunctionDef)
-        if function.args.posonlyargs or function.args.kwonlyargs or function.args.defaults:
-            raise NotImplementedError(f"{function.name}: only plain parameters are understood")
+        function = _definition(kernel)
         constants = dict(known)
         while constants:
             function.body = _Fold(constants).block(function.body)
             stores = _stores(function)
-            if twice := [name for name in constants if stores[name] > 1]:
-                raise NotImplementedError(f"{function.name} gives {twice} another value")
+            if twice := {name for name in constants if stores[name] > 1}:
+                # A parameter that gets another value stays one, and is given its first.
+                return self.strip(kernel, {k: v for k, v in known.items() if k not in twice})
             _Drop(set(constants)).visit(function)
             constants = _constants(function)
         _Drop(set()).visit(function)
@@ -181,9 +198,11 @@ class _Stripper:
                 if keyword.arg is not None and keyword.arg.startswith("do_not_specialize"):
                     names = [x for x in ast.literal_eval(keyword.value) if x in kept]
                     keyword.value = ast.parse(repr(names), mode="eval").body
-        same_name = sum(other[0] is kernel.fn for other in self.functions)
-        if same_name:
-            function.name += f"_{same_name + 1}"
+        taken = {x.name for x in self.functions.values()}
+        names = itertools.chain(
+            [function.name], (f"{function.name}_{n}" for n in itertools.count(2))
+        )
+        function.name = next(name for name in names if name not in taken)
         self.functions[key] = function
         for name in {x.id for x in ast.walk(function) if isinstance(x, ast.Name)}:
             if name in kernel.fn.__globals__:
@@ -198,10 +217,12 @@ class _Stripper:
             if not isinstance(helper, triton.JITFunction):
                 continue
             names = [x.name for x in helper.params]
-            if any(isinstance(x, ast.Starred) for x in node.args):
+            starred = any(isinstance(x, ast.Starred) for x in node.args)
+            if starred or any(x.arg is None for x in node.keywords):
                 raise NotImplementedError(f"{function.name}: starred arguments of {helper}")
             given = dict(zip(names, node.args, strict=False))
             given |= {x.arg: x.value for x in node.keywords if x.arg is not None}
+            given = _defaults(helper) | given
             known = {
                 name: _value(value)
                 for name, value in given.items()
@@ -228,7 +249,7 @@ def strip_source(kernel: triton.JITFunction, arguments: Mapping[str, Any]) -> So
         ValueError: If the name of a parameter that is gone is left anywhere in the source.
         NotImplementedError: If the source does what this module does not understand.
     """
-    values = {x.name: arguments[x.name] for x in kernel.params}
+    values = {x.name: arguments.get(x.name, x.default) for x in kernel.params}
     off = {name: x for name, x in values.items() if x is None or x is False}
     stripper = _Stripper()
     function = stripper.strip(kernel, off)
@@ -270,4 +291,5 @@ def stripped(
     result = getattr(loaded, source.name)
     launch_options = arguments.keys() - {x.name for x in kernel.params}
     wanted = launch_options | {x.name for x in result.params}
-    return result, {k: v for k, v in arguments.items() if k in wanted}, source.text
+    given = {x.name: x.default for x in kernel.params if x.has_default} | dict(arguments)
+    return result, {k: v for k, v in given.items() if k in wanted}, source.text
