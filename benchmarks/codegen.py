@@ -42,6 +42,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
 from benchmarks import chips, machine_code
+from benchmarks.codegen_report import markdown
 from benchmarks.strip import stripped
 from flashlayer.backends import triton as backend
 from flashlayer.kernels.primitives import INTERPRETED
@@ -355,8 +356,6 @@ def matrix(args: argparse.Namespace) -> Iterator[Case]:
 
 def write(path: Path, versions: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> None:
     """``path``.json with one row a line, so that differences stay readable, and ``path``.md."""
-    from benchmarks.codegen_report import markdown
-
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = [f'"{name}": {json.dumps(value)}' for name, value in versions.items()]
     for name, rows in results.items():
