@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from benchmarks.machine_code import Fp32Work
+
 KIB = 1024
 WARP = 32
 SCHEDULERS = 4
@@ -83,14 +85,15 @@ class PeakShare(NamedTuple):
 
 
 def peak_share(
-    target: str, num_warps: int, counts: dict[str, int], macs: dict[str, int], ffma: int
+    target: str, num_warps: int, counts: dict[str, int], macs: dict[str, int], fp32: Fp32Work
 ) -> PeakShare | None:
-    """How much of its time a loop can keep the matrix unit at its peak, from instruction counts.
+    """How much of its time a loop can keep the matrix unit busy, from its instruction counts.
 
     One trip of the loop by a block of ``num_warps`` warps, in clocks of an SM it has to itself::
 
         mma    = sum over element types of multiply-adds / rate
         other  = max(MUFU * 32 * W / 16,  FMA * 32 * W / rate,  ALU * 32 * W / 64,  issue)
+                 where a packed FMA instruction (two results a lane) counts twice
         issue  = all instructions of a warp * W / 4
 
         no_overlap   = mma / (mma + other)        full_overlap = mma / max(mma, other)
@@ -106,27 +109,27 @@ def peak_share(
         num_warps: warps of the block, all of which run the loop.
         counts: instructions of one warp by class, as in :mod:`benchmarks.machine_code`.
         macs: multiply-adds that a block's matrix instructions do, by element type.
-        ffma: how many of the FMA instructions are FFMA.
+        fp32: what of it is FFMA, or packed.
 
     Returns:
         None where the loop has neither, or multiplies in a type without a published rate here.
     """
     chip = CHIPS[target]
-    if (not macs and not ffma) or not macs.keys() <= chip.mma_rates.keys():
+    if (not macs and not fp32.products) or not macs.keys() <= chip.mma_rates.keys():
         return None
     lanes = WARP * num_warps
     units = {
         "MUFU": counts["mufu"] * lanes / MUFU_RATE,
-        "FMA": counts["fma"] * lanes / chip.fma_rate,
+        "FMA": (counts["fma"] + fp32.packed) * lanes / chip.fma_rate,
         "ALU": counts["alu"] * lanes / ALU_RATE,
         "issue": sum(counts.values()) * num_warps / SCHEDULERS,
     }
     others = dict(units)
     product = sum(amount / chip.mma_rates[kind] for kind, amount in macs.items())
     if not macs:
-        product = ffma * lanes / chip.fma_rate
+        product = fp32.multiply_adds * lanes / chip.fma_rate
         others["FMA"] -= product
-        others["issue"] -= ffma * num_warps / SCHEDULERS
+        others["issue"] -= fp32.products * num_warps / SCHEDULERS
     bound = max(others, key=others.__getitem__)
     return PeakShare(
         no_overlap=product / (product + others[bound]),

@@ -68,6 +68,8 @@ SAME = 0.01  # how far a kernel with its options off may be from one without the
 
 # Where each option is compiled on its own, unless --options or --full say otherwise.
 OPTIONS_TARGET, OPTIONS_DTYPE, OPTIONS_HEAD_DIMS = "sm_90", "bf16", (64, 128)
+# Products of BLOCK_M, BLOCK_N and the head dimension that the mathematics needs.
+PRODUCTS = {"forward_kernel": 2, "dkdv_kernel": 4, "dq_kernel": 3, "dmask_kernel": 2}
 # Names that only the options' code uses.
 OPTION_NAMES = re.compile(
     r"softcap|slope|alibi|bias|sink|seed|dropout|threshold|keep_|cu_seqlens|philox|tanh"
@@ -278,17 +280,18 @@ def describe(launch: Launch, target: str, head_dim: int) -> dict[str, Any]:
     row["loop"] = machine_code.count_classes(loop)
     per_tcgen05 = machine_code.tcgen05_multiply_adds(compiled.asm["ttgir"])
     macs = machine_code.multiply_adds(loop, metadata.num_warps, per_tcgen05)
-    ffma = sum(x.opcode == "FFMA" for x in loop)
-    if macs and row["BLOCK_N"]:
-        row["products"] = round(
-            sum(macs.values()) / (row["BLOCK_M"] * row["BLOCK_N"] * head_dim), 3
-        )
-    share = chips.peak_share(target, metadata.num_warps, row["loop"], macs, ffma)
+    fp32 = machine_code.fp32_work(loop)
+    done = sum(macs.values()) or fp32.multiply_adds * chips.WARP * metadata.num_warps
+    useful = 1.0
+    if row["BLOCK_N"]:
+        row["products"] = round(done / (row["BLOCK_M"] * row["BLOCK_N"] * head_dim), 3)
+        useful = min(1.0, PRODUCTS.get(row["kernel"], row["products"]) / row["products"])
+    share = chips.peak_share(target, metadata.num_warps, row["loop"], macs, fp32)
     if share is not None:
         row["peak_share"] = {
             "of": "matrix" if macs else "fp32",
-            "no_overlap": round(share.no_overlap, 3),
-            "full_overlap": round(share.full_overlap, 3),
+            "no_overlap": round(share.no_overlap * useful, 3),
+            "full_overlap": round(share.full_overlap * useful, 3),
             "bound": share.bound,
         }
     return row

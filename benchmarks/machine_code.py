@@ -193,7 +193,7 @@ def natural_loops(code: Code) -> list[set[int]]:
 def hot_loop(code: Code) -> list[Instruction] | None:
     """The loop over whole tiles, as the module says; None where no loop multiplies anything."""
     loops = natural_loops(code)
-    for is_product in (lambda x: classify(x) == "mma", lambda x: x.opcode == "FFMA"):
+    for is_product in (lambda x: classify(x) == "mma", lambda x: x.opcode in ("FFMA", "FFMA2")):
         products = [sum(is_product(code.instructions[i]) for i in loop) for loop in loops]
         candidates = [
             (loop, count)
@@ -205,6 +205,24 @@ def hot_loop(code: Code) -> list[Instruction] | None:
             loop, _ = min(candidates, key=lambda pair: len(pair[0]) / pair[1])
             return [code.instructions[index] for index in sorted(loop)]
     return None
+
+
+class Fp32Work(NamedTuple):
+    """What the fp32 lanes do of a loop's work, in one warp."""
+
+    products: int  # instructions that are FFMA or FFMA2, which does two
+    multiply_adds: int  # for each lane
+    packed: int  # instructions that do two of anything
+
+
+def fp32_work(instructions: list[Instruction]) -> Fp32Work:
+    """FFMA and its packed kind."""
+    counts = Counter(x.opcode for x in instructions)
+    return Fp32Work(
+        products=counts["FFMA"] + counts["FFMA2"],
+        multiply_adds=counts["FFMA"] + 2 * counts["FFMA2"],
+        packed=counts["FFMA2"] + counts["FMUL2"] + counts["FADD2"],
+    )
 
 
 def multiply_adds(

@@ -4,7 +4,9 @@ import pytest
 
 from benchmarks import chips
 from benchmarks.machine_code import (
+    Fp32Work,
     count_classes,
+    fp32_work,
     hot_loop,
     multiply_adds,
     natural_loops,
@@ -13,6 +15,8 @@ from benchmarks.machine_code import (
     tcgen05_multiply_adds,
     tensor_core_kinds,
 )
+
+NO_FP32 = Fp32Work(0, 0, 0)
 
 
 def listing(*lines: str) -> str:
@@ -83,6 +87,7 @@ def test_without_tensor_cores_the_product_is_ffma() -> None:
     loop = hot_loop(code)
     assert loop is not None
     assert [x.opcode for x in loop] == ["FFMA", "BRA"]
+    assert fp32_work([*loop, *parse(listing("FFMA2 R2, R4, R6, R8")).instructions]) == (2, 3, 1)
     assert hot_loop(parse(listing("FADD R1, R2, R3", "EXIT"))) is None
 
 
@@ -136,19 +141,24 @@ def test_peak_share_of_the_exponentials_alone() -> None:
     warps, m, n, d = 8, 128, 64, 64
     counts = dict.fromkeys(("mma", "fma", "alu", "memory", "control"), 0)
     counts["mufu"] = m * n // (32 * warps)
-    share = chips.peak_share("sm_90", warps, counts, {"half": 2 * m * n * d}, 0)
+    share = chips.peak_share("sm_90", warps, counts, {"half": 2 * m * n * d}, NO_FP32)
     assert share is not None
     assert share.no_overlap == pytest.approx(495 / 989.4, abs=1e-3)
     assert share.full_overlap == 1.0
     assert share.bound == "MUFU"
-    assert chips.peak_share("sm_90", warps, counts, {"fp64": 1}, 0) is None
-    assert chips.peak_share("sm_90", warps, counts, {}, 0) is None
+    assert chips.peak_share("sm_90", warps, counts, {"fp64": 1}, NO_FP32) is None
+    assert chips.peak_share("sm_90", warps, counts, {}, NO_FP32) is None
 
 
 def test_peak_share_without_a_matrix_unit() -> None:
     counts = {"mma": 0, "mufu": 0, "fma": 300, "alu": 0, "memory": 100, "control": 0}
-    share = chips.peak_share("sm_90", 4, counts, {}, 200)
+    share = chips.peak_share("sm_90", 4, counts, {}, Fp32Work(200, 200, 0))
     assert share is not None
     # 200 FFMA; 400 instructions to issue. Either unit takes one a clock from each scheduler.
     assert share.full_overlap == pytest.approx(200 / 400)
     assert share.bound == "issue"
+    # 100 packed ones are 200 results, and 200 + 100 instructions to issue: both units take 300.
+    counts["fma"] = 200
+    share = chips.peak_share("sm_90", 4, counts, {}, Fp32Work(100, 200, 100))
+    assert share is not None
+    assert share.full_overlap == pytest.approx(200 / 300)
