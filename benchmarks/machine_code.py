@@ -238,7 +238,7 @@ def multiply_adds(
         kind = "fp64" if opcode == "DMMA" else "tf32" if ".TF32" in suffix else "half"
         if shape := re.match(r"\.(\d+)x(\d+)x(\d+)", suffix):
             m, n, k = map(int, shape.groups())
-            amounts[kind] += m * n * k * num_warps // 4
+            amounts[kind] += m * n * k * num_warps // (4 if "GMMA" in opcode else 1)
         elif re.match(KINDS["tcgen05"], opcode):
             amounts[kind] += per_tcgen05
         elif MMA.match(opcode):

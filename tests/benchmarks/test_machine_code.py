@@ -100,10 +100,14 @@ def test_what_is_not_understood_is_an_error() -> None:
 
 def test_shapes_of_the_matrix_instructions() -> None:
     code = parse(
-        listing("HMMA.16816.F32.BF16 R4, R8, R12, R4", "HMMA.1688.F32.TF32 R4, R8, R9, R4")
+        listing(
+            "HMMA.16816.F32.BF16 R4, R8, R12, R4",
+            "HMMA.1688.F32.TF32 R4, R8, R9, R4",
+            "DMMA.8x8x4 R4, R8, R9, R4",
+        )
     )
     amounts = multiply_adds(code.instructions, 4, 0)
-    assert amounts == {"half": 4 * 16 * 8 * 16, "tf32": 4 * 16 * 8 * 8}
+    assert amounts == {"half": 4 * 16 * 8 * 16, "tf32": 4 * 16 * 8 * 8, "fp64": 4 * 8 * 8 * 4}
     ttgir = """
     ttng.tc_gen5_mma %a, %b : !ttg.memdesc<64x64xbf16, #s>, !ttg.memdesc<64x64xbf16, #s>
     %x = scf.for %i = %c0 to %n step %c1 {
