@@ -85,7 +85,7 @@ class PeakShare(NamedTuple):
 
 
 def peak_share(
-    target: str, num_warps: int, counts: dict[str, int], macs: dict[str, int], fp32: Fp32Work
+    target: str, num_warps: int, counts: dict[str, int], macs: dict[str, float], fp32: Fp32Work
 ) -> PeakShare | None:
     """How much of its time a loop can keep the matrix unit busy, from its instruction counts.
 

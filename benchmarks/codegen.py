@@ -194,13 +194,13 @@ def record_launches(case: Case) -> list[Launch]:
 
 def compile_launch(launch: Launch, target: str) -> tuple[Any, str]:
     """Triton's compiled kernel and what ``ptxas -v`` said of it (nothing for AMD)."""
-    driver.set_active(NamedDevice(target))
+    driver.set_active(NamedDevice(target))  # type: ignore[arg-type]
     # A kernel taken from Triton's cache on disk would come without the log.
     knobs.compilation.always_compile = True
     knobs.nvidia.dump_ptxas_log = True
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        compiled = launch.kernel.run(grid=(1,), warmup=True, **launch.arguments)
+        compiled: Any = launch.kernel.run(grid=(1,), warmup=True, **launch.arguments)
     log = _logs.setdefault(compiled.hash, printed.getvalue())
     return compiled, log
 
@@ -371,7 +371,7 @@ def write(path: Path, versions: dict[str, Any], results: dict[str, list[dict[str
 def main(argv: list[str] | None = None) -> int:
     """Compile the matrix, say how far it is, write the ledger."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks codegen", description=__doc__.partition("\n")[0]
+        prog="python -m benchmarks codegen", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--out", type=Path, help="folder for codegen.json and codegen.md")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
@@ -420,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{count}/{len(tasks)}", *task, flush=True)
     if args.out is not None:
         ptxas = {
-            name: get_ptxas(TARGETS[name].arch).version
+            name: get_ptxas(int(TARGETS[name].arch)).version
             for name in args.targets
             if name in chips.CHIPS
         }

@@ -10,7 +10,7 @@ on the tensor cores (exact fp32) FFMA counts as the product.
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import NamedTuple
 
 MMA = re.compile(r"[HIQDO]G?MMA$|UTC[A-Z]*MMA$")
@@ -227,13 +227,13 @@ def fp32_work(instructions: list[Instruction]) -> Fp32Work:
 
 def multiply_adds(
     instructions: list[Instruction], num_warps: int, per_tcgen05: float
-) -> dict[str, int]:
+) -> dict[str, float]:
     """Multiply-adds of one trip of a block, by element type (half, tf32, fp64).
 
     The shape is in the name: ``HGMMA.64x128x16`` for a group of four warps, ``HMMA.16816`` for one
     warp. A tcgen05 instruction has it in a register and runs once a block: ``per_tcgen05`` each.
     """
-    amounts: Counter[str] = Counter()
+    amounts: defaultdict[str, float] = defaultdict(float)
     for opcode, suffix, _, _ in instructions:
         kind = "fp64" if opcode == "DMMA" else "tf32" if ".TF32" in suffix else "half"
         if shape := re.match(r"\.(\d+)x(\d+)x(\d+)", suffix):

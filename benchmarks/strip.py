@@ -139,7 +139,7 @@ def _constants(function: ast.FunctionDef) -> dict[str, Any]:
             target, value = node.targets[0], node.value
         elif isinstance(node, ast.AnnAssign) and node.value is not None:
             target, value = node.target, node.value
-        if isinstance(target, ast.Name) and stores[target.id] == 1:
+        if isinstance(target, ast.Name) and value is not None and stores[target.id] == 1:
             constant = _value(value)
             if constant is not _UNKNOWN:
                 found[target.id] = constant
