@@ -235,8 +235,8 @@ def launch_forward(
     """Fill ``o``, which is not empty, and ``lse``."""
     from flashlayer.kernels.forward import forward_kernel
 
-    tiles = _tiles("forward", q, v)
-    num_blocks = _num_blocks(spec.max_seqlen_q, q.shape[2], tiles["BLOCK_M"])
+    tiles = _tiles("forward", q, v, spec, extras)
+    num_blocks = _num_blocks(spec.max_seqlen_q, q.shape[2], tiles.BLOCK_M)
     grid = num_blocks * q.shape[1] * _sequences(q, extras)
     if grid == 0:
         return
@@ -245,6 +245,8 @@ def launch_forward(
         **_inputs(q, k, v, spec, extras),
         **_options(q, extras, spec),
         **_packing(extras),
+        k_descriptor=_descriptor(k, tiles, tiles.BLOCK_N, extras),
+        v_descriptor=_descriptor(v, tiles, tiles.BLOCK_N, extras),
         o_ptr=o,
         lse_ptr=lse,
         o_strides=o.stride(),
@@ -256,7 +258,7 @@ def launch_forward(
         mask_ptr=_mask(extras),
         mask_strides=_mask_strides(extras.attn_mask),
         sinks_ptr=extras.sinks,
-        **tiles,
+        **tiles.launch_options(),
     )
 
 
@@ -279,13 +281,13 @@ def launch_backward(
 ) -> None:
     """Fill ``dq``, ``dk``, ``dv``, ``delta`` (B, H, Sq), not empty, and ``d_mask`` where wanted."""
     from flashlayer.kernels.backward import delta_kernel, dkdv_kernel, dmask_kernel, dq_kernel
-    from flashlayer.kernels.tiles import head_tiles
+    from flashlayer.kernels.tiles import delta_rows, head_tiles
 
     batch, heads, seqlen_q, _ = q.shape
     kv_heads, seqlen_k, value_dim = v.shape[1:]
     sequences = _sequences(q, extras)
-    tiles = _tiles("delta", q, v)
-    launch: Any = delta_kernel[(_num_blocks(None, seqlen_q, tiles["BLOCK_M"]) * heads * batch,)]
+    rows = delta_rows(value_dim)
+    launch: Any = delta_kernel[(_num_blocks(None, seqlen_q, rows) * heads * batch,)]
     launch(
         o_ptr=o,
         do_ptr=do,
@@ -297,7 +299,7 @@ def launch_backward(
         seqlen_q=seqlen_q,
         VALUE_DIM=value_dim,
         BLOCK_DV=head_tiles(value_dim),
-        **tiles,
+        BLOCK_M=rows,
     )
     if seqlen_k == 0 or sequences == 0:
         return
@@ -312,13 +314,16 @@ def launch_backward(
         "mask_ptr": _mask(extras),
         "mask_strides": _mask_strides(extras.attn_mask),
     }
-    tiles = _tiles("dkdv", q, v)
-    num_blocks = _num_blocks(spec.max_seqlen_k, seqlen_k, tiles["BLOCK_N"])
+    tiles = _tiles("dkdv", q, v, spec, extras)
+    dense = extras.cu_seqlens_q is None  # else the next sequence follows a ragged tile of queries
+    num_blocks = _num_blocks(spec.max_seqlen_k, seqlen_k, tiles.BLOCK_N)
     if num_blocks > 0:
         launch = dkdv_kernel[(num_blocks * kv_heads * sequences,)]
         launch(
             **shared,
             **_packing(extras),
+            q_descriptor=_descriptor(q, tiles, tiles.BLOCK_M, extras) if dense else None,
+            do_descriptor=_descriptor(do, tiles, tiles.BLOCK_M, extras) if dense else None,
             dk_ptr=dk,
             dv_ptr=dv,
             dk_strides=dk.stride(),
@@ -326,26 +331,28 @@ def launch_backward(
             kv_heads=kv_heads,
             num_blocks=num_blocks,
             GROUP=heads // kv_heads,
-            **tiles,
+            **tiles.launch_options(),
         )
-    tiles = _tiles("dq", q, v)
-    num_blocks = _num_blocks(spec.max_seqlen_q, seqlen_q, tiles["BLOCK_M"])
+    tiles = _tiles("dq", q, v, spec, extras)
+    num_blocks = _num_blocks(spec.max_seqlen_q, seqlen_q, tiles.BLOCK_M)
     if num_blocks > 0:
         launch = dq_kernel[(num_blocks * heads * sequences,)]
         launch(
             **shared,
             **_packing(extras),
+            k_descriptor=_descriptor(k, tiles, tiles.BLOCK_N, extras),
+            v_descriptor=_descriptor(v, tiles, tiles.BLOCK_N, extras),
             dq_ptr=dq,
             dq_strides=dq.stride(),
             heads=heads,
             group=heads // kv_heads,
             num_blocks=num_blocks,
-            **tiles,
+            **tiles.launch_options(),
         )
     if wants_d_mask:
         mask_batch, mask_heads, mask_q, mask_k = d_mask.shape
-        q_blocks = _num_blocks(None, mask_q, tiles["BLOCK_M"])
-        k_blocks = _num_blocks(None, mask_k, tiles["BLOCK_N"])
+        q_blocks = _num_blocks(None, mask_q, tiles.BLOCK_M)
+        k_blocks = _num_blocks(None, mask_k, tiles.BLOCK_N)
         launch = dmask_kernel[(q_blocks * k_blocks * mask_heads * mask_batch,)]
         launch(
             **shared,
@@ -361,7 +368,7 @@ def launch_backward(
             OVER_HEADS=mask_heads == 1,
             OVER_QUERIES=mask_q == 1,
             OVER_KEYS=mask_k == 1,
-            **tiles,
+            **tiles.launch_options(),
         )
 
 
@@ -392,6 +399,35 @@ def _inputs(
         "BLOCK_DV": head_tiles(v.shape[3]),
         "INPUT_PRECISION": _input_precision(q),
     }
+
+
+def _descriptor(x: Tensor, tiles: Any, rows: int, extras: AttentionExtras) -> Any:
+    """A tensor descriptor that loads ``rows`` whole rows of a head (TMA), None where there is none.
+
+    Where the tiles ask for it: from sm_90 on, in half precision, for a head dimension of one column
+    tile whose rows are aligned to 16 bytes. Under a mask what is hidden may hold NaN, which a
+    descriptor would load.
+    """
+    if not tiles.descriptors:
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from flashlayer.kernels.tiles import head_tiles
+
+    widths = head_tiles(x.shape[3])
+    if (
+        _target(x.device) not in ("sm_90", "sm_100", "interpreter")
+        or x.element_size() > 2
+        or len(widths) > 1
+        or widths[0] > 256  # the widest box that TMA copies
+        or extras.attn_mask is not None
+        or x.numel() == 0
+        or x.stride(3) != 1
+        or x.data_ptr() % 16 != 0
+        or any(stride <= 0 or stride * x.element_size() % 16 != 0 for stride in x.stride()[:3])
+    ):
+        return None
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, widths[0]])
 
 
 def _options(q: Tensor, extras: AttentionExtras, spec: AttentionSpec) -> dict[str, Any]:
@@ -513,12 +549,48 @@ def _input_precision(q: Tensor) -> str:
     return "tf32" if allowed and q.dtype == torch.float32 else "ieee"
 
 
-def _tiles(kernel: str, q: Tensor, v: Tensor) -> dict[str, int]:
+def _precision(q: Tensor) -> str:
+    """The part of the tile table."""
+    if q.dtype == torch.float64:
+        return "fp64"
+    if q.dtype == torch.float32:
+        return "tf32" if _input_precision(q) == "tf32" else "fp32"
+    return "half"
+
+
+def _tiles(kernel: str, q: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras) -> Any:
+    """The :class:`flashlayer.kernels.tiles.TileConfig` of a launch."""
     from flashlayer.kernels.tiles import tile_config
 
-    precision = "half"
-    if q.dtype == torch.float64:
-        precision = "fp64"
-    elif q.dtype == torch.float32:
-        precision = "tf32" if _input_precision(q) == "tf32" else "fp32"
-    return tile_config(kernel, _target(q.device), precision, max(q.shape[3], v.shape[3]))
+    if TUNED:
+        tuned = TUNED.get(bucket(kernel, q, v, spec, extras))
+        if tuned is not None:
+            return tuned
+    widest = max(q.shape[3], v.shape[3])
+    return tile_config(
+        kernel, _target(q.device), _precision(q), widest, masked=extras.attn_mask is not None
+    )
+
+
+# What flashlayer.tune has measured in this process: the tiles of a bucket of calls.
+TUNED: dict[tuple, Any] = {}
+
+
+def bucket(
+    kernel: str, q: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
+) -> tuple:
+    """Calls that share their tuned tiles: alike but for lengths under the same power of two."""
+    is_cuda = q.device.type == "cuda"
+    return (
+        kernel,
+        torch.cuda.get_device_name(q.device) if is_cuda else "interpreter",
+        _precision(q),
+        q.shape[3],
+        v.shape[3],
+        (q.shape[2] - 1).bit_length(),
+        (v.shape[2] - 1).bit_length(),
+        spec.window_left is not None,
+        spec.window_right is not None,
+        extras.attn_mask is not None,
+        extras.cu_seqlens_q is not None,
+    )

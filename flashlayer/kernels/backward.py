@@ -23,6 +23,7 @@ from flashlayer.kernels.primitives import (
     key_bounds,
     key_tile_edges,
     load_bias,
+    load_described,
     load_tiles,
     log2_ratio,
     modify_scores,
@@ -116,6 +117,8 @@ def dkdv_kernel(
     k_ptr,
     v_ptr,
     do_ptr,
+    q_descriptor,
+    do_descriptor,
     lse_ptr,
     delta_ptr,
     dk_ptr,
@@ -226,7 +229,10 @@ def dkdv_kernel(
                     )
                 head_row = (entry * kv_heads * GROUP + head).to(tl.int64) * seqlen_q + q_begin
                 q_head = head_pointer(q_ptr, q_strides, entry, head, q_begin)
-                q = load_tiles(q_head, q_strides, rows, valid, HEAD_DIM, BLOCK_D)
+                if part == 1 and q_descriptor is not None:
+                    q = load_described(q_descriptor, entry, head, q_begin + q_start)
+                else:
+                    q = load_tiles(q_head, q_strides, rows, valid, HEAD_DIM, BLOCK_D)
                 lse = load_lse(lse_ptr + head_row, rows, valid)  # [BLOCK_M]
                 scores = dot_rows(k, q, INPUT_PRECISION)
                 p, capped = probabilities(
@@ -240,7 +246,10 @@ def dkdv_kernel(
                     lse[None, :],
                 )  # [BLOCK_N, BLOCK_M]
                 do_head = head_pointer(do_ptr, do_strides, entry, head, q_begin)
-                do = load_tiles(do_head, do_strides, rows, valid, VALUE_DIM, BLOCK_DV)
+                if part == 1 and do_descriptor is not None:
+                    do = load_described(do_descriptor, entry, head, q_begin + q_start)
+                else:
+                    do = load_tiles(do_head, do_strides, rows, valid, VALUE_DIM, BLOCK_DV)
                 p_kept = p if kept is None else p * kept
                 dv = dot_into(dv, p_kept.to(do[0].dtype), do, INPUT_PRECISION)
                 dp = dot_rows(v, do, INPUT_PRECISION)
@@ -264,6 +273,8 @@ def dq_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_descriptor,
+    v_descriptor,
     do_ptr,
     lse_ptr,
     delta_ptr,
@@ -364,7 +375,10 @@ def dq_kernel(
                     kept = keep_factor(
                         seed_ptr, threshold, keep_scale, batch, head, i, j, ACC_DTYPE
                     )
-                k = load_tiles(k_ptr, k_strides, columns, seen, HEAD_DIM, BLOCK_D)
+                if part == 1 and k_descriptor is not None:
+                    k = load_described(k_descriptor, entry, head // group, k_begin + k_start)
+                else:
+                    k = load_tiles(k_ptr, k_strides, columns, seen, HEAD_DIM, BLOCK_D)
                 scores = dot_rows(q, k, INPUT_PRECISION)
                 p, capped = probabilities(
                     scores,
@@ -376,7 +390,10 @@ def dq_kernel(
                     visible,
                     lse[:, None],
                 )  # [BLOCK_M, BLOCK_N]
-                v = load_tiles(v_ptr, v_strides, columns, seen, VALUE_DIM, BLOCK_DV)
+                if part == 1 and v_descriptor is not None:
+                    v = load_described(v_descriptor, entry, head // group, k_begin + k_start)
+                else:
+                    v = load_tiles(v_ptr, v_strides, columns, seen, VALUE_DIM, BLOCK_DV)
                 dp = dot_rows(do, v, INPUT_PRECISION)
                 ds = score_gradient(p, dp, delta[:, None], bias, kept)  # [BLOCK_M, BLOCK_N]
                 if SOFTCAP:

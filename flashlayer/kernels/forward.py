@@ -20,6 +20,7 @@ from flashlayer.kernels.primitives import (
     key_bounds,
     key_tile_edges,
     load_bias,
+    load_described,
     load_tiles,
     log2_ratio,
     modify_scores,
@@ -63,6 +64,8 @@ def forward_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_descriptor,
+    v_descriptor,
     o_ptr,
     lse_ptr,
     q_strides,
@@ -107,6 +110,7 @@ def forward_kernel(
     longest sequence. ``BLOCK_D`` and ``BLOCK_DV``: widths of the head dimensions' column tiles.
     The scores are ``SCALE_SIGN * scale * q k^T`` with ``scale > 0``: the sign (1, -1, 0) goes into
     q, where it is exact, so that the factor after the maximum is always positive.
+    ``k_descriptor`` and ``v_descriptor``, or None, load the tiles that every query sees (TMA).
 
     Options, None when off (the softcap by ``SOFTCAP``): a side of the window; ``slopes_ptr``, fp32,
     one per head, ``slopes_stride`` from one batch entry to the next; ``mask_ptr``, uint8 or float,
@@ -173,13 +177,19 @@ def forward_kernel(
                     # What the mask hides from all these queries may hold NaN.
                     attended = tl.max(bias, 0) > float("-inf")
                     seen = attended if part == 1 else attended & (columns < edges[3])
-                k = load_tiles(k_ptr, k_strides, columns, seen, HEAD_DIM, BLOCK_D)
+                if part == 1 and k_descriptor is not None:
+                    k = load_described(k_descriptor, entry, head // group, k_begin + k_start)
+                else:
+                    k = load_tiles(k_ptr, k_strides, columns, seen, HEAD_DIM, BLOCK_D)
                 scores = dot_rows(q, k, INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
                 x, _ = modify_scores(scores, scale, cap, slope, bias, i + diagonal - j)
                 if part != 1:
                     visible = in_band(i, j, diagonal, window_left, window_right, k_length)
                     x = tl.where(visible, x, float("-inf"))
-                v = load_tiles(v_ptr, v_strides, columns, seen, VALUE_DIM, BLOCK_DV)
+                if part == 1 and v_descriptor is not None:
+                    v = load_described(v_descriptor, entry, head // group, k_begin + k_start)
+                else:
+                    v = load_tiles(v_ptr, v_strides, columns, seen, VALUE_DIM, BLOCK_DV)
                 kept = None
                 if seed_ptr is not None:
                     kept = keep_factor(

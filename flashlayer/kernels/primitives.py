@@ -309,6 +309,13 @@ def load_tiles(ptr, strides, rows, valid_rows, HEAD_DIM: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
+def load_described(descriptor, batch, head, row):
+    """Whole rows of one head through a tensor descriptor: one column tile ``[rows, BLOCK_D]``."""
+    tile = descriptor.load([batch, head, row, 0])  # [1, 1, rows, BLOCK_D]
+    return (tile.reshape(descriptor.block_shape[2], descriptor.block_shape[3]),)
+
+
+@triton.jit
 def store_tiles(
     ptr, strides, rows, valid_rows, tiles, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ):

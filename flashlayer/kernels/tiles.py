@@ -12,6 +12,40 @@ The tiles that are streamed past them live in shared memory, ``num_stages`` of e
 no tensor core to run on and keeps whole rows of both operands in registers: its tiles are small.
 """
 
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How one kernel is launched.
+
+    Attributes:
+        BLOCK_M: queries a tile.
+        BLOCK_N: keys a tile.
+        num_warps: warps a program.
+        num_stages: tiles in flight.
+        descriptors: whether whole tiles are loaded through tensor descriptors (TMA) where the
+            tensor allows it. Off in the table: compiled for sm_90 they save up to 15 registers and
+            move the loop's reachable share of peak by 2 % either way (benchmarks/NOTES.md), which
+            is for a measurement to decide, see :func:`flashlayer.tune`.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False
+
+    def launch_options(self) -> dict[str, int]:
+        """What a kernel launch takes."""
+        return {
+            "BLOCK_M": self.BLOCK_M,
+            "BLOCK_N": self.BLOCK_N,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
 # The widest head dimension a row is for: (BLOCK_M, BLOCK_N, num_warps, num_stages).
 _HALF = {
     "sm_80": {  # also sm_86, sm_89 and sm_120, which have 101376 bytes: every row fits them
@@ -26,9 +60,9 @@ _HALF = {
         "dkdv": {
             64: (64, 128, 8, 2),
             96: (32, 128, 8, 2),
-            128: (32, 64, 8, 2),
+            128: (64, 64, 8, 2),
             192: (16, 32, 8, 1),
-            256: (32, 32, 8, 1),
+            256: (32, 32, 4, 1),
             512: (16, 16, 8, 1),
         },
         "dq": {
@@ -55,8 +89,7 @@ _HALF = {
         "dq": {
             64: (128, 64, 8, 3),
             128: (128, 64, 8, 2),
-            192: (128, 32, 8, 2),
-            256: (64, 32, 8, 2),
+            256: (128, 32, 8, 2),
             512: (32, 32, 8, 1),
         },
     },
@@ -97,6 +130,14 @@ _HALF = {
         },
     },
 }
+# With an additive mask its tile takes registers too, and its loads none of the stages.
+_HALF_MASKED = {
+    "sm_90": {
+        "forward": {128: (128, 64, 8, 1)},
+        "dkdv": {128: (32, 128, 8, 2)},
+        "dq": {64: (128, 64, 8, 1), 128: (128, 32, 8, 2)},
+    },
+}
 # Wider types, up to 256: one row serves all chips.
 _WIDE = {
     "tf32": {
@@ -105,7 +146,12 @@ _WIDE = {
         "dq": {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
     },
     "fp32": {
-        "forward": {64: (64, 32, 8, 1), 128: (64, 16, 8, 1), 256: (32, 16, 8, 1)},
+        "forward": {
+            64: (64, 32, 8, 1),
+            96: (32, 32, 8, 1),
+            128: (64, 16, 8, 1),
+            256: (32, 16, 8, 1),
+        },
         "dkdv": {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 32, 8, 1)},
         "dq": {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     },
@@ -128,28 +174,44 @@ def nearest_target(capability: tuple[int, int]) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(capability[0], "sm_80")
 
 
-def tile_config(kernel: str, target: str, dtype: str, head_dim: int) -> dict[str, int]:
+def tile_config(
+    kernel: str, target: str, dtype: str, head_dim: int, masked: bool = False
+) -> TileConfig:
     """Tile sizes and launch options of one kernel.
 
     Args:
-        kernel: ``"forward"``, ``"delta"``, ``"dkdv"`` or ``"dq"``.
+        kernel: ``"forward"``, ``"dkdv"`` or ``"dq"``.
         target: ``"sm_80"``, ``"sm_90"``, ``"sm_100"``, ``"gfx942"`` or ``"interpreter"``.
         dtype: ``"half"`` (fp16, bf16), ``"fp32"``, ``"tf32"`` (fp32 with TF32 allowed), ``"fp64"``.
         head_dim: the larger of the two head dimensions, 1 to 512 in half precision, else to 256.
-
-    Returns:
-        ``BLOCK_M``, ``BLOCK_N``, ``num_warps`` and ``num_stages``, as a kernel launch takes them
-        (delta has no keys, so no ``BLOCK_N``).
+        masked: whether there is an ``attn_mask``.
     """
-    if kernel == "delta":  # streams o and do once, in rows that 4 warps hold in registers
-        columns = 1 << (sum(head_tiles(head_dim)) - 1).bit_length()
-        return {"BLOCK_M": 4096 // columns, "num_warps": 4, "num_stages": 1}
     if target == "interpreter":
-        sizes = _INTERPRETER[kernel]
-    else:
-        rows = (_HALF[target] if dtype == "half" else _WIDE[dtype])[kernel]
-        sizes = rows[min(widest for widest in rows if widest >= head_dim)]
-    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes, strict=True))
+        return TileConfig(*_INTERPRETER[kernel])
+    tables = [_HALF[target] if dtype == "half" else _WIDE[dtype]]
+    if masked and dtype == "half" and target in _HALF_MASKED:
+        tables.insert(0, _HALF_MASKED[target])
+    rows = next(table[kernel] for table in tables if max(table[kernel]) >= head_dim)
+    return TileConfig(*rows[min(widest for widest in rows if widest >= head_dim)])
+
+
+def candidates(kernel: str, dtype: str) -> list[TileConfig]:
+    """Every row for a kernel and dtype, with each number of stages next to its own."""
+    tables = [*_HALF.values(), *_HALF_MASKED.values()] if dtype == "half" else [_WIDE[dtype]]
+    found = {}  # a dict for its order
+    for table in tables:
+        for block_m, block_n, warps, stages in table[kernel].values():
+            for near in (stages - 1, stages, stages + 1):
+                for descriptors in (False, True) if dtype == "half" else (False,):
+                    if near > 0:
+                        found[TileConfig(block_m, block_n, warps, near, descriptors)] = None
+    return list(found)
+
+
+def delta_rows(value_dim: int) -> int:
+    """Rows a program of the delta kernel takes: it streams o and do, and 4 warps hold them."""
+    columns = 1 << (sum(head_tiles(value_dim)) - 1).bit_length()
+    return 4096 // columns
 
 
 def head_tiles(head_dim: int) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from flashlayer.kernels.tiles import head_tiles, tile_config
+from flashlayer.kernels.tiles import candidates, delta_rows, head_tiles, tile_config
 
 DTYPES = {"half": 512, "tf32": 256, "fp32": 256, "fp64": 256}  # and their widest head dimension
 
@@ -34,12 +34,22 @@ def test_no_cover_by_one_or_two_tiles_is_narrower() -> None:
         assert sum(tiles[:-1]) < head_dim
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942", "interpreter"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernel", ["forward", "delta", "dkdv", "dq"])
-def test_every_head_dimension_has_a_row(kernel: str, dtype: str, target: str) -> None:
+@pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq"])
+def test_every_head_dimension_has_a_row(kernel: str, dtype: str, target: str, masked: bool) -> None:
     for head_dim in range(1, DTYPES[dtype] + 1):
-        config = tile_config(kernel, target, dtype, head_dim)
-        assert all(is_power_of_two(config[name]) for name in config if name.startswith("BLOCK"))
-        assert config["num_warps"] in (4, 8)
-        assert config["num_stages"] >= 1
+        config = tile_config(kernel, target, dtype, head_dim, masked)
+        assert is_power_of_two(config.BLOCK_M)
+        assert is_power_of_two(config.BLOCK_N)
+        assert config.num_warps in (4, 8)
+        assert config.num_stages >= 1
+        if target != "interpreter":
+            assert config in candidates(kernel, dtype)
+
+
+def test_delta_takes_whole_rows() -> None:
+    for value_dim in range(1, 513):
+        assert is_power_of_two(delta_rows(value_dim))
+        assert delta_rows(value_dim) * value_dim <= 4096
