@@ -418,7 +418,7 @@ def _descriptor(x: Tensor, tiles: Any, rows: int, extras: AttentionExtras) -> An
     if (
         _target(x.device) not in ("sm_90", "sm_100", "interpreter")
         or x.element_size() > 2
-        or len(widths) > 1
+        or len(widths) != 1
         or widths[0] > 256  # the widest box that TMA copies
         or extras.attn_mask is not None
         or x.numel() == 0
