@@ -25,10 +25,15 @@ def attend(backend: Backend, tiled: Backend, problem: Problem) -> tuple[Tensor, 
 
     A compiled graph takes the first derivative only: Dynamo traces no Function that has more.
     """
-    compiling = torch.compiler.is_compiling()
-    function = FlashAttentionFunction if compiling else TransformableAttention
     q, k, v, spec, extras = problem
-    return function.apply(backend, tiled, spec, q, k, v, *extras)
+    if not torch.compiler.is_compiling():
+        return TransformableAttention.apply(backend, tiled, spec, q, k, v, *extras)
+    leaves = (q, k, v, *(extra for extra in extras if extra is not None))
+    if not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):
+        # Without a gradient Dynamo hands a ctx to a forward that takes *args, which has no use for
+        # it.
+        return backend.forward(*problem)
+    return FlashAttentionFunction.apply(backend, tiled, spec, q, k, v, *extras)
 
 
 class FlashAttentionFunction(torch.autograd.Function):

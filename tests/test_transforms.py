@@ -190,6 +190,18 @@ def test_compiles_without_a_break(backend: str, dynamic: bool) -> None:
             assert actual.stride() == expected.stride()
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "standard"])
+def test_inference_compiles_without_a_break(backend: str) -> None:
+    """Dynamo traces an autograd.Function another way where no input has a gradient."""
+    torch._dynamo.reset()
+    attend = attention(backend, **PLAIN)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    q, k, v = (torch.randn(2, 2, 17, 16, device=device_for(backend)) for _ in range(3))
+    torch.testing.assert_close(compiled(q, k, v), attend(q, k, v))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(q.requires_grad_(), k, v), attend(q, k, v))
+
+
 def test_compiles_with_options() -> None:
     torch._dynamo.reset()
     options = {"softcap": 2.0, "alibi_slopes": torch.rand(2), "dropout_p": 0.3, "dropout_seed": 1}
