@@ -1,0 +1,272 @@
+"""Code that calls ``torch.nn.functional.scaled_dot_product_attention``, routed to flashlayer."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from flashlayer.functional import SUPPORTED_DTYPES, flash_attention
+
+HOST = F.scaled_dot_product_attention
+
+class Report(NamedTuple):
+    """What an :class:`override` did with the calls it saw.
+
+    Attributes:
+        routed: how many calls went to flashlayer.
+        left: how many were left to torch, by reason.
+    """
+
+    routed: int
+    left: dict[str, int]
+
+    def __str__(self) -> str:
+        lines = [f"{self.routed} routed to flashlayer"]
+        lines += [f"{count} left to torch: {reason}" for reason, count in self.left.items()]
+        return "\n".join(lines)
+
+
+class override(TorchFunctionMode):  # noqa: N801 - read as `with override():`
+    """Routes every ``F.scaled_dot_product_attention`` inside the ``with`` block to flashlayer.
+
+    The semantics are SDPA's: top-left ``is_causal``, bool masks with True = attend and float masks
+    that are added, ``enable_gqa``, any number of leading dimensions, broadcast as torch broadcasts
+    them, zeros for a query that sees no key, and dropout whenever ``dropout_p > 0`` (drawn from
+    torch's generator, but another mask than torch's). A call that flashlayer has no equal of is
+    left to torch and counted with its reason, so what torch rejects torch still rejects.
+
+    This is a :class:`torch.overrides.TorchFunctionMode`; no name is patched. Callers that did
+    ``from torch.nn.functional import scaled_dot_product_attention`` are routed too. Blocks nest,
+    the innermost takes the calls; leaving one by an exception undoes it. Only the thread that
+    entered is affected: another one enters a block of its own. Calls below Python, such as
+    ``torch.ops.aten.scaled_dot_product_attention`` or a scripted module, are not seen.
+
+    Inside the block ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` don't take their
+    fused fast path; with ``need_weights=False`` they are routed, with weights they don't use SDPA.
+    Under ``torch.compile`` the block may be around the compiled function or inside it; Dynamo
+    guards on it, so outside of the block the same function runs torch's. Only nn.MultiheadAttention
+    is left to torch there (:func:`flashlayer.swap_attention` replaces it). Activation checkpoints
+    recompute in the backward pass: with dropout keep that inside the block too.
+
+    Args:
+        backend: as in :func:`flashlayer.flash_attention`.
+
+    Example:
+        >>> q = k = v = torch.randn(2, 8, 128, 64)
+        >>> with override() as routing:
+        ...     out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        >>> print(routing.report())
+        1 routed to flashlayer
+    """
+
+    def __init__(self, backend: str = "auto") -> None:
+        super().__init__()
+        self.backend = backend
+        self._routed = 0
+        self._left: Counter[str] = Counter()
+
+    def report(self) -> Report:
+        """The calls so far; also after the block has been left."""
+        return Report(self._routed, dict(self._left))
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Take the calls of SDPA, pass all others on."""
+        kwargs = kwargs or {}
+        plain = all(kind in (Tensor, torch.nn.Parameter) for kind in types)
+        if func is HOST:
+            return self._attend(plain, *args, **kwargs)
+        if func is F.multi_head_attention_forward and plain:
+            if not torch.compiler.is_compiling():
+                return _multi_head_attention_forward(self)(*args, **kwargs)
+            self._left["nn.MultiheadAttention in a compiled graph; swap_attention replaces it"] += 1
+        return func(*args, **kwargs)
+
+    def _attend(
+        self,
+        plain: bool,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        reason = (
+            "a tensor subclass with semantics of its own"
+            if not plain
+            else _reason_to_leave(query, key, value, attn_mask, dropout_p, is_causal, scale)
+            or _shapes_to_leave(query, key, value, attn_mask, enable_gqa)
+        )
+        if reason is not None:
+            self._left[reason] += 1
+            return HOST(
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )
+        self._routed += 1
+        leading = _leading(query, key, value, enable_gqa)
+        out = flash_attention(
+            *(_four(x, leading, enable_gqa) for x in (query, key, value)),
+            attn_mask=None if attn_mask is None else _four_mask(attn_mask, leading),
+            causal=is_causal,
+            diagonal="top_left",
+            scale=scale,
+            dropout_p=dropout_p,
+            backend=self.backend,
+        )
+        assert isinstance(out, Tensor)
+        return out.view(*leading, *out.shape[2:]) if len(leading) != 2 else out
+
+
+def _multi_head_attention_forward(routing: override) -> Callable[..., Any]:
+    """``F.multi_head_attention_forward``, with its call of SDPA routed.
+
+    Its first act is to hand itself to an active mode, and a mode is off while it handles a call:
+    what it calls inside would not be seen. The same code over other globals neither hands itself
+    over nor calls torch's SDPA.
+    """
+
+    def attend(*args: Any, **kwargs: Any) -> Tensor:
+        return routing._attend(True, *args, **kwargs)
+
+    host = F.multi_head_attention_forward
+    scope = host.__globals__ | {
+        "has_torch_function": lambda _: False,
+        "scaled_dot_product_attention": attend,
+    }
+    return FunctionType(host.__code__, scope, argdefs=host.__defaults__)
+
+
+def _reason_to_leave(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> str | None:
+    """Why torch should take the call, whatever the shapes; None if it need not."""
+    tensors = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
+    if not all(isinstance(x, Tensor) for x in tensors):
+        return "an argument that should be a tensor is none"
+    if any(x.is_nested for x in tensors):
+        return "nested tensors"
+    if any(x.layout != torch.strided for x in tensors):
+        return "a layout other than strided"
+    if query.device.type == "meta" or any(x.device != query.device for x in tensors):
+        return "the meta device, or tensors on more than one device"
+    autocast = torch.is_autocast_enabled(query.device.type)
+    if query.dtype not in SUPPORTED_DTYPES:
+        return f"query of {query.dtype}"
+    if not autocast and not query.dtype == key.dtype == value.dtype:
+        return "query, key and value of more than one dtype"
+    if attn_mask is not None:
+        # A torch build may take both, or reject them; that is its to say.
+        if is_causal:
+            return "attn_mask together with is_causal"
+        known = (torch.bool, torch.float32, *(SUPPORTED_DTYPES if autocast else (query.dtype,)))
+        if attn_mask.dtype not in known:
+            return f"attn_mask of {attn_mask.dtype} with query of {query.dtype}"
+    if not isinstance(is_causal, bool) or not 0 <= dropout_p <= 1:
+        return "is_causal or dropout_p out of range"
+    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+        return "scale that is not a finite number"
+    return None
+
+
+def _shapes_to_leave(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
+) -> str | None:
+    """Why torch should take (and mostly reject) these shapes; None if it need not."""
+    if min(query.ndim, key.ndim, value.ndim) < (3 if enable_gqa else 2):
+        return "too few dimensions"
+    if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
+        return "shapes that do not fit together"
+    if query.shape[-1] == 0 or value.shape[-1] == 0:
+        return "a head dimension of 0"
+    if enable_gqa:
+        if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
+            return "batch dimensions to be broadcast with enable_gqa"
+        if key.shape[-3] != value.shape[-3]:
+            return "key and value with different numbers of heads"
+        if key.shape[-3] == 0 or query.shape[-3] % key.shape[-3]:
+            return "shapes that do not fit together"
+    leading = _leading(query, key, value, enable_gqa)
+    if leading is None:
+        return "shapes that do not fit together"
+    if leading and leading[-1] == 0:
+        return "0 heads"
+    if attn_mask is not None:
+        if attn_mask.ndim < 2:
+            return "attn_mask with fewer than 2 dimensions"
+        if not _expands(attn_mask.shape, (*leading, query.shape[-2], key.shape[-2])):
+            return "attn_mask that does not fit"
+    return None
+
+
+def _leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> Any:
+    """All dimensions of the output but the last two; None if they can't be broadcast."""
+    if enable_gqa:
+        return tuple(query.shape[:-2])
+    shapes = [x.shape[:-2] for x in (query, key, value)]
+    ndim = max(len(shape) for shape in shapes)
+    leading = []
+    for dim in range(-ndim, 0):
+        sizes = [shape[dim] for shape in shapes if -dim <= len(shape)]
+        size = next((size for size in sizes if size != 1), 1)
+        if any(other not in (1, size) for other in sizes):
+            return None
+        leading.append(size)
+    return tuple(leading)
+
+
+def _expands(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    if len(shape) > len(full):
+        return False
+    return all(
+        size in (1, whole) for size, whole in zip(reversed(shape), reversed(full), strict=False)
+    )
+
+
+def _four(x: Tensor, leading: tuple[int, ...], enable_gqa: bool) -> Tensor:
+    """``(..., S, D)`` as ``(B, H, S, D)``: expanded without a copy, then flattened."""
+    if not enable_gqa:
+        x = x.expand(*leading, *x.shape[-2:])
+    if x.ndim < 4:
+        return x[(None,) * (4 - x.ndim)]
+    return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+
+
+def _four_mask(mask: Tensor, leading: tuple[int, ...]) -> Tensor:
+    """The mask with at most four dimensions.
+
+    Only one that differs along some batch dimensions and is broadcast along others is copied.
+    """
+    if len(leading) <= 2:
+        return mask
+    mask = mask[(None,) * (len(leading) + 2 - mask.ndim)]
+    batch = mask.shape[:-3]
+    if all(size == 1 for size in batch):
+        return mask.reshape(mask.shape[-3:])
+    mask = mask.expand(*leading[:-1], *mask.shape[-3:])
+    return mask.reshape(math.prod(leading[:-1]), *mask.shape[-3:])
