@@ -1,5 +1,6 @@
 """flashlayer: one exact FlashAttention layer for PyTorch, the same on every device."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from flashlayer.functional import (
@@ -10,22 +11,35 @@ from flashlayer.functional import (
 )
 
 if TYPE_CHECKING:
+    from flashlayer import integrations
+    from flashlayer.integrations.swap import swap_attention
     from flashlayer.modules import FlashAttention
+    from flashlayer.multihead import FlashMultiheadAttention
 
 __version__ = "0.1.0"
 __all__ = [
     "FlashAttention",
+    "FlashMultiheadAttention",
     "available_backends",
     "dropout_keep_mask",
     "flash_attention",
     "flash_attention_varlen",
+    "integrations",
+    "swap_attention",
 ]
+
+# What is loaded when it is asked for: the functions need torch alone, so that is all an import
+# loads.
+_ON_USE = {
+    "FlashAttention": "flashlayer.modules",
+    "FlashMultiheadAttention": "flashlayer.multihead",
+    "swap_attention": "flashlayer.integrations.swap",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # The modules need einops; the functions need torch alone, so that is all an import loads.
-    if name == "FlashAttention":
-        from flashlayer.modules import FlashAttention
-
-        return FlashAttention
+    if name in _ON_USE:
+        return getattr(importlib.import_module(_ON_USE[name]), name)
+    if name == "integrations":
+        return importlib.import_module("flashlayer.integrations")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

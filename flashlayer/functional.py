@@ -223,6 +223,8 @@ def dropout_keep_mask(
     dropout_p: float,
     seed: int,
     device: torch.device | str,
+    *,
+    first_query: int = 0,
 ) -> Tensor:
     """The mask that dropout draws: bool ``(B, H, Sq, Sk)``, True = kept.
 
@@ -234,6 +236,7 @@ def dropout_keep_mask(
         dropout_p: probability that an element is False, 0 to 1.
         seed: what :func:`flash_attention` got as ``dropout_seed``.
         device: where the mask is made; it makes no difference to its values.
+        first_query: position of the first of the ``Sq`` queries, for a mask made block by block.
 
     Raises:
         TypeError: ``seed`` or ``dropout_p`` is of the wrong type.
@@ -242,7 +245,7 @@ def dropout_keep_mask(
     _check_dropout(dropout_p, seed)
     index = [torch.arange(size, device=device) for size in (batch, heads, seqlen_q, seqlen_k)]
     b, h, i, j = index
-    b, h, i = b.view(-1, 1, 1, 1), h.view(-1, 1, 1), i.view(-1, 1)
+    b, h, i = b.view(-1, 1, 1, 1), h.view(-1, 1, 1), first_query + i.view(-1, 1)
     return philox.keep_mask(torch.tensor(seed, device=device), b, h, i, j, dropout_p)
 
 

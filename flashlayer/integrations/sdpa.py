@@ -17,6 +17,7 @@ from flashlayer.functional import SUPPORTED_DTYPES, flash_attention
 
 HOST = F.scaled_dot_product_attention
 
+
 class Report(NamedTuple):
     """What an :class:`override` did with the calls it saw.
 

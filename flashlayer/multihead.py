@@ -1,0 +1,378 @@
+"""``nn.MultiheadAttention`` over flash attention: the same module from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flashlayer.functional import dropout_keep_mask, flash_attention
+
+# Attention weights computed at once, over all heads: 16 MB in fp32.
+WEIGHTS_AT_ONCE = 2**22
+
+
+class FlashMultiheadAttention(nn.MultiheadAttention):
+    r"""``nn.MultiheadAttention`` that never stores the ``L x S`` scores.
+
+    Constructor, ``forward``, ``state_dict``, initialisation and results are those of
+    :class:`torch.nn.MultiheadAttention`, whose documentation describes the arguments; a checkpoint
+    of either loads into the other. It differs in this:
+
+    - ``need_weights=True`` computes the weights from the log-sum-exp, a block of queries at a
+      time: averaged over heads they need no memory but their own. They are differentiable.
+    - A query that every key is hidden from gives 0, as the fused kernels of SDPA do, and weights of
+      0; torch gives NaN with ``need_weights=True``.
+    - ``is_causal=True`` needs no ``attn_mask``. With one it is the hint it is in torch: that mask
+      is taken to be the (top-left) causal one, and is not read where the hint says it all.
+    - Masks of different dtypes may meet, and are not expanded over heads.
+    - Nested tensors are refused: pass a padded batch with ``key_padding_mask``.
+    - There is no second, fused path for inference. A ``TransformerEncoderLayer`` around it calls it
+      always; the ``TransformerEncoder`` around that must have ``use_nested_tensor = False``, which
+      :func:`flashlayer.swap_attention` sees to.
+
+    Args:
+        embed_dim: ``E``.
+        num_heads: ``H``; ``E`` must be a multiple of it.
+        dropout: probability that an attention weight is dropped; off in ``eval()``.
+        bias: whether the projections have a bias.
+        add_bias_kv: append one learned key and value to every sequence.
+        add_zero_attn: append one key and value of zeros to every sequence.
+        kdim: features of the keys; ``E`` if None.
+        vdim: features of the values; ``E`` if None.
+        batch_first: whether inputs are ``(N, L, E)`` rather than ``(L, N, E)``.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+        backend: as in :func:`flashlayer.flash_attention`.
+
+    Example:
+        >>> attention = FlashMultiheadAttention(64, 4, batch_first=True)
+        >>> x = torch.randn(2, 100, 64)
+        >>> out, weights = attention(x, x, x)
+        >>> out.shape, weights.shape
+        (torch.Size([2, 100, 64]), torch.Size([2, 100, 100]))
+    """
+
+    # torch.nn.TransformerEncoderLayer reads this of its self_attn. Where it is true, inference
+    # takes the parameters to a fused kernel and never calls the module.
+    _qkv_same_embed_dim = False
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            device,
+            dtype,
+        )
+        self._become_flash(backend)
+
+    def _become_flash(self, backend: str) -> None:
+        """What an ``nn.MultiheadAttention`` needs besides the class to be one of these."""
+        self.backend = backend
+        self.__dict__.pop("_qkv_same_embed_dim", None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # sets what old checkpoints of torch's module lack
+        self._become_flash(state["backend"])
+
+    def _reset_parameters(self) -> None:
+        for weight in (
+            self.in_proj_weight,
+            self.q_proj_weight,
+            self.k_proj_weight,
+            self.v_proj_weight,
+        ):
+            if weight is not None:
+                nn.init.xavier_uniform_(weight)
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+        for row in (self.bias_k, self.bias_v):
+            if row is not None:
+                nn.init.xavier_normal_(row)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`torch.nn.MultiheadAttention.forward`.
+
+        Args:
+            query: ``(L, N, E)``, ``(N, L, E)`` with ``batch_first``, or ``(L, E)`` without a batch.
+            key: ``(S, N, kdim)``, ``(N, S, kdim)`` or ``(S, kdim)``.
+            value: ``(S, N, vdim)``, ``(N, S, vdim)`` or ``(S, vdim)``.
+            key_padding_mask: ``(N, S)`` or ``(S,)``; bool (True = hidden) or floating (added).
+            need_weights: also return the attention weights.
+            attn_mask: ``(L, S)`` or ``(N * H, L, S)``; bool (True = hidden) or floating (added).
+            average_attn_weights: average the weights over the heads.
+            is_causal: ``attn_mask`` is the causal mask; it may be left out.
+
+        Returns:
+            The output, of ``query``'s shape, and the weights after dropout, ``(N, L, S)``, ``(N, H,
+            L, S)`` when not averaged, without ``N`` when there is no batch; None when not needed.
+            ``add_bias_kv`` and ``add_zero_attn`` add a key each to ``S``.
+
+        Raises:
+            TypeError: a mask is neither bool nor floating.
+            ValueError: a shape does not fit, or an input is a nested tensor.
+        """
+        batched = self._check_inputs(query, key, value)
+        packed = query is key and key is value
+        if not batched:
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+            if key_padding_mask is not None:
+                key_padding_mask = key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        lengths = query.shape[1], key.shape[1]
+        self._check_masks(query.shape[0], *lengths, attn_mask, key_padding_mask)
+        q, k, v = self._project(query, key, value, packed)  # [N, L, E], [N, S, E]
+        extra_keys = k.shape[1] - lengths[1]
+        causal = is_causal and (
+            attn_mask is None
+            or (key_padding_mask is None and not need_weights)  # as torch does
+            or (extra_keys == 0 and lengths[0] == lengths[1])
+        )
+        mask = _merge_masks(
+            None if causal else _visible(attn_mask, self.num_heads),
+            None if key_padding_mask is None else _visible(key_padding_mask[:, None, None], 1),
+            extra_keys,
+        )
+        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)) for x in (q, k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [N, H, L, D]
+        options: dict[str, Any] = {"attn_mask": mask, "causal": causal, "dropout_p": 0.0}
+        if self.training and self.dropout > 0:
+            options["dropout_p"] = self.dropout
+            if need_weights:  # they show the mask that the output was made with
+                options["dropout_seed"] = int(torch.randint(2**63 - 1, ()))
+        result = flash_attention(
+            q,
+            k,
+            v,
+            diagonal="top_left",
+            return_lse=need_weights,
+            backend=self.backend,
+            **options,
+        )
+        out, lse = result if isinstance(result, tuple) else (result, None)
+        out = out.transpose(1, 2).flatten(2)  # [N, L, E]
+        if batched and not self.batch_first:
+            out = out.transpose(0, 1).contiguous()
+        out = self.out_proj(out if batched else out.squeeze(0))
+        if lse is None:
+            return out, None
+        weights = attention_weights(q, k, lse, average=average_attn_weights, **options)
+        return out, weights if batched else weights.squeeze(0)
+
+    def _project(
+        self, query: Tensor, key: Tensor, value: Tensor, packed: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The three projections, and the keys and values that the options append."""
+        if packed and self.in_proj_weight is not None:
+            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        else:
+            weights = (
+                (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+                if self.in_proj_weight is None
+                else self.in_proj_weight.chunk(3)
+            )
+            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+            q, k, v = (
+                F.linear(x, weight, bias)
+                for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+            )
+        if self.bias_k is not None and self.bias_v is not None:
+            k = torch.cat((k, self.bias_k.expand(len(k), 1, -1)), dim=1)
+            v = torch.cat((v, self.bias_v.expand(len(v), 1, -1)), dim=1)
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        return q, k, v
+
+    def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether the inputs have a batch dimension."""
+        named = (
+            ("query", query, self.embed_dim),
+            ("key", key, self.kdim),
+            ("value", value, self.vdim),
+        )
+        for name, x, features in named:
+            if x.is_nested:
+                raise ValueError(
+                    f"{name} is a nested tensor, which FlashMultiheadAttention does not take: pass "
+                    "a padded batch with key_padding_mask, and set use_nested_tensor = False on a "
+                    "TransformerEncoder that makes them"
+                )
+            if x.ndim not in (2, 3) or x.ndim != query.ndim:
+                raise ValueError(
+                    f"query, key and value must all have 3 dimensions, or 2 without a batch, "
+                    f"got {query.ndim}, {key.ndim} and {value.ndim}"
+                )
+            if x.shape[-1] != features:
+                raise ValueError(
+                    f"{name} must have {features} features, got shape {tuple(x.shape)}"
+                )
+        if key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(
+                f"key and value must agree in length and batch, "
+                f"got {tuple(key.shape)} and {tuple(value.shape)}"
+            )
+        batch_dim = 0 if self.batch_first else 1
+        if query.ndim == 3 and query.shape[batch_dim] != key.shape[batch_dim]:
+            raise ValueError(
+                f"query and key must have one batch size, "
+                f"got {tuple(query.shape)} and {tuple(key.shape)}"
+            )
+        return query.ndim == 3
+
+    def _check_masks(
+        self,
+        batch: int,
+        seqlen_q: int,
+        seqlen_k: int,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+    ) -> None:
+        shapes = ((seqlen_q, seqlen_k), (batch * self.num_heads, seqlen_q, seqlen_k))
+        for name, mask, allowed in (
+            ("attn_mask", attn_mask, shapes),
+            ("key_padding_mask", key_padding_mask, ((batch, seqlen_k),)),
+        ):
+            if mask is None:
+                continue
+            if mask.dtype != torch.bool and not mask.is_floating_point():
+                raise TypeError(f"{name} must be bool or floating, got {mask.dtype}")
+            if tuple(mask.shape) not in allowed:
+                expected = " or ".join(map(str, allowed))
+                raise ValueError(f"{name} must be {expected}, got {tuple(mask.shape)}")
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    average: bool,
+    attn_mask: Tensor | None = None,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    dropout_seed: int = 0,
+) -> Tensor:
+    """``exp(score - lse)``, ``(B, H, Sq, Sk)`` or averaged over heads ``(B, Sq, Sk)``.
+
+    A block of queries at a time, recomputed in the backward pass, so that what is alive besides the
+    result is one block of :data:`WEIGHTS_AT_ONCE` elements.
+
+    Args:
+        q: ``(B, H, Sq, D)``.
+        k: ``(B, H, Sk, D)``.
+        lse: ``(B, H, Sq)``, what :func:`flash_attention` returned for the same options.
+        average: take the mean over the heads.
+        attn_mask: as in :func:`flash_attention`.
+        causal: top-left.
+        dropout_p: probability that a weight is dropped; the rest are divided by ``1 - dropout_p``.
+        dropout_seed: what :func:`flash_attention` got.
+    """
+    if attn_mask is not None:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
+
+    def of_rows(start: int, stop: int, q: Tensor, k: Tensor, lse: Tensor, mask: Any) -> Tensor:
+        q, lse = q[:, :, start:stop], lse[:, :, start:stop]
+        # Autocast would round the scores to what lse is exact for.
+        with torch.autocast(q.device.type, enabled=False):
+            scores = (q.to(lse.dtype) @ k.to(lse.dtype).mT) * q.shape[-1] ** -0.5
+        if mask is not None:
+            mask = mask if mask.shape[2] == 1 else mask[:, :, start:stop]
+            if mask.dtype == torch.bool:
+                scores = scores.masked_fill(~mask, -torch.inf)
+            else:
+                scores = scores + mask
+        if causal:
+            query = torch.arange(start, stop, device=q.device)[:, None]
+            later = torch.arange(k.shape[2], device=q.device) > query
+            scores = scores.masked_fill(later, -torch.inf)
+        # A row that sees no key has lse = -inf and only scores of -inf.
+        weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1))
+        if dropout_p > 0:
+            kept = dropout_keep_mask(
+                *scores.shape, dropout_p, dropout_seed, q.device, first_query=start
+            )
+            weights = weights * kept / ((1 - dropout_p) or 1)
+        return (weights.mean(dim=1) if average else weights).to(q.dtype)
+
+    tensors = (q, k, lse, attn_mask)
+    blocks = list(_row_blocks(*q.shape[:3], k.shape[2]))
+    recompute = len(blocks) > 1 and torch.is_grad_enabled()
+    parts = [
+        checkpoint(of_rows, *rows, *tensors, use_reentrant=False, preserve_rng_state=False)
+        if recompute
+        else of_rows(*rows, *tensors)
+        for rows in blocks
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+
+
+def _row_blocks(batch: int, heads: int, rows: int, keys: int) -> Iterator[tuple[int, int]]:
+    size = max(1, WEIGHTS_AT_ONCE // max(1, batch * heads * keys))
+    for start in range(0, max(rows, 1), size):
+        yield start, min(start + size, rows)
+
+
+def _visible(mask: Tensor | None, heads: int) -> Tensor | None:
+    """From torch's convention here, True = hidden, to True = attend; ``(N * H, L, S)`` split."""
+    if mask is None:
+        return None
+    if mask.ndim == 3:
+        mask = mask.unflatten(0, (-1, heads))
+    return ~mask if mask.dtype == torch.bool else mask
+
+
+def _merge_masks(
+    attn_mask: Tensor | None, padding: Tensor | None, extra_keys: int
+) -> Tensor | None:
+    """One mask of both, which leaves the appended keys visible."""
+    if attn_mask is None or padding is None:
+        merged = padding if attn_mask is None else attn_mask
+    elif attn_mask.dtype == padding.dtype == torch.bool:
+        merged = attn_mask & padding
+    elif attn_mask.dtype == torch.bool:
+        merged = torch.where(attn_mask, padding, -torch.inf)
+    elif padding.dtype == torch.bool:
+        merged = torch.where(padding, attn_mask, -torch.inf)
+    else:
+        merged = attn_mask + padding
+    if merged is None or extra_keys == 0:
+        return merged
+    return F.pad(merged, (0, extra_keys), value=merged.dtype == torch.bool)
