@@ -1,0 +1,452 @@
+"""``flash_attn.flash_attn_interface``: the functions, by :func:`flashlayer.flash_attention`.
+
+The arguments that several functions share:
+
+- ``dropout_p``, ``causal`` (bottom-right aligned) and ``alibi_slopes`` ``(H,)`` or ``(B, H)``: as
+  in :func:`flashlayer.flash_attention`.
+- ``softmax_scale``: ``D ** -0.5`` if None.
+- ``window_size``: ``(left, right)``, -1 for unbounded.
+- ``softcap``: 0.0 for none.
+- ``deterministic``: makes no difference, see the package.
+- ``return_attn_probs``: return ``(out, softmax_lse, S_dmask)``. ``S_dmask`` is empty, ``(0,)``,
+  without dropout; with dropout it is every probability ``(B, H, Sq, Sk)``, negative where it was
+  dropped. That costs O(Sq * Sk) memory and is meant for tests, as in flash_attn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashlayer.functional import dropout_keep_mask, flash_attention, flash_attention_varlen
+from flashlayer.integrations.flash_attn.layers.rotary import apply_rotary_emb
+
+WindowSize = tuple[int, int]
+Result = Tensor | tuple[Tensor, Tensor, Tensor]
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """Attention of ``q`` ``(B, Sq, H, D)`` over ``k``, ``v`` ``(B, Sk, Hkv, D)``.
+
+    The other arguments are described in :mod:`flashlayer.integrations.flash_attn.
+    flash_attn_interface`.
+
+    Returns:
+        ``(B, Sq, H, D)``; with ``return_attn_probs`` also ``softmax_lse`` ``(B, H, Sq)`` and
+        ``S_dmask``.
+    """
+    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    dropout = _dropout(dropout_p, return_attn_probs)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    result = flash_attention(q, k, v, **options, **dropout, return_lse=return_attn_probs)
+    if isinstance(result, Tensor):
+        return result.transpose(1, 2).contiguous()
+    out, lse = result
+    probabilities = q.new_empty(0)
+    if dropout_p > 0:
+        with torch.no_grad():
+            eye = torch.eye(k.shape[2], dtype=q.dtype, device=q.device)
+            probabilities = flash_attention(q, k, eye.expand(*k.shape[:2], -1, -1), **options)
+            probabilities = _sign_by_dropout(probabilities, **dropout)
+    return out.transpose(1, 2).contiguous(), lse, probabilities
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """:func:`flash_attn_func` with keys and values in one tensor ``(B, Sk, 2, Hkv, D)``."""
+    return flash_attn_func(
+        q,
+        *kv.unbind(2),
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """:func:`flash_attn_func` with all three in one tensor ``(B, S, 3, H, D)``."""
+    return flash_attn_func(
+        *qkv.unbind(2),
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Result:
+    """Attention over packed sequences, ``q`` ``(Tq, H, D)``, ``k`` and ``v`` ``(Tk, Hkv, D)``.
+
+    The other arguments are described in :mod:`flashlayer.integrations.flash_attn.
+    flash_attn_interface`.
+
+    Args:
+        q: the queries.
+        k: the keys; with ``block_table`` pages of them, ``(blocks, page, Hkv, D)``.
+        v: the values, likewise.
+        cu_seqlens_q: ``(N + 1,)`` int32, boundaries of the sequences of queries.
+        cu_seqlens_k: the same of the keys; with ``block_table`` their lengths, summed up.
+        max_seqlen_q: the longest sequence of queries.
+        max_seqlen_k: the longest sequence of keys.
+        dropout_p: see above.
+        softmax_scale: see above.
+        causal: see above.
+        window_size: see above.
+        softcap: see above.
+        alibi_slopes: see above.
+        deterministic: see above.
+        return_attn_probs: see above.
+        block_table: ``(N, blocks of a sequence)`` int32, which pages hold a sequence. The pages are
+            copied into packed keys first, O(Tk).
+
+    Returns:
+        ``(Tq, H, D)``; with ``return_attn_probs`` also ``softmax_lse`` ``(H, Tq)`` and ``S_dmask``
+        ``(N, H, max_seqlen_q, max_seqlen_k)``.
+    """
+    if block_table is not None:
+        lengths = cu_seqlens_k.diff()
+        k, v = (_packed_pages(x, block_table, lengths) for x in (k, v))
+    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes) | {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": (max_seqlen_q := _length(max_seqlen_q)),
+        "max_seqlen_k": (max_seqlen_k := _length(max_seqlen_k)),
+    }
+    dropout = _dropout(dropout_p, return_attn_probs)
+    result = flash_attention_varlen(q, k, v, **options, **dropout, return_lse=return_attn_probs)
+    if isinstance(result, Tensor):
+        return result.contiguous()
+    out, lse = result
+    probabilities = q.new_empty(0)
+    if dropout_p > 0:
+        with torch.no_grad():
+            sequence, position = _unpack(len(q), cu_seqlens_q)
+            _, key_position = _unpack(len(k), cu_seqlens_k)
+            eye = torch.zeros(len(k), k.shape[1], max_seqlen_k, dtype=q.dtype, device=q.device)
+            eye[: len(key_position)].scatter_(
+                2, key_position.view(-1, 1, 1).expand(-1, k.shape[1], 1), 1
+            )
+            packed = flash_attention_varlen(q, k, eye, **options)  # [Tq, H, max_seqlen_k]
+            shape = (len(cu_seqlens_q) - 1, max_seqlen_q, q.shape[1], max_seqlen_k)
+            probabilities = q.new_zeros(shape)
+            probabilities[sequence, position] = packed[: len(position)]
+            probabilities = _sign_by_dropout(probabilities.transpose(1, 2), **dropout)
+    return out.contiguous(), lse, probabilities
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """:func:`flash_attn_varlen_func`, keys and values in one tensor ``(Tk, 2, Hkv, D)``."""
+    return flash_attn_varlen_func(
+        q,
+        *kv.unbind(1),
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """:func:`flash_attn_varlen_func` with all three in one tensor ``(T, 3, H, D)``."""
+    return flash_attn_varlen_func(
+        *qkv.unbind(1),
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
+
+
+@torch.no_grad()
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Append new keys and values to a cache, in place, and attend to all of it. No gradient.
+
+    A contiguous cache is read where it lies; one that is a slice of a longer buffer, is indexed by
+    ``cache_batch_idx`` or is paged is copied for the call, O(B * capacity).
+
+    Args:
+        q: ``(B, Sq, H, D)``.
+        k_cache: ``(B, capacity, Hkv, D)``; with ``block_table`` pages, ``(blocks, page, Hkv, D)``.
+        v_cache: likewise.
+        k: ``(B, Snew, Hkv, D)``, written to the cache from position ``cache_seqlens`` on.
+        v: likewise.
+        rotary_cos: ``(positions, R / 2)``: rotate ``k``, and ``q``, by position before that; needs
+            ``k``. With ``causal`` or a window query ``i`` is at position ``cache_seqlens + i``,
+            else every query at ``cache_seqlens``.
+        rotary_sin: likewise.
+        cache_seqlens: positions that are filled, an int or ``(B,)``; all if None.
+        cache_batch_idx: ``(B,)``, which row of the cache belongs to which query.
+        cache_leftpad: ``(B,)``, positions at the start of each row to be ignored.
+        block_table: ``(B, blocks of a sequence)``, which pages hold a sequence.
+        softmax_scale: ``D ** -0.5`` if None.
+        causal: the last query sees all keys, the one before all but the last.
+        window_size: ``(left, right)``, -1 for unbounded.
+        softcap: 0.0 for none.
+        rotary_interleaved: pair features 0 and 1 rather than ``i`` and ``i + R / 2``.
+        alibi_slopes: ``(H,)`` or ``(B, H)``.
+        num_splits: makes no difference.
+        return_softmax_lse: also return the log-sum-exp.
+
+    Returns:
+        ``(B, Sq, H, D)``; with ``return_softmax_lse`` also ``(B, H, Sq)``.
+
+    Raises:
+        ValueError: an argument that another one needs is missing, or the cache is too short.
+    """
+    batch, seqlen_q, heads, _ = q.shape
+    rows, page = k_cache.shape[:2]
+    capacity = page if block_table is None else page * block_table.shape[1]
+    _check_cache(k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, block_table)
+    if block_table is None and cache_batch_idx is None and rows != batch:
+        raise ValueError(
+            f"k_cache must have query's batch size {batch} without cache_batch_idx, got {rows}"
+        )
+    filled = capacity if cache_seqlens is None else cache_seqlens
+    if not isinstance(filled, Tensor):
+        filled = torch.full((batch,), filled, device=q.device)
+    filled = filled.long()
+    stop = filled if k is None else filled + k.shape[1]
+    if stop.device.type == "cpu" and (stop > capacity).any():
+        raise ValueError(f"k_cache holds {capacity} positions, cache_seqlens and k need {stop}")
+    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    if k is not None and v is not None:
+        if rotary_cos is not None and rotary_sin is not None:
+            rotary = (rotary_cos, rotary_sin, rotary_interleaved, False, filled)
+            k = apply_rotary_emb(k, *rotary)
+            if causal or options["window_size"] != (None, None):
+                q = apply_rotary_emb(q, *rotary)
+            else:  # every query at one position: they count as heads of one token
+                q = apply_rotary_emb(q.flatten(1, 2).unsqueeze(1), *rotary).view_as(q)
+        position = filled[:, None] + torch.arange(k.shape[1], device=q.device)  # [B, Snew]
+        if block_table is not None:
+            row, position = block_table.long().gather(1, position // page), position % page
+        elif cache_batch_idx is not None:
+            row = cache_batch_idx[:, None]
+        else:
+            row = torch.arange(batch, device=q.device)[:, None]
+        k_cache[row, position] = k
+        v_cache[row, position] = v
+    if block_table is not None:
+        k_cache, v_cache = (x[block_table].flatten(1, 2) for x in (k_cache, v_cache))
+    elif cache_batch_idx is not None:
+        k_cache, v_cache = k_cache[cache_batch_idx], v_cache[cache_batch_idx]
+    # The caches, one after the other, as packed sequences: what is before a row's first position
+    # and after its last are sequences of their own, which no query belongs to.
+    row = torch.arange(batch, device=q.device)
+    start = torch.zeros_like(stop) if cache_leftpad is None else cache_leftpad
+    k_edges = torch.stack((torch.zeros_like(stop), start, stop), dim=1) + capacity * row[:, None]
+    q_edges = torch.stack((row, row, row + 1), dim=1) * seqlen_q
+    if alibi_slopes is not None and alibi_slopes.ndim == 2:
+        options["alibi_slopes"] = alibi_slopes.repeat_interleave(3, dim=0)
+    out, lse = flash_attention_varlen(
+        q.flatten(0, 1),
+        k_cache.flatten(0, 1),
+        v_cache.flatten(0, 1),
+        cu_seqlens_q=_closed(q_edges, batch * seqlen_q),
+        cu_seqlens_k=_closed(k_edges, batch * capacity),
+        max_seqlen_q=seqlen_q,
+        max_seqlen_k=capacity,
+        return_lse=True,
+        **options,
+    )
+    out = out.reshape(batch, seqlen_q, heads, -1)
+    lse = lse.view(heads, batch, seqlen_q).transpose(0, 1).contiguous()
+    return (out, lse) if return_softmax_lse else out
+
+
+def _check_cache(
+    k: Tensor | None,
+    v: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    cache_seqlens: int | Tensor | None,
+    cache_batch_idx: Tensor | None,
+    block_table: Tensor | None,
+) -> None:
+    if (k is None) != (v is None):
+        raise ValueError("k and v must be given together")
+    if (rotary_cos is None) != (rotary_sin is None):
+        raise ValueError("rotary_cos and rotary_sin must be given together")
+    if k is not None and cache_seqlens is None:
+        raise ValueError("cache_seqlens must be given with k: it says where k is written")
+    if rotary_cos is not None and k is None:
+        raise ValueError("rotary_cos needs k: the keys in the cache are rotated already")
+    if block_table is not None and cache_batch_idx is not None:
+        raise ValueError("cache_batch_idx can't be combined with block_table, which says as much")
+
+
+def _options(
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: WindowSize,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+) -> dict[str, Any]:
+    """From flash_attn's way of saying "none" to flashlayer's."""
+    left, right = window_size
+    return {
+        "scale": softmax_scale,
+        "causal": causal,
+        "window_size": (None if left < 0 else left, None if right < 0 else right),
+        "softcap": softcap if softcap > 0 else None,
+        "alibi_slopes": alibi_slopes,
+    }
+
+
+def _dropout(dropout_p: float, show: bool) -> dict[str, Any]:
+    """With a seed of our own where the mask is to be shown."""
+    if dropout_p > 0 and show:
+        return {"dropout_p": dropout_p, "dropout_seed": int(torch.randint(2**63 - 1, ()))}
+    return {"dropout_p": dropout_p}
+
+
+def _length(length: int | Tensor) -> int:
+    """Models also pass ``cu_seqlens.diff().max()``."""
+    return int(length) if isinstance(length, Tensor) else length
+
+
+def _sign_by_dropout(probabilities: Any, dropout_p: float, dropout_seed: int) -> Tensor:
+    kept = dropout_keep_mask(*probabilities.shape, dropout_p, dropout_seed, probabilities.device)
+    return torch.where(kept, probabilities, -probabilities)
+
+
+def _unpack(tokens: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Sequence of every token, and its position there; tokens past the last sequence left out."""
+    token = torch.arange(min(tokens, int(cu_seqlens[-1])), device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+    return sequence, token - cu_seqlens[sequence]
+
+
+def _packed_pages(pages: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
+    """``(blocks, page, Hkv, D)`` to the packed ``(Tk, Hkv, D)``."""
+    rows = pages[block_table].flatten(1, 2)  # [N, capacity, Hkv, D]
+    filled = torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]
+    return rows[filled]
+
+
+def _closed(edges: Tensor, total: int) -> Tensor:
+    """``cu_seqlens`` from where the sequences begin, and where the last one ends."""
+    return torch.cat((edges.flatten(), edges.new_full((1,), total))).to(torch.int32)

@@ -1,0 +1,1 @@
+"""The layers of ``flash_attn`` that models import beside its functions."""

@@ -1,0 +1,476 @@
+"""The flash_attn interface against its documentation, written out in fp64."""
+
+import inspect
+import itertools
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashlayer
+from flashlayer.integrations import flash_attn as door
+from flashlayer.integrations.flash_attn import bert_padding
+from flashlayer.integrations.flash_attn.layers.rotary import apply_rotary_emb
+from tests.tolerance import assert_accurate
+
+B, SQ, SK, H, HKV, D = 2, 5, 9, 4, 2, 16
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    kept: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (B, Sq, H, D), lse and probabilities; ``lengths`` are where each row's keys end."""
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    seqlen_q, seqlen_k = scores.shape[-2:]
+    ends = torch.full((len(q),), seqlen_k) if lengths is None else lengths
+    i = torch.arange(seqlen_q)[:, None] + (ends - seqlen_q).view(-1, 1, 1, 1)
+    j = torch.arange(seqlen_k)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.double().reshape(-1, q.shape[2], 1, 1)
+        scores = scores - slopes * (i - j).abs()
+    hidden = j >= ends.view(-1, 1, 1, 1)
+    left, right = window_size
+    if causal:
+        right = 0
+    if left >= 0:
+        hidden = hidden | (j < i - left)
+    if right >= 0:
+        hidden = hidden | (j > i + right)
+    if key_mask is not None:
+        hidden = hidden | ~key_mask[:, None, None]
+    scores = scores.masked_fill(hidden, -torch.inf)
+    lse = scores.logsumexp(-1)
+    p = torch.exp(scores - lse.nan_to_num(neginf=0.0)[..., None])
+    weights = p if kept is None else p * kept / (1 - dropout_p)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse, p
+
+
+def qkv(dtype: torch.dtype = torch.float64, heads: int = HKV, seqlen_k: int = SK) -> list[Tensor]:
+    shapes = ((B, SQ, H, D), (B, seqlen_k, heads, D), (B, seqlen_k, heads, D))
+    return [torch.randn(shape, dtype=dtype) for shape in shapes]
+
+
+def close(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+OPTIONS = {
+    "plain": {},
+    "scale": {"softmax_scale": 0.5},
+    "causal": {"causal": True},
+    "window": {"window_size": (3, 1)},
+    "left_window": {"window_size": (2, -1)},
+    "causal_window": {"causal": True, "window_size": (2, 5)},
+    "softcap": {"softcap": 1.5},
+    "alibi": {"alibi_slopes": torch.rand(H), "causal": True},
+    "alibi_batch": {"alibi_slopes": torch.rand(B, H), "deterministic": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_dense(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    leaves = [x.requires_grad_() for x in qkv()]
+    formula = {name: value for name, value in options.items() if name != "deterministic"}
+    expected = reference(*leaves, **formula)[:2]
+    out, lse, probabilities = door.flash_attn_func(*leaves, **options, return_attn_probs=True)
+    assert out.is_contiguous()
+    assert probabilities.shape == (0,)
+    close((out, lse), expected)
+    cotangents = [torch.randn_like(x) for x in expected]
+    grads = [torch.autograd.grad(x, leaves, cotangents) for x in ((out, lse), expected)]
+    close(*grads)
+    close(door.flash_attn_func(*leaves, **options), out)
+    q, k, v = (x.detach().requires_grad_() for x in leaves)
+    close(door.flash_attn_kvpacked_func(q, torch.stack((k, v), 2), **options), out)
+    if options.get("alibi_slopes") is None:
+        qkv_packed = torch.randn(B, SQ, 3, H, D, dtype=torch.float64, requires_grad=True)
+        packed = door.flash_attn_qkvpacked_func(qkv_packed, **options)
+        whole = reference(*qkv_packed.unbind(2), **formula)[0]
+        close(packed, whole)
+        close(*(torch.autograd.grad(x.square().sum(), qkv_packed)[0] for x in (packed, whole)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_accuracy_in_lower_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    tensors = qkv(dtype)
+    for options in ({"causal": True}, {"window_size": (3, 0)}):
+        actual = door.flash_attn_func(*tensors, **options)
+        layout = [x.transpose(1, 2) for x in tensors]
+        window = {"causal": True} if "causal" in options else {"window_size": (3, 0)}
+        same = flashlayer.flash_attention(*layout, **window, backend="standard").transpose(1, 2)
+        exact = reference(*(x.double() for x in tensors), **options)[0]
+        assert_accurate("out", actual, same, exact, 2)
+
+
+def test_rows_that_see_nothing() -> None:
+    q, k, v = qkv(seqlen_k=2)  # 5 causal queries, 2 keys: the first three see none
+    out, lse, _ = door.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+    assert (out[:, :3] == 0).all()
+    assert (lse[..., :3] == -torch.inf).all()
+    close(out, reference(q, k, v, causal=True)[0])
+
+
+def pack(x: Tensor, lengths: list[int]) -> Tensor:
+    return torch.cat([row[:length] for row, length in zip(x, lengths, strict=True)])
+
+
+def edges(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_varlen(options: dict[str, Any]) -> None:
+    torch.manual_seed(2)
+    leaves = [x.requires_grad_() for x in qkv()]
+    q_lengths, k_lengths = [5, 3], [7, 9]
+    q, k, v = (
+        pack(x, lengths)
+        for x, lengths in zip(leaves, (q_lengths, k_lengths, k_lengths), strict=True)
+    )
+    sizes = (edges(q_lengths), edges(k_lengths), SQ, torch.tensor(SK))
+    out, lse, _ = door.flash_attn_varlen_func(q, k, v, *sizes, **options, return_attn_probs=True)
+    options = {name: value for name, value in options.items() if name != "deterministic"}
+    slopes = options.get("alibi_slopes")
+    expected, expected_lse = [], []
+    for n, (length_q, length_k) in enumerate(zip(q_lengths, k_lengths, strict=True)):
+        row = options | (
+            {"alibi_slopes": slopes[n]} if slopes is not None and slopes.ndim == 2 else {}
+        )
+        one = (leaves[0][n, None, :length_q], *(x[n, None, :length_k] for x in leaves[1:]))
+        row_out, row_lse, _ = reference(*one, **row)
+        expected.append(row_out[0])
+        expected_lse.append(row_lse[0])
+    close(out, torch.cat(expected))
+    close(lse, torch.cat(expected_lse, dim=1))
+    close(
+        torch.autograd.grad(out.square().sum(), leaves),
+        torch.autograd.grad(torch.cat(expected).square().sum(), leaves),
+    )
+    kv = torch.stack((k, v), dim=1)
+    close(door.flash_attn_varlen_kvpacked_func(q, kv, *sizes, **options), out)
+
+
+def test_varlen_qkvpacked() -> None:
+    x, lengths = torch.randn(8, 3, H, D, dtype=torch.float64), [3, 5]
+    out = door.flash_attn_varlen_qkvpacked_func(x, edges(lengths), 5, causal=True)
+    whole = [reference(*part[None].unbind(2), causal=True)[0][0] for part in x.split(lengths)]
+    close(out, torch.cat(whole))
+
+
+def test_paged_varlen() -> None:
+    torch.manual_seed(3)
+    page, lengths = 4, [7, 9]
+    q, k, v = qkv()
+    pages, table = paged(torch.stack((k, v)), page)
+    actual = door.flash_attn_varlen_func(
+        pack(q, [5, 5]), *pages, edges([5, 5]), edges(lengths), 5, 9, causal=True, block_table=table
+    )
+    expected = reference(q, k, v, causal=True, lengths=torch.tensor(lengths))[0]
+    close(actual, expected.flatten(0, 1))
+
+
+def paged(caches: Tensor, page: int) -> tuple[Tensor, Tensor]:
+    """Caches (2, B, S, H, D) cut into shuffled pages, unused ones NaN, and the block table."""
+    per_row = -(-caches.shape[2] // page)
+    padded = torch.nn.functional.pad(
+        caches, (0, 0, 0, 0, 0, per_row * page - caches.shape[2]), value=torch.nan
+    )
+    table = torch.randperm(B * per_row + 2)[: B * per_row].view(B, per_row).int()
+    pages = torch.full((2, B * per_row + 2, page, HKV, D), torch.nan, dtype=caches.dtype)
+    pages[:, table] = padded.unflatten(2, (per_row, page))
+    return pages, table
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_dropout_and_its_mask(packed: bool) -> None:
+    """S_dmask: the probabilities, negative where the output was made without them."""
+    torch.manual_seed(4)
+    q, k, v = qkv()
+    call = {"dropout_p": 0.4, "causal": True}
+    if packed:
+        lengths = [4, 5], [7, 9]
+        masks = [
+            torch.arange(n) < torch.tensor(side)[:, None]
+            for n, side in ((SQ, lengths[0]), (SK, lengths[1]))
+        ]
+        sizes = (*(edges(side) for side in lengths), SQ, SK)
+        out, _, s_dmask = door.flash_attn_varlen_func(
+            q[masks[0]], k[masks[1]], v[masks[1]], *sizes, **call, return_attn_probs=True
+        )
+        parts = []
+        for n, (length_q, length_k) in enumerate(zip(*lengths, strict=True)):
+            one = (q[n, None, :length_q], k[n, None, :length_k], v[n, None, :length_k])
+            shown = s_dmask[n, None, :, :length_q, :length_k]
+            expected, _, p = reference(*one, kept=shown >= 0, **call)
+            close(shown.abs(), p)
+            parts.append(expected[0])
+        close(out, torch.cat(parts))
+        return
+    out, _, s_dmask = door.flash_attn_func(q, k, v, **call, return_attn_probs=True)
+    expected, _, p = reference(q, k, v, kept=s_dmask >= 0, **call)
+    close(s_dmask.abs(), p)
+    close(out, expected)
+    assert 0.2 < (s_dmask < 0)[p > 0].double().mean() < 0.6
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", ["int", "tensor", "indexed", "leftpad", "paged"])
+def test_kvcache_appends_rotates_and_attends(kind: str, causal: bool, interleaved: bool) -> None:
+    torch.manual_seed(5)
+    capacity, page = 16, 4
+    q, k, v = qkv(seqlen_k=SQ)
+    lengths = torch.tensor([4, 9], dtype=torch.int32)
+    if kind == "int":
+        lengths = torch.tensor([6, 6], dtype=torch.int32)
+    rows = torch.tensor([2, 0], dtype=torch.int32) if kind == "indexed" else torch.arange(B)
+    caches = torch.randn(2, 3 if kind == "indexed" else B, capacity, HKV, D, dtype=torch.float64)
+    for n, length in zip(rows, lengths, strict=True):
+        caches[:, n, length:] = torch.nan  # not filled yet
+    angles = torch.randn(capacity, 4, dtype=torch.float64)  # rotates 8 of 16 features
+    cos, sin = angles.cos(), angles.sin()
+    leftpad = torch.tensor([2, 0], dtype=torch.int32) if kind == "leftpad" else None
+
+    expected_caches = caches.clone()
+    q_rotated, k_rotated = torch.empty_like(q), torch.empty_like(k)
+    for n, t in itertools.product(range(B), range(SQ)):
+        position = int(lengths[n]) + t
+        k_rotated[n, t] = rotate(k[n, t], angles[position], interleaved)
+        at = position if causal else int(lengths[n])
+        q_rotated[n, t] = rotate(q[n, t], angles[at], interleaved)
+        expected_caches[:, rows[n], position] = torch.stack((k_rotated[n, t], v[n, t]))
+    key_mask = None if leftpad is None else torch.arange(capacity) >= leftpad[:, None]
+    expected, expected_lse, _ = reference(
+        q_rotated,
+        *expected_caches[:, rows].nan_to_num(),
+        causal=causal,
+        lengths=lengths + SQ,
+        key_mask=key_mask,
+    )
+
+    call: dict[str, Any] = {"cache_seqlens": 6 if kind == "int" else lengths, "causal": causal}
+    storage = caches
+    if kind == "paged":
+        storage, call["block_table"] = paged(caches, page)
+    if kind == "indexed":
+        call["cache_batch_idx"] = rows
+    if kind == "leftpad":
+        call["cache_leftpad"] = leftpad
+    out, lse = door.flash_attn_with_kvcache(
+        q,
+        *storage,
+        k,
+        v,
+        rotary_cos=cos,
+        rotary_sin=sin,
+        rotary_interleaved=interleaved,
+        return_softmax_lse=True,
+        **call,
+    )
+    close((out, lse), (expected, expected_lse))
+    if kind == "paged":
+        storage = storage[:, call["block_table"]].flatten(2, 3)
+    torch.testing.assert_close(storage, expected_caches, equal_nan=True, rtol=1e-10, atol=1e-10)
+
+
+def rotate(x: Tensor, angle: Tensor, interleaved: bool) -> Tensor:
+    """Pairs as complex numbers, turned by the angle."""
+    turned, half = x.clone(), len(angle)
+    real = slice(0, 2 * half, 2) if interleaved else slice(0, half)
+    imaginary = slice(1, 2 * half, 2) if interleaved else slice(half, 2 * half)
+    pair = torch.complex(x[:, real], x[:, imaginary]) * torch.exp(1j * angle)
+    turned[:, real], turned[:, imaginary] = pair.real, pair.imag
+    return turned
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_kvcache_reads(options: dict[str, Any]) -> None:
+    """Without new keys, every option; without cache_seqlens, all of the cache."""
+    options = {name: value for name, value in options.items() if name != "deterministic"}
+    q, k, v = qkv()
+    close(door.flash_attn_with_kvcache(q, k, v, **options), reference(q, k, v, **options)[0])
+    lengths = torch.tensor([6, 9], dtype=torch.int32)
+    actual = door.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, num_splits=3, **options)
+    close(actual, reference(q, k, v, lengths=lengths, **options)[0])
+    longer = torch.randn(2, B, 2 * SK, HKV, D, dtype=torch.float64)
+    longer[:, :, :SK] = torch.stack((k, v))
+    close(
+        door.flash_attn_with_kvcache(q, *longer[:, :, :SK], **options),
+        reference(q, k, v, **options)[0],
+    )
+
+
+def test_generation_step_by_step_is_the_whole_sequence() -> None:
+    x = torch.randn(3, B, 10, H, D, dtype=torch.float64)
+    caches, steps, filled = torch.empty(2, B, 12, H, D, dtype=torch.float64).fill_(torch.nan), [], 0
+    for stop in (4, 5, 6, 10):
+        q, k, v = x[:, :, filled:stop]
+        steps.append(
+            door.flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=filled, causal=True)
+        )
+        filled = stop
+    close(torch.cat(steps, dim=1), door.flash_attn_func(*x, causal=True))
+
+
+BAD_CACHE_CALLS = {
+    "k_alone": ({"k": 1}, "k and v must be given together"),
+    "no_seqlens": ({"k": 1, "v": 1}, "cache_seqlens must be given"),
+    "rotary": ({"rotary_cos": 1, "rotary_sin": 1}, "rotary_cos needs k"),
+    "full": ({"k": 1, "v": 1, "cache_seqlens": 8}, "k_cache holds 9 positions"),
+    "both_tables": ({"block_table": 1, "cache_batch_idx": 1}, "can't be combined"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), BAD_CACHE_CALLS.values(), ids=BAD_CACHE_CALLS)
+def test_kvcache_says_what_is_missing(given: dict[str, int], message: str) -> None:
+    q, k, v = qkv()
+    values = {"k": k[:, :2], "v": v[:, :2], "cache_seqlens": given.get("cache_seqlens")}
+    tables = torch.zeros(B, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        door.flash_attn_with_kvcache(q, k, v, **{name: values.get(name, tables) for name in given})
+    with pytest.raises(ValueError, match="batch size 2 without cache_batch_idx, got 1"):
+        door.flash_attn_with_kvcache(q, k[:1], v[:1])
+
+
+def test_rotary_of_dense_and_packed() -> None:
+    angles = torch.randn(20, D // 2, dtype=torch.float64)
+    x = torch.randn(B, 6, H, D, dtype=torch.float64)
+    offsets = torch.tensor([3, 8])
+    for interleaved in (False, True):
+        expected = torch.stack(
+            [
+                torch.stack(
+                    [rotate(x[n, t], angles[offsets[n] + t], interleaved) for t in range(6)]
+                )
+                for n in range(B)
+            ]
+        )
+        tables = (angles.cos(), angles.sin(), interleaved)
+        close(apply_rotary_emb(x, *tables, seqlen_offsets=offsets), expected)
+        packed = apply_rotary_emb(
+            pack(x, [2, 6]), *tables, seqlen_offsets=offsets, cu_seqlens=edges([2, 6]), max_seqlen=6
+        )
+        close(packed, pack(expected, [2, 6]))
+        written = x.clone()
+        assert apply_rotary_emb(written, *tables, inplace=True, seqlen_offsets=offsets) is written
+        close(written, expected)
+
+
+def test_padding_there_and_back() -> None:
+    x = torch.randn(3, 5, 2, 4, requires_grad=True, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 0, 1, 1], [0, 0, 0, 0, 0]])
+    tokens, indices, cu_seqlens, longest, used = bert_padding.unpad_input(x, mask)
+    assert torch.equal(tokens, x[mask.bool()])
+    assert cu_seqlens.dtype == torch.int32
+    assert (cu_seqlens.tolist(), longest, used.tolist()) == ([0, 3, 6, 6], 3, [3, 3, 0])
+    padded = bert_padding.pad_input(tokens, indices, 3, 5)
+    assert torch.equal(padded, x * mask[..., None, None])
+    (grad,) = torch.autograd.grad(padded.square().sum(), x)
+    close(grad, 2 * x.detach() * mask[..., None, None])
+    unused = torch.tensor([[0, 0, 0, 1, 0]] * 3)
+    _, _, cu_seqlens, longest, used = bert_padding.unpad_input(x, mask.bool(), unused.bool())
+    assert (cu_seqlens.tolist(), longest, used.tolist()) == ([0, 4, 7, 8], 4, [3, 3, 0])
+    in_length = torch.tensor([[2, 3, 0, 0, 0], [4, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
+    tokens, _, cu_seqlens, longest = bert_padding.unpad_input_for_concatenated_sequences(
+        x, in_length
+    )
+    assert torch.equal(tokens, torch.cat((x[0], x[1, :4])))
+    assert (cu_seqlens.tolist(), longest) == ([0, 2, 5, 9], 4)
+
+
+SIGNATURES = {
+    "flash_attn_func": "q k v",
+    "flash_attn_kvpacked_func": "q kv",
+    "flash_attn_qkvpacked_func": "qkv",
+    "flash_attn_varlen_func": "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k",
+    "flash_attn_varlen_kvpacked_func": "q kv cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k",
+    "flash_attn_varlen_qkvpacked_func": "qkv cu_seqlens max_seqlen",
+}
+SHARED = (
+    "dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic "
+    "return_attn_probs"
+)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures(name: str) -> None:
+    """Order and names of flash_attn 2.8.3, flash_attn_interface.py."""
+    parameters = inspect.signature(getattr(door, name)).parameters
+    expected = f"{SIGNATURES[name]} {SHARED}".split()
+    if name == "flash_attn_varlen_func":
+        expected.append("block_table")
+    assert list(parameters) == expected
+    defaults = [p.default for p in parameters.values() if p.default is not p.empty]
+    assert defaults[:8] == [0.0, None, False, (-1, -1), 0.0, None, False, False]
+
+
+def test_kvcache_signature() -> None:
+    assert (
+        list(inspect.signature(door.flash_attn_with_kvcache).parameters)
+        == (
+            "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx cache_leftpad "
+            "block_table softmax_scale causal window_size softcap rotary_interleaved alibi_slopes "
+            "num_splits return_softmax_lse"
+        ).split()
+    )
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "import sys; sys.modules['flash_attn'] = flashlayer.integrations.flash_attn",
+        "flashlayer.integrations.flash_attn.install()",
+    ],
+)
+def test_existing_imports_run(how: str) -> None:
+    program = f"""
+import importlib.util, torch, flashlayer
+{how}
+import flash_attn
+from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
+from flash_attn.flash_attn_interface import flash_attn_varlen_qkvpacked_func
+from flash_attn.layers.rotary import apply_rotary_emb, apply_rotary_emb_func
+import flash_attn.flash_attn_interface as interface
+assert importlib.util.find_spec("flash_attn") is not None
+assert tuple(map(int, flash_attn.__version__.split("."))) >= (2, 8)
+q = torch.randn(1, 4, 2, 8, dtype=torch.bfloat16)
+print(tuple(flash_attn_func(q, q, q, causal=True).shape), tuple(interface.flash_attn_func(q, q, q).shape))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split("\n")[0] == "(1, 4, 2, 8) (1, 4, 2, 8)"
+
+
+def test_compiles_without_a_break() -> None:
+    torch._dynamo.reset()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return door.flash_attn_func(q, k, v, causal=True, window_size=(4, -1))
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    tensors = qkv(torch.float32)
+    torch.testing.assert_close(compiled(*tensors), attend(*tensors))
