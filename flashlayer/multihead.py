@@ -98,7 +98,8 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         self.__dict__.pop("_qkv_same_embed_dim", None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # sets what old checkpoints of torch's module lack
+        """Take what torch's module adds back out again: it takes copies to be old checkpoints."""
+        super().__setstate__(state)
         self._become_flash(state["backend"])
 
     def _reset_parameters(self) -> None:
@@ -326,26 +327,29 @@ def attention_weights(
         # A row that sees no key has lse = -inf and only scores of -inf.
         weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1))
         if dropout_p > 0:
+            batch, heads, rows, keys = scores.shape
             kept = dropout_keep_mask(
-                *scores.shape, dropout_p, dropout_seed, q.device, first_query=start
+                batch, heads, rows, keys, dropout_p, dropout_seed, q.device, first_query=start
             )
             weights = weights * kept / ((1 - dropout_p) or 1)
         return (weights.mean(dim=1) if average else weights).to(q.dtype)
 
-    tensors = (q, k, lse, attn_mask)
-    blocks = list(_row_blocks(*q.shape[:3], k.shape[2]))
+    blocks = list(_row_blocks(q, k))
     recompute = len(blocks) > 1 and torch.is_grad_enabled()
-    parts = [
-        checkpoint(of_rows, *rows, *tensors, use_reentrant=False, preserve_rng_state=False)
-        if recompute
-        else of_rows(*rows, *tensors)
-        for rows in blocks
-    ]
+    parts: list[Any] = []
+    for rows in blocks:
+        arguments = (*rows, q, k, lse, attn_mask)
+        if recompute:
+            part = checkpoint(of_rows, *arguments, use_reentrant=False, preserve_rng_state=False)
+            parts.append(part)
+        else:
+            parts.append(of_rows(*arguments))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
 
-def _row_blocks(batch: int, heads: int, rows: int, keys: int) -> Iterator[tuple[int, int]]:
-    size = max(1, WEIGHTS_AT_ONCE // max(1, batch * heads * keys))
+def _row_blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, int]]:
+    batch, heads, rows, _ = q.shape
+    size = max(1, WEIGHTS_AT_ONCE // max(1, batch * heads * k.shape[2]))
     for start in range(0, max(rows, 1), size):
         yield start, min(start + size, rows)
 

@@ -23,6 +23,8 @@ ALLOWED = {
     "autograd": {"spec", "torch"},
     "functional": {"autograd", "backends", "philox", "spec", "torch"},
     "modules": {"functional", "online_softmax", "torch", "einops"},
+    "multihead": {"functional", "torch"},
+    "integrations/*": {"functional", "integrations", "multihead", "online_softmax", "torch"},
 }
 
 
@@ -30,8 +32,9 @@ def room(path: Path) -> str:
     relative = path.relative_to(PACKAGE).with_suffix("").as_posix()
     if relative.startswith("kernels/"):
         return "kernels"
-    if relative.startswith("backends/") and relative not in ALLOWED:
-        return "backends/*"
+    for house in ("backends", "integrations"):
+        if relative.startswith(f"{house}/") and relative not in ALLOWED:
+            return f"{house}/*"
     return relative
 
 

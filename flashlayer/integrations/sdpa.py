@@ -30,12 +30,13 @@ class Report(NamedTuple):
     left: dict[str, int]
 
     def __str__(self) -> str:
+        """One line for what was routed, one for each reason."""
         lines = [f"{self.routed} routed to flashlayer"]
         lines += [f"{count} left to torch: {reason}" for reason, count in self.left.items()]
         return "\n".join(lines)
 
 
-class override(TorchFunctionMode):  # noqa: N801 - read as `with override():`
+class override(TorchFunctionMode):
     """Routes every ``F.scaled_dot_product_attention`` inside the ``with`` block to flashlayer.
 
     The semantics are SDPA's: top-left ``is_causal``, bool masks with True = attend and float masks
@@ -105,12 +106,14 @@ class override(TorchFunctionMode):  # noqa: N801 - read as `with override():`
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        reason = (
-            "a tensor subclass with semantics of its own"
-            if not plain
-            else _reason_to_leave(query, key, value, attn_mask, dropout_p, is_causal, scale)
-            or _shapes_to_leave(query, key, value, attn_mask, enable_gqa)
-        )
+        tensors = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
+        if any(x.is_nested for x in tensors):
+            reason = "nested tensors"
+        elif not plain:
+            reason = "a tensor subclass with semantics of its own"
+        else:
+            reason = _reason_to_leave(query, key, value, attn_mask, dropout_p, is_causal, scale)
+            reason = reason or _shapes_to_leave(query, key, value, attn_mask, enable_gqa)
         if reason is not None:
             self._left[reason] += 1
             return HOST(
@@ -168,10 +171,6 @@ def _reason_to_leave(
 ) -> str | None:
     """Why torch should take the call, whatever the shapes; None if it need not."""
     tensors = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
-    if not all(isinstance(x, Tensor) for x in tensors):
-        return "an argument that should be a tensor is none"
-    if any(x.is_nested for x in tensors):
-        return "nested tensors"
     if any(x.layout != torch.strided for x in tensors):
         return "a layout other than strided"
     if query.device.type == "meta" or any(x.device != query.device for x in tensors):
@@ -188,8 +187,8 @@ def _reason_to_leave(
         known = (torch.bool, torch.float32, *(SUPPORTED_DTYPES if autocast else (query.dtype,)))
         if attn_mask.dtype not in known:
             return f"attn_mask of {attn_mask.dtype} with query of {query.dtype}"
-    if not isinstance(is_causal, bool) or not 0 <= dropout_p <= 1:
-        return "is_causal or dropout_p out of range"
+    if not 0 <= dropout_p <= 1:
+        return "dropout_p that is no probability"
     if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
         return "scale that is not a finite number"
     return None

@@ -56,7 +56,8 @@ def swap_attention(model: nn.Module, *, backend: str = "auto") -> list[str]:
             continue
         if type(module).forward is nn.MultiheadAttention.forward:
             module.__class__ = _flash_class(type(module))
-            module._become_flash(backend)  # type: ignore[operator]
+            assert isinstance(module, FlashMultiheadAttention)
+            module._become_flash(backend)
             swapped.append(name)
         else:
             skipped.append(f"{name} ({type(module).__name__})")

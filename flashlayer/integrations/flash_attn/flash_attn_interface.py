@@ -78,9 +78,11 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """:func:`flash_attn_func` with keys and values in one tensor ``(B, Sk, 2, Hkv, D)``."""
+    k, v = kv.unbind(2)
     return flash_attn_func(
         q,
-        *kv.unbind(2),
+        k,
+        v,
         dropout_p,
         softmax_scale,
         causal,
@@ -104,8 +106,11 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """:func:`flash_attn_func` with all three in one tensor ``(B, S, 3, H, D)``."""
+    q, k, v = qkv.unbind(2)
     return flash_attn_func(
-        *qkv.unbind(2),
+        q,
+        k,
+        v,
         dropout_p,
         softmax_scale,
         causal,
@@ -186,7 +191,7 @@ def flash_attn_varlen_func(
             eye[: len(key_position)].scatter_(
                 2, key_position.view(-1, 1, 1).expand(-1, k.shape[1], 1), 1
             )
-            packed = flash_attention_varlen(q, k, eye, **options)  # [Tq, H, max_seqlen_k]
+            packed: Any = flash_attention_varlen(q, k, eye, **options)  # [Tq, H, max_seqlen_k]
             shape = (len(cu_seqlens_q) - 1, max_seqlen_q, q.shape[1], max_seqlen_k)
             probabilities = q.new_zeros(shape)
             probabilities[sequence, position] = packed[: len(position)]
@@ -211,9 +216,11 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """:func:`flash_attn_varlen_func`, keys and values in one tensor ``(Tk, 2, Hkv, D)``."""
+    k, v = kv.unbind(1)
     return flash_attn_varlen_func(
         q,
-        *kv.unbind(1),
+        k,
+        v,
         cu_seqlens_q,
         cu_seqlens_k,
         max_seqlen_q,
@@ -243,8 +250,11 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """:func:`flash_attn_varlen_func` with all three in one tensor ``(T, 3, H, D)``."""
+    q, k, v = qkv.unbind(1)
     return flash_attn_varlen_func(
-        *qkv.unbind(1),
+        q,
+        k,
+        v,
         cu_seqlens,
         cu_seqlens,
         max_seqlen,
@@ -429,7 +439,9 @@ def _length(length: int | Tensor) -> int:
 
 
 def _sign_by_dropout(probabilities: Any, dropout_p: float, dropout_seed: int) -> Tensor:
-    kept = dropout_keep_mask(*probabilities.shape, dropout_p, dropout_seed, probabilities.device)
+    batch, heads, rows, keys = probabilities.shape
+    device = probabilities.device
+    kept = dropout_keep_mask(batch, heads, rows, keys, dropout_p, dropout_seed, device)
     return torch.where(kept, probabilities, -probabilities)
 
 
