@@ -99,7 +99,7 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what torch's module adds back out again: it takes copies to be old checkpoints."""
-        super().__setstate__(state)
+        super().__setstate__(dict(state))
         self._become_flash(state["backend"])
 
     def _reset_parameters(self) -> None:
@@ -359,7 +359,7 @@ def _visible(mask: Tensor | None, heads: int) -> Tensor | None:
     if mask is None:
         return None
     if mask.ndim == 3:
-        mask = mask.unflatten(0, (-1, heads))
+        mask = mask.unflatten(0, (len(mask) // heads, heads))
     return ~mask if mask.dtype == torch.bool else mask
 
 

@@ -317,9 +317,9 @@ def test_state_dict_goes_both_ways_and_starts_alike() -> None:
         host.load_state_dict(ours.state_dict(), strict=True)
         ours.load_state_dict(host.state_dict(), strict=True)
         assert isinstance(ours, nn.MultiheadAttention)
-        twin = copy.deepcopy(ours)
-        assert twin._qkv_same_embed_dim is False
-        assert twin.backend == "auto"
+        for module in (copy.deepcopy(ours), copy.copy(ours), ours):
+            assert module._qkv_same_embed_dim is False
+            assert module.backend == "auto"
 
 
 def test_strided_and_empty_inputs() -> None:
