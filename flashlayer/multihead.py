@@ -23,8 +23,9 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
     :class:`torch.nn.MultiheadAttention`, whose documentation describes the arguments; a checkpoint
     of either loads into the other. It differs in this:
 
-    - ``need_weights=True`` computes the weights from the log-sum-exp, a block of queries at a
-      time: averaged over heads they need no memory but their own. They are differentiable.
+    - ``need_weights=True`` computes the weights from the log-sum-exp, a block of queries at a time
+      and in the backward pass again: averaged over heads they take twice their own size and one
+      block, never ``H`` times it.
     - A query that every key is hidden from gives 0, as the fused kernels of SDPA do, and weights of
       0; torch gives NaN with ``need_weights=True``.
     - ``is_causal=True`` needs no ``attn_mask``. With one it is the hint it is in torch: that mask

@@ -49,7 +49,8 @@ class override(TorchFunctionMode):
     ``from torch.nn.functional import scaled_dot_product_attention`` are routed too. Blocks nest,
     the innermost takes the calls; leaving one by an exception undoes it. Only the thread that
     entered is affected: another one enters a block of its own. Calls below Python, such as
-    ``torch.ops.aten.scaled_dot_product_attention`` or a scripted module, are not seen.
+    ``torch.ops.aten.scaled_dot_product_attention`` or a scripted module, are not seen;
+    ``torch.nn.attention.sdpa_kernel`` chooses among torch's kernels and has no say in routed calls.
 
     Inside the block ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` don't take their
     fused fast path; with ``need_weights=False`` they are routed, with weights they don't use SDPA.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-import warnings
+import logging
 from typing import Any
 
 from torch import nn
 
 from flashlayer.multihead import FlashMultiheadAttention
+
+logger = logging.getLogger(__name__)
 
 
 def swap_attention(model: nn.Module, *, backend: str = "auto") -> list[str]:
@@ -25,8 +27,8 @@ def swap_attention(model: nn.Module, *, backend: str = "auto") -> list[str]:
     nested path would fill in zeros.
 
     A subclass of ``nn.MultiheadAttention`` that inherits ``forward`` is swapped and remains an
-    instance of its class. One with a ``forward`` of its own is left alone with a warning that names
-    it, for what it computes is not known.
+    instance of its class. One with a ``forward`` of its own is left alone, for what it computes is
+    not known; a warning in this module's log names it.
 
     Args:
         model: any module; changed in place.
@@ -65,9 +67,7 @@ def swap_attention(model: nn.Module, *, backend: str = "auto") -> list[str]:
         found = f"; with a forward of their own: {', '.join(skipped)}" if skipped else ""
         raise ValueError(f"no nn.MultiheadAttention to swap in {type(model).__name__}{found}")
     if skipped:
-        warnings.warn(
-            f"left alone, having a forward of their own: {', '.join(skipped)}", stacklevel=2
-        )
+        logger.warning("left alone, having a forward of their own: %s", ", ".join(skipped))
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(
             isinstance(inner, FlashMultiheadAttention) for inner in module.modules()

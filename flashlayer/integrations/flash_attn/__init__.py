@@ -7,7 +7,7 @@ was written for it runs unchanged after either of
     flashlayer.integrations.flash_attn.install()
 
 which come before its imports. Both serve ``flash_attn.flash_attn_interface``,
-``flash_attn.bert_padding`` and ``flash_attn.layers.rotary`` as well.
+``flash_attn.bert_padding`` and ``flash_attn.layers.rotary`` as well; no other submodule is there.
 
 What differs: ``softmax_lse`` is differentiable, and -inf where a query sees no key (flash_attn says
 +inf); the third value of ``return_attn_probs`` holds exact probabilities; head dimensions, dtypes
