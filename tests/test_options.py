@@ -325,6 +325,8 @@ def test_dropout_keep_mask() -> None:
     assert not torch.equal(mask, dropout_keep_mask(2, 3, 50, 60, 0.25, 1235, "cpu"))
     # An element depends on its own position only.
     assert torch.equal(mask[:1, :2, :7, :9], dropout_keep_mask(1, 2, 7, 9, 0.25, 1234, "cpu"))
+    rest = dropout_keep_mask(2, 3, 43, 60, 0.25, 1234, "cpu", first_query=7)
+    assert torch.equal(mask[:, :, 7:], rest)
     assert dropout_keep_mask(1, 1, 9, 9, 0.0, 0, "cpu").all()
     assert not dropout_keep_mask(1, 1, 9, 9, 1.0, 0, "cpu").any()
 

@@ -262,7 +262,7 @@ def test_a_query_that_sees_nothing() -> None:
             assert_same(actual, expected)
 
 
-def test_dropout_follows_train_and_eval() -> None:
+def test_dropout_follows_train_and_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     host, ours = pair(dropout=0.5, batch_first=True)
     x = torch.randn(N, 64, E, dtype=torch.float64)
     torch.manual_seed(4)
@@ -270,6 +270,10 @@ def test_dropout_follows_train_and_eval() -> None:
     torch.manual_seed(4)
     again, _ = ours(x, x, x, average_attn_weights=False)
     assert torch.equal(out, again)
+    with monkeypatch.context() as patch:  # blocks of two queries drop the same weights
+        patch.setattr(multihead, "WEIGHTS_AT_ONCE", 2 * N * H * 64)
+        torch.manual_seed(4)
+        torch.testing.assert_close(ours(x, x, x, average_attn_weights=False)[1], weights)
     # The weights are those the output was made with: half of them 0, the rest doubled.
     assert 0.45 < (weights == 0).double().mean() < 0.55
     v = torch.nn.functional.linear(
