@@ -387,6 +387,8 @@ def test_padding_there_and_back() -> None:
     assert (cu_seqlens.tolist(), longest, used.tolist()) == ([0, 3, 6, 6], 3, [3, 3, 0])
     padded = bert_padding.pad_input(tokens, indices, 3, 5)
     assert torch.equal(padded, x * mask[..., None, None])
+    assert torch.equal(bert_padding.pad_input(tokens, indices.int(), 3, 5), padded)
+    assert torch.equal(bert_padding.index_first_axis(x.flatten(0, 1), indices.int()), tokens)
     (grad,) = torch.autograd.grad(padded.square().sum(), x)
     close(grad, 2 * x.detach() * mask[..., None, None])
     unused = torch.tensor([[0, 0, 0, 1, 0]] * 3)
@@ -464,6 +466,45 @@ for attend in (flash_attn_func, interface.flash_attn_func):
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert result.stdout.splitlines() == ["(1, 4, 2, 8)"] * 2
+
+
+def test_a_model_written_for_it_runs() -> None:
+    """transformers' own flash_attention_2 code: padded, packed and generating, against its SDPA."""
+    pytest.importorskip("transformers")
+    program = """
+import functools, sys, torch, flashlayer
+sys.modules["flash_attn"] = flashlayer.integrations.flash_attn
+import transformers.modeling_flash_attention_utils as host
+from transformers import MistralConfig, MistralForCausalLM
+host.is_flash_attn_2_available = lambda **_: True  # it looks for a CUDA device
+calls, varlen = [], flashlayer.integrations.flash_attn.flash_attn_varlen_func
+@functools.wraps(varlen)  # its parameters are looked at
+def counted(*args, **kwargs):
+    calls.append(1)
+    return varlen(*args, **kwargs)
+flashlayer.integrations.flash_attn.flash_attn_varlen_func = counted
+config = MistralConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=50,
+                       num_attention_heads=4, num_key_value_heads=2, sliding_window=4,
+                       initializer_range=0.3)
+model = MistralForCausalLM(config).double().eval()
+ids, mask = torch.randint(0, 50, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+mask[0, :3] = 0
+positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5]])
+results = []
+for name in ("sdpa", "flash_attention_2"):
+    model.config._attn_implementation = name
+    model.zero_grad()
+    out = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+    out.loss.backward()
+    packed = model(ids[:1], position_ids=positions, use_cache=False).logits.detach()
+    written = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    grads = [parameter.grad.clone() for parameter in model.parameters()]
+    results.append((out.logits.detach()[mask.bool()], packed, written, *grads))
+torch.testing.assert_close(*results)
+assert len(calls) >= 4, calls
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_compiles_without_a_break() -> None:

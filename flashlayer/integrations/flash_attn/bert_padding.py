@@ -17,7 +17,7 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
     """``(first_axis_dim, ...)``, zero but for ``values`` ``(T, ...)`` in the rows ``indices``."""
     out = values.new_zeros(first_axis_dim, *values.shape[1:])
-    return out.index_copy(0, indices, values)
+    return out.index_copy(0, indices.long(), values)  # models come with int32 too
 
 
 def unpad_input(
