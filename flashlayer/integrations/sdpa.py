@@ -18,6 +18,29 @@ from flashlayer.functional import SUPPORTED_DTYPES, flash_attention
 HOST = F.scaled_dot_product_attention
 
 
+def _without_dispatch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function of torch, less its first act: to hand itself over to an active mode."""
+    assert isinstance(function, FunctionType)
+    names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    scope = function.__globals__ | dict.fromkeys(names, lambda *_: False)
+    copy = FunctionType(function.__code__, scope, argdefs=function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+# A mode is off while it handles a call, so what these call in turn would not be seen: SDPA in the
+# first, and in the others activation checkpoints, which run the forward pass again.
+COMPOSITE = {
+    function: _without_dispatch(function)
+    for function in (
+        F.multi_head_attention_forward,
+        Tensor.backward,
+        torch.autograd.backward,
+        torch.autograd.grad,
+    )
+}
+
+
 class Report(NamedTuple):
     """What an :class:`override` did with the calls it saw.
 
@@ -56,9 +79,9 @@ class override(TorchFunctionMode):
     fused fast path; with ``need_weights=False`` they are routed, with weights they don't use SDPA.
     Under ``torch.compile`` the block may be around the compiled function or inside it; Dynamo
     guards on it, so outside of the block the same function runs torch's. Only nn.MultiheadAttention
-    is left to torch there (:func:`flashlayer.swap_attention` replaces it). Activation checkpoints
-    recompute in the backward pass: with dropout keep that inside the block too. Every torch call in
-    the block costs a few microseconds more.
+    is left to torch there (:func:`flashlayer.swap_attention` replaces it). Activation
+    checkpoints run the forward again in the backward pass, so that belongs inside the block as
+    well. Every torch call in the block costs a few microseconds more.
 
     Args:
         backend: as in :func:`flashlayer.flash_attention`.
@@ -89,10 +112,12 @@ class override(TorchFunctionMode):
         plain = all(kind in (Tensor, torch.nn.Parameter) for kind in types)
         if func is HOST:
             return self._attend(plain, *args, **kwargs)
-        if func is F.multi_head_attention_forward and plain:
+        if plain and func in COMPOSITE:
             if not torch.compiler.is_compiling():
-                return _multi_head_attention_forward(self)(*args, **kwargs)
-            self._left["nn.MultiheadAttention in a compiled graph; swap_attention replaces it"] += 1
+                with self:
+                    return COMPOSITE[func](*args, **kwargs)
+            if func is F.multi_head_attention_forward:
+                self._left["nn.MultiheadAttention in a compiled graph; see swap_attention"] += 1
         return func(*args, **kwargs)
 
     def _attend(
@@ -130,6 +155,7 @@ class override(TorchFunctionMode):
             )
         self._routed += 1
         leading = _leading(query, key, value, enable_gqa)
+        assert leading is not None
         out = flash_attention(
             *(_four(x, leading, enable_gqa) for x in (query, key, value)),
             attn_mask=None if attn_mask is None else _four_mask(attn_mask, leading),
@@ -141,25 +167,6 @@ class override(TorchFunctionMode):
         )
         assert isinstance(out, Tensor)
         return out.view(*leading, *out.shape[2:]) if len(leading) != 2 else out
-
-
-def _multi_head_attention_forward(routing: override) -> Callable[..., Any]:
-    """``F.multi_head_attention_forward``, with its call of SDPA routed.
-
-    Its first act is to hand itself to an active mode, and a mode is off while it handles a call:
-    what it calls inside would not be seen. The same code over other globals neither hands itself
-    over nor calls torch's SDPA.
-    """
-
-    def attend(*args: Any, **kwargs: Any) -> Tensor:
-        return routing._attend(True, *args, **kwargs)
-
-    host = F.multi_head_attention_forward
-    scope = host.__globals__ | {
-        "has_torch_function": lambda _: False,
-        "scaled_dot_product_attention": attend,
-    }
-    return FunctionType(host.__code__, scope, argdefs=host.__defaults__)
 
 
 def _reason_to_leave(
@@ -226,7 +233,7 @@ def _shapes_to_leave(
     return None
 
 
-def _leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> Any:
+def _leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...] | None:
     """All dimensions of the output but the last two; None if they can't be broadcast."""
     if enable_gqa:
         return tuple(query.shape[:-2])

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as imported_by_name
+from torch.utils.checkpoint import checkpoint
 
 import flashlayer
 from flashlayer.integrations.sdpa import override
@@ -310,6 +311,23 @@ def test_multihead_attention_inside() -> None:
             assert routing.report() == (2, {})
             torch.testing.assert_close(actual, expected)
             torch.testing.assert_close(attended, layer.self_attn(x, x, x)[0])
+
+
+@pytest.mark.parametrize("how", ["grad", "backward", "loss.backward"])
+def test_activation_checkpoints_recompute_inside_the_block(how: str) -> None:
+    leaves = [x.requires_grad_() for x in plain()]
+    with override() as routing:
+        torch.manual_seed(3)
+        loss = checkpoint(SDPA, *leaves, None, 0.5, use_reentrant=False).square().sum()
+        if how == "grad":
+            grads = torch.autograd.grad(loss, leaves)
+        else:
+            (torch.autograd.backward if how == "backward" else Tensor.backward)(loss)
+            grads = tuple(x.grad for x in leaves)
+        assert routing.report() == (2, {})
+        torch.manual_seed(3)
+        again = SDPA(*leaves, dropout_p=0.5)
+    torch.testing.assert_close(grads, torch.autograd.grad(again.square().sum(), leaves))
 
 
 def test_autocast() -> None:
