@@ -42,8 +42,7 @@ def flash_attn_func(
 ) -> Result:
     """Attention of ``q`` ``(B, Sq, H, D)`` over ``k``, ``v`` ``(B, Sk, Hkv, D)``.
 
-    The other arguments are described in :mod:`flashlayer.integrations.flash_attn.
-    flash_attn_interface`.
+    The other arguments are described in this module's docstring.
 
     Returns:
         ``(B, Sq, H, D)``; with ``return_attn_probs`` also ``softmax_lse`` ``(B, H, Sq)`` and
@@ -142,27 +141,13 @@ def flash_attn_varlen_func(
 ) -> Result:
     """Attention over packed sequences, ``q`` ``(Tq, H, D)``, ``k`` and ``v`` ``(Tk, Hkv, D)``.
 
-    The other arguments are described in :mod:`flashlayer.integrations.flash_attn.
-    flash_attn_interface`.
+    ``cu_seqlens_q`` and ``cu_seqlens_k``, ``(N + 1,)`` int32, say where the sequences begin and
+    end; ``max_seqlen_q`` and ``max_seqlen_k`` are the longest lengths, or more. The arguments from
+    ``dropout_p`` on are described in this module's docstring.
 
-    Args:
-        q: the queries.
-        k: the keys; with ``block_table`` pages of them, ``(blocks, page, Hkv, D)``.
-        v: the values, likewise.
-        cu_seqlens_q: ``(N + 1,)`` int32, boundaries of the sequences of queries.
-        cu_seqlens_k: the same of the keys; with ``block_table`` their lengths, summed up.
-        max_seqlen_q: the longest sequence of queries.
-        max_seqlen_k: the longest sequence of keys.
-        dropout_p: see above.
-        softmax_scale: see above.
-        causal: see above.
-        window_size: see above.
-        softcap: see above.
-        alibi_slopes: see above.
-        deterministic: see above.
-        return_attn_probs: see above.
-        block_table: ``(N, blocks of a sequence)`` int32, which pages hold a sequence. The pages are
-            copied into packed keys first, O(Tk).
+    With ``block_table`` ``(N, blocks of a sequence)`` int32, ``k`` and ``v`` are pages ``(blocks,
+    page, Hkv, D)`` and ``cu_seqlens_k`` is the running sum of the key lengths. The pages are copied
+    into packed keys for the call, O(Tk).
 
     Returns:
         ``(Tq, H, D)``; with ``return_attn_probs`` also ``softmax_lse`` ``(H, Tq)`` and ``S_dmask``
