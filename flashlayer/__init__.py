@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flashlayer.integrations.swap import swap_attention
     from flashlayer.modules import FlashAttention
     from flashlayer.multihead import FlashMultiheadAttention
+    from flashlayer.tuning import tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "flash_attention_varlen",
     "integrations",
     "swap_attention",
+    "tune",
 ]
 
 # What is loaded when it is asked for: the functions need torch alone, so that is all an import
@@ -34,6 +36,7 @@ _ON_USE = {
     "FlashAttention": "flashlayer.modules",
     "FlashMultiheadAttention": "flashlayer.multihead",
     "swap_attention": "flashlayer.integrations.swap",
+    "tune": "flashlayer.tuning",
 }
 
 

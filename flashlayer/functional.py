@@ -100,7 +100,7 @@ def flash_attention(
         >>> out.shape, lse.shape
         (torch.Size([2, 8, 1024, 64]), torch.Size([2, 8, 1024]))
     """
-    problem = _build_problem(
+    problem = build_problem(
         query,
         key,
         value,
@@ -197,7 +197,7 @@ def flash_attention_varlen(
                 f"cu_seqlens_k must be given when query and key differ in length, "
                 f"got {query.shape[0]} and {key.shape[0]} tokens"
             )
-    problem = _build_problem(
+    problem = build_problem(
         *(tensor.transpose(0, 1).unsqueeze(0) for tensor in tensors.values()),
         causal=causal,
         window_size=window_size,
@@ -272,7 +272,7 @@ def available_backends(
     """
     options.pop("return_lse", None)
     options.pop("backend", None)
-    problem = _build_problem(query, key, value, **options)
+    problem = build_problem(query, key, value, **options)
     return {name: backend.refuses(problem) for name, backend in backends.BACKENDS.items()}
 
 
@@ -292,7 +292,7 @@ def _attend(problem: Problem, backend: str, return_lse: bool) -> tuple[Tensor, A
     return attend(chosen, backends.tiled, problem)
 
 
-def _build_problem(
+def build_problem(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -13,7 +13,7 @@ STANDARD_LIBRARY = sys.stdlib_module_names | {"__future__"}
 
 # Which rooms a room may look into, and which third parties it may use.
 ALLOWED = {
-    "kernels": {"kernels", "triton", "math"},
+    "kernels": {"kernels", "triton", "math", "dataclasses"},
     "backends/triton": {"kernels", "spec", "philox", "torch", "triton"},
     "backends/*": {"spec", "online_softmax", "philox", "torch"},
     "backends/__init__": {"backends", "spec", "torch"},
@@ -22,6 +22,7 @@ ALLOWED = {
     "philox": {"torch"},
     "autograd": {"spec", "torch"},
     "functional": {"autograd", "backends", "philox", "spec", "torch"},
+    "tuning": {"backends", "functional", "kernels", "spec", "torch", "triton"},
     "modules": {"functional", "online_softmax", "torch", "einops"},
     "multihead": {"functional", "torch"},
     "integrations/*": {"functional", "integrations", "multihead", "online_softmax", "torch"},

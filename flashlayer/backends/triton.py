@@ -594,3 +594,12 @@ def bucket(
         extras.attn_mask is not None,
         extras.cu_seqlens_q is not None,
     )
+
+
+def candidate_tiles(kernel: str, q: Tensor) -> list[Any]:
+    """Tiles that may suit a problem, for :func:`flashlayer.tune` to measure."""
+    from flashlayer.kernels.tiles import candidates
+
+    described = _target(q.device) in ("sm_90", "sm_100")
+    every = candidates(kernel, _precision(q))
+    return [tiles for tiles in every if described or not tiles.descriptors]

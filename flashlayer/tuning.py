@@ -1,0 +1,138 @@
+"""Opt-in: measure tile sizes on the GPU at hand instead of looking them up."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashlayer.backends import triton as backend
+from flashlayer.functional import build_problem
+from flashlayer.spec import Problem
+
+ROUNDS = 20
+
+
+def tune(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    backward: bool = True,
+    path: str | Path | None = None,
+    **options: Any,
+) -> dict[str, dict[str, Any]]:
+    """Find the fastest tiles for calls like this one on this device; this process uses them after.
+
+    Nothing is tuned unless this is called: the tiles of a call come from a table, so that it always
+    runs the same kernels. "Like this one" is a bucket: the same device, dtype, head dimensions and
+    sides of the window, and lengths with the same power of two above them.
+
+    Every row of the table for this dtype, whatever chip or head dimension it was written for, is
+    tried with its number of stages and one more or less, from sm_90 on also with tensor descriptors
+    (TMA); what does not fit the chip is passed over. That compiles a hundred kernels and takes
+    minutes.
+
+    Args:
+        query: ``(B, H, Sq, D)``; with ``key`` and ``value`` as :func:`flashlayer.flash_attention`
+            takes them.
+        key: ``(B, Hkv, Sk, D)``.
+        value: ``(B, Hkv, Sk, Dv)``.
+        backward: also tune dK/dV and dQ.
+        path: a JSON file of results: what it holds for this bucket is taken without measuring, what
+            is measured is added to it.
+        **options: those of :func:`flashlayer.flash_attention`.
+
+    Returns:
+        For each kernel (``"forward"``, ``"dkdv"``, ``"dq"``) its ``BLOCK_M``, ``BLOCK_N``,
+        ``num_warps``, ``num_stages`` and ``descriptors``.
+
+    Raises:
+        ValueError: the Triton backend can't compute this call.
+        TypeError: as :func:`flashlayer.flash_attention`.
+
+    Example:
+        >>> chosen = flashlayer.tune(q, k, v, causal=True, path="tiles.json")  # doctest: +SKIP
+    """
+    problem = build_problem(query.detach(), key.detach(), value.detach(), **options)
+    reason = backend.refuses(problem)
+    if reason is not None:
+        raise ValueError(f"there is nothing to tune: backend 'triton' can't compute this: {reason}")
+    from flashlayer.kernels.tiles import TileConfig
+
+    known = _read(path)
+    chosen = {}
+    q, _, v, spec, extras = problem
+    for kernel in ("forward", "dkdv", "dq") if backward else ("forward",):
+        bucket = backend.bucket(kernel, q, v, spec, extras)
+        name = " ".join(str(part) for part in bucket)
+        if name not in known:
+            known[name] = asdict(_fastest(kernel, bucket, problem))
+        chosen[kernel] = known[name]
+        backend.TUNED[bucket] = TileConfig(**known[name])
+    if path is not None:
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(known[name])}" for name in known)
+        Path(path).write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    return chosen
+
+
+def _read(path: str | Path | None) -> dict[str, dict[str, Any]]:
+    if path is None or not Path(path).exists():
+        return {}
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def _fastest(kernel: str, bucket: tuple, problem: Problem) -> Any:
+    """The candidate with the least median time; all of them take turns."""
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    run = _forward(problem) if kernel == "forward" else _backward(problem)
+    before = backend.TUNED.get(bucket)
+    times: dict[Any, list[float]] = {}
+    try:
+        for candidate in backend.candidate_tiles(kernel, problem.query):
+            backend.TUNED[bucket] = candidate
+            try:
+                run()  # compiles
+            except (OutOfResources, PTXASError):
+                continue
+            times[candidate] = []
+        for _ in range(ROUNDS):
+            for candidate, durations in times.items():
+                backend.TUNED[bucket] = candidate
+                durations.append(_seconds(run, problem.query.device))
+    finally:
+        backend.TUNED.pop(bucket, None)
+        if before is not None:
+            backend.TUNED[bucket] = before
+    return min(times, key=lambda candidate: median(times[candidate]))
+
+
+def _forward(problem: Problem) -> Callable[[], object]:
+    return lambda: backend.forward(*problem)
+
+
+def _backward(problem: Problem) -> Callable[[], object]:
+    q, k, v, spec, extras = problem
+    o, lse = backend.forward(*problem)
+    return lambda: backend.backward(torch.ones_like(o), None, q, k, v, o, lse, spec, extras)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1000
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
