@@ -23,12 +23,24 @@ Tensors = tuple[Any, ...]
 def attend(backend: Backend, tiled: Backend, problem: Problem) -> tuple[Tensor, Tensor]:
     """``o`` and ``lse`` of a problem by ``backend``, with every derivative there is.
 
-    A compiled graph takes the first derivative only: Dynamo traces no Function that has more.
+    A compiled graph takes the first derivative only: Dynamo traces no Function that has more. A
+    call that nothing differentiates or transforms is the backend's forward alone.
     """
-    compiling = torch.compiler.is_compiling()
-    function = FlashAttentionFunction if compiling else TransformableAttention
     q, k, v, spec, extras = problem
-    return function.apply(backend, tiled, spec, q, k, v, *extras)
+    if torch.compiler.is_compiling():
+        return FlashAttentionFunction.apply(backend, tiled, spec, q, k, v, *extras)
+    if not _is_transformed():
+        leaves = (q, k, v, *extras)
+        tracked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+        if not tracked:
+            return backend.forward(q, k, v, spec, extras)
+        return TransformableAttention.apply_untransformed(backend, tiled, spec, *leaves)
+    return TransformableAttention.apply(backend, tiled, spec, q, k, v, *extras)
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is going on."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 class FlashAttentionFunction(torch.autograd.Function):
@@ -69,6 +81,11 @@ class TransformableAttention(FlashAttentionFunction):
     ``tiled`` is the backend that tangents are pushed through.
     """
 
+    @classmethod
+    def apply_untransformed(cls, *args: Any) -> tuple[Tensor, Tensor]:
+        """``apply`` without its preparations for ``torch.func``, half the time of a short call."""
+        return super(torch.autograd.Function, cls).apply(*args)
+
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         """Keep the inputs for forward mode as well."""
@@ -77,7 +94,9 @@ class TransformableAttention(FlashAttentionFunction):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Tensors:
-        """Call the backend's backward, itself differentiable."""
+        """Call the backend's backward, itself differentiable where someone may ask for that."""
+        if not torch.is_grad_enabled() and not _is_transformed():
+            return FlashAttentionFunction.backward(ctx, do, dlse)
         *tensors, o, lse = ctx.saved_tensors
         if do is None:
             do = torch.zeros_like(o)

@@ -310,8 +310,7 @@ def _build_problem(
 
     Packed tensors come as ``(1, H, T, D)``, so that a backend sees one layout.
     """
-    tensors = {"query": query, "key": key, "value": value}
-    for name, tensor in tensors.items():
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.ndim != 4:
@@ -320,7 +319,8 @@ def _build_problem(
                 f"got shape {tuple(tensor.shape)}"
             )
         _check_device(name, tensor, query)
-    query, key, value = (_autocast(tensor) for tensor in (query, key, value))
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = (_autocast(tensor) for tensor in (query, key, value))
     _check_dtypes(query, key, value)
     _check_shapes(query, key, value)
     if diagonal not in ("bottom_right", "top_left"):
@@ -359,14 +359,8 @@ def _build_problem(
 
 def _autocast(tensor: Tensor) -> Tensor:
     """What autocast does to matmul's arguments: every floating dtype but fp64 becomes its own."""
-    device_type = tensor.device.type
-    if (
-        torch.amp.is_autocast_available(device_type)
-        and torch.is_autocast_enabled(device_type)
-        and tensor.is_floating_point()
-        and tensor.dtype != torch.float64
-    ):
-        return tensor.to(torch.get_autocast_dtype(device_type))
+    if tensor.is_floating_point() and tensor.dtype != torch.float64:
+        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
     return tensor
 
 
@@ -527,6 +521,14 @@ def _resolve_packing(packing: Packing, query: Tensor) -> Packing:
     for side in ("q", "k"):
         name = f"cu_seqlens_{side}"
         cu_seqlens = getattr(packing, name)
+        twice = side == "k" and cu_seqlens is packing.cu_seqlens_q
+        if twice and not torch.compiler.is_compiling():
+            # One tensor stays one tensor: so a backend knows that the lengths are alike. (Dynamo
+            # refuses one tensor in two places.)
+            resolved[name] = resolved["cu_seqlens_q"]
+            longest = packing.max_seqlen_k
+            resolved["max_seqlen_k"] = resolved["max_seqlen_q"] if longest is None else longest
+            break
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
             kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
             raise TypeError(f"{name} must be an int32 or int64 tensor, got {kind}")

@@ -65,14 +65,16 @@ class AttentionSpec:
         A one-token decoding step is causal in name only, and a window wider than the sequence is
         none: seen so, more backends cover them and no kernel computes a mask for them.
         """
+        if self.window_left is None and self.window_right is None:
+            return self
         if seqlen_q == 0 or seqlen_k == 0:
             return replace(self, window_left=None, window_right=None)
         bounds = self.key_bounds(0, seqlen_q, seqlen_q, seqlen_k)
-        return replace(
-            self,
-            window_left=self.window_left if bounds.all_start > 0 else None,
-            window_right=self.window_right if bounds.all_stop < seqlen_k else None,
-        )
+        left = self.window_left if bounds.all_start > 0 else None
+        right = self.window_right if bounds.all_stop < seqlen_k else None
+        if left is self.window_left and right is self.window_right:
+            return self
+        return replace(self, window_left=left, window_right=right)
 
     def offset(self, seqlen_q: int, seqlen_k: int) -> int:
         """Key position of query 0: ``Sk - Sq`` for ``bottom_right``, 0 for ``top_left``."""
