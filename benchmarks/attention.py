@@ -41,12 +41,15 @@ MEMORY_LENGTHS["full"] = MEMORY_LENGTHS["quick"]
 def main(argv: list[str]) -> int:
     """Run a suite; 1 if a result of ours is off by more than the tests' rule allows."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks attention", description=__doc__.splitlines()[0]
+        prog="python -m benchmarks attention", description=str(__doc__).splitlines()[0]
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--suite", choices=SUITES, default="quick")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: the suite's own")
     parser.add_argument("--groups", nargs="+", help="only the cases of these groups")
+    parser.add_argument(
+        "--peers", nargs="+", help=f"instead of the usual ones; also {', '.join(peers.FORCED)}"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="samples of each peer and cell")
     parser.add_argument(
         "--minutes", type=float, default=8.0, help="start no cell later than this; says which"
@@ -58,15 +61,14 @@ def main(argv: list[str]) -> int:
         parser.error("there is no CUDA device")
 
     started = time.monotonic()
-    suite = SUITES[args.suite]
-    cases = list(suite(tuple(args.dtypes)) if args.dtypes else suite())
+    cases = SUITES[args.suite].in_dtypes(args.dtypes)
     cases = [case for case in cases if args.groups is None or case.group in args.groups]
-    results = describe(args, device, cases)
+    results = describe(argv, device, cases)
     print(f"{len(cases)} cells on {results['machine']['device']}", flush=True)
     memory_limit = CPU_MEMORY_LIMIT
     if device.type == "cuda":
         memory_limit = int(MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory)
-    names = peers.names(device, args.suite)
+    names = [peers.OURS, *args.peers] if args.peers else peers.names(device, args.suite)
     if args.groups is None:
         results["memory"] = measure_memory(args.suite, device)
     for case in cases:
@@ -85,11 +87,11 @@ def main(argv: list[str]) -> int:
     return int(worst > 1)
 
 
-def describe(args: argparse.Namespace, device: torch.device, cases: list[Case]) -> dict[str, Any]:
+def describe(argv: list[str], device: torch.device, cases: list[Case]) -> dict[str, Any]:
     """All that is known before the first cell."""
     dtypes = sorted({case.dtype for case in cases})
     results: dict[str, Any] = {
-        "command": f"python -m benchmarks attention --device {args.device} --suite {args.suite}",
+        "command": " ".join(("python -m benchmarks attention", *argv)),
         "machine": machine(device),
         "clocks": None,
         "matmul_flops": {dtype: measure.matmul_flops(dtype, device) for dtype in dtypes},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -122,60 +122,57 @@ def draw(case: Case, device: torch.device) -> Inputs:
     return Inputs(q, k, v, do, shown)
 
 
-def quick(dtypes: tuple[str, ...] = ("fp32", "bf16")) -> Iterator[Case]:
-    """For two CPU cores: 4,096 tokens of 8 heads of 64, and one cell of everything else."""
-    for dtype in dtypes:
-        plain = Case("length", dtype, batch=1, heads=8, seqlen=512, head_dim=64)
-        for seqlen in (512, 1024, 2048, 4096):
-            yield replace(plain, seqlen=seqlen, batch=4096 // seqlen)
-        for seqlen in (512, 2048):
-            yield replace(plain, seqlen=seqlen, batch=4096 // seqlen, causal=False)
-        yield replace(plain, seqlen=2048, heads=4, head_dim=128)
-        yield replace(plain, group="head dim 96", seqlen=1024, heads=4, head_dim=96)
-        yield replace(plain, group="GQA", seqlen=1024, batch=2, kv_heads=2)
-        yield replace(plain, group="window", seqlen=8192, heads=2, window=256)
-        yield from _skewed(plain, longest=2048, heads=2)
-        for keys in (1024, 16384, 131072):
-            yield _decode(plain, keys, heads=8, kv_heads=2)
-        yield _decode(plain, 16384, heads=8, kv_heads=None)
-        yield replace(plain, group="host overhead", seqlen=128, heads=1)
+def quick() -> Iterator[Case]:
+    """For two CPU cores: 4,096 tokens of 512 channels, and one cell of everything else."""
+    plain = Case("length", "fp32", batch=1, heads=8, seqlen=512, head_dim=64)
+    for seqlen in (512, 1024, 2048, 4096):
+        yield replace(plain, seqlen=seqlen, batch=4096 // seqlen)
+    for seqlen in (512, 2048):
+        yield replace(plain, seqlen=seqlen, batch=4096 // seqlen, causal=False)
+    yield replace(plain, seqlen=2048, heads=4, head_dim=128)
+    yield replace(plain, group="host overhead", seqlen=128, heads=1)
+    yield replace(plain, group="window", seqlen=8192, heads=2, window=256)
+    yield from _skewed(plain, longest=2048, heads=2)
+    for keys in (1024, 16384, 131072):
+        yield _decode(plain, keys, heads=8, kv_heads=2)
+    yield _decode(plain, 16384, heads=8, kv_heads=None)
+    yield replace(plain, group="GQA", seqlen=1024, batch=2, kv_heads=2)
+    yield replace(plain, group="head dim 96", seqlen=1024, heads=4, head_dim=96)
 
 
-def full(dtypes: tuple[str, ...] = ("bf16",)) -> Iterator[Case]:
+def full() -> Iterator[Case]:
     """For a GPU: 16k tokens of 2,048 channels at every length and head dim."""
-    for dtype in dtypes:
-        plain = Case("length", dtype, batch=1, heads=32, seqlen=512, head_dim=64)
-        for head_dim in (64, 128, 256):
-            for causal in (True, False):
-                for seqlen in (512, 1024, 2048, 4096, 8192, 16384):
-                    yield replace(
-                        plain,
-                        batch=16384 // seqlen,
-                        seqlen=seqlen,
-                        heads=2048 // head_dim,
-                        head_dim=head_dim,
-                        causal=causal,
-                    )
-        yield replace(plain, group="head dim 96", batch=4, seqlen=4096, heads=21, head_dim=96)
-        yield replace(plain, group="GQA", batch=4, seqlen=4096, heads=16, kv_heads=4, head_dim=128)
-        yield replace(plain, group="window", batch=2, seqlen=8192, window=256)
-        yield from _skewed(plain, longest=8192, heads=8)
-        for keys in (1024, 8192, 32768, 131072):
-            yield _decode(replace(plain, head_dim=128), keys, heads=32, kv_heads=8)
-        yield replace(plain, group="host overhead", seqlen=128, heads=1)
+    plain = Case("length", "bf16", batch=1, heads=32, seqlen=512, head_dim=64)
+    for head_dim in (64, 128, 256):
+        for causal in (True, False):
+            for seqlen in (512, 1024, 2048, 4096, 8192, 16384):
+                yield replace(
+                    plain,
+                    batch=16384 // seqlen,
+                    seqlen=seqlen,
+                    heads=2048 // head_dim,
+                    head_dim=head_dim,
+                    causal=causal,
+                )
+    yield replace(plain, group="host overhead", seqlen=128, heads=1)
+    yield replace(plain, group="window", batch=2, seqlen=8192, window=256)
+    yield from _skewed(plain, longest=8192, heads=8)
+    for keys in (1024, 8192, 32768, 131072):
+        yield _decode(replace(plain, head_dim=128), keys, heads=32, kv_heads=8)
+    yield replace(plain, group="GQA", batch=4, seqlen=4096, heads=16, kv_heads=4, head_dim=128)
+    yield replace(plain, group="head dim 96", batch=4, seqlen=4096, heads=21, head_dim=96)
 
 
-def smoke(dtypes: tuple[str, ...] = ("fp32",)) -> Iterator[Case]:
+def smoke() -> Iterator[Case]:
     """Every kind of case at a size that takes no time: does it run?"""
-    for dtype in dtypes:
-        plain = Case("length", dtype, batch=1, heads=2, seqlen=32, head_dim=16)
-        yield plain
-        yield replace(plain, seqlen=64)
-        yield replace(plain, causal=False)
-        yield replace(plain, group="GQA", kv_heads=1)
-        yield replace(plain, group="window", window=4)
-        yield from _skewed(plain, longest=40, heads=2)
-        yield _decode(plain, 64, heads=2, kv_heads=1)
+    plain = Case("length", "fp32", batch=1, heads=2, seqlen=32, head_dim=16)
+    yield plain
+    yield replace(plain, seqlen=64)
+    yield replace(plain, causal=False)
+    yield replace(plain, group="GQA", kv_heads=1)
+    yield replace(plain, group="window", window=4)
+    yield from _skewed(plain, longest=40, heads=2)
+    yield _decode(plain, 64, heads=2, kv_heads=1)
 
 
 def _skewed(plain: Case, longest: int, heads: int) -> Iterator[Case]:
@@ -197,4 +194,19 @@ def _decode(plain: Case, keys: int, heads: int, kv_heads: int | None) -> Case:
     )
 
 
-SUITES = {"quick": quick, "full": full, "smoke": smoke}
+class Suite(NamedTuple):
+    """Cases, and the dtypes each of them is measured in."""
+
+    cases: Callable[[], Iterator[Case]]
+    dtypes: tuple[str, ...]
+
+    def in_dtypes(self, dtypes: Sequence[str] | None = None) -> list[Case]:
+        """Every case in every dtype; the suite's own if None."""
+        return [replace(x, dtype=dtype) for x in self.cases() for dtype in dtypes or self.dtypes]
+
+
+SUITES = {
+    "quick": Suite(quick, ("fp32", "bf16")),
+    "full": Suite(full, ("bf16",)),
+    "smoke": Suite(smoke, ("fp32",)),
+}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.cases import DTYPES, Case, Inputs, draw
-from benchmarks.peers import OURS, Refused, Runner
+from benchmarks.peers import OF_FLASHLAYER, OURS, Refused, Runner
 from flashlayer import flash_attention
 from tests.tolerance import FACTORS, GRADIENT_FACTOR, error_bound, recomputation_noise
 from train.measure import PeakMemory, in_fresh_process, synchronize
@@ -22,6 +22,11 @@ from train.measure import PeakMemory, in_fresh_process, synchronize
 # One sample is as many calls as take this long, so that clocks and launches are no matter.
 SAMPLE_SECONDS = {"cpu": 0.02, "cuda": 0.01}
 CALLS_MAX = 100
+
+# A peer that takes long is measured in fewer rounds, but in two.
+PEER_SECONDS = 5.0
+ROUNDS_MIN = 2
+
 WARM_UP_LENGTH = 16  # loads kernels and starts threads, and leaves next to no memory behind
 
 # In a problem as small as this the formula's own error may happen to be next to nothing: the bound
@@ -94,26 +99,30 @@ def measure(
             runners[name], results[name] = _try(name, case, inputs, memory_limit, judge, device)
         except Refused as refused:
             results[name] = {"refused": str(refused)}
-    calls = {}
+    calls, turns = {}, {}
     for name, runner in runners.items():
-        once = sum(sample(runner, case.backward, 1, device).values())
+        seconds = sample(runner, case.backward, 1, device)
+        once = seconds.get("both", seconds["forward"])
         calls[name] = max(1, min(CALLS_MAX, round(SAMPLE_SECONDS[device.type] / once)))
+        turns[name] = max(ROUNDS_MIN, min(rounds, int(PEER_SECONDS / once)))
+    turns[OURS] = max(turns.values())
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in runners}
-    for index in range(rounds):
+    for index in range(turns[OURS]):
         order = list(runners) if index % 2 == 0 else list(reversed(runners))
         for name in order:
-            samples[name].append(sample(runners[name], case.backward, calls[name], device))
+            if index < turns[name]:
+                samples[name].append(sample(runners[name], case.backward, calls[name], device))
     for name, taken in samples.items():
         for phase in taken[0]:
             results[name][phase] = statistics.median(seconds[phase] for seconds in taken)
         results[name]["ratio"] = {
             phase: statistics.median(
                 theirs[phase] / ours[phase]
-                for theirs, ours in zip(taken, samples[OURS], strict=True)
+                for theirs, ours in zip(taken, samples[OURS], strict=False)  # the rounds of both
             )
             for phase in taken[0]
         }
-    return {"case": case, "rounds": rounds, "calls": calls, "peers": results}
+    return {"case": case, "rounds": turns, "calls": calls, "peers": results}
 
 
 def _try(
@@ -135,7 +144,7 @@ def _try(
             memory = PeakMemory(device)
             _run(runner, case.backward)
             result["extra_bytes"] = memory.extra()
-    except RuntimeError as error:  # of a kernel that isn't there, or has no room
+    except (RuntimeError, ValueError) as error:  # a kernel that isn't there, refuses or has no room
         if name == OURS:
             raise
         raise Refused(str(error).strip().splitlines()[0]) from error
@@ -184,7 +193,7 @@ class Judge:
             self.noise = recomputation_noise(q, k, v, do, dlse, **self._options())
 
     def _standard(self, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Tensor, ...]:
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
             return flash_attention(q, k, v, backend="standard", **self._options())
 
         leaves = tuple(x.detach().requires_grad_(self.case.backward) for x in (q, k, v))
@@ -200,7 +209,7 @@ class Judge:
             rows = self.rows[index]
             heads = self.group if index < 2 else 1
             start, entry = 0, self.entry
-            if name == OURS and self.case.packed:
+            if name in OF_FLASHLAYER and self.case.packed:
                 start, entry = sum((self.case.lengths or ())[:entry]), 0
                 tensor = tensor.transpose(0, 1).unsqueeze(0)
             actual = tensor[entry, :heads, start : start + rows].double()
@@ -221,7 +230,7 @@ def matmul_flops(dtype: str, device: torch.device, rounds: int = 7) -> float:
     watch, seconds = Stopwatch(device), []
     for _ in range(rounds + 1):
         start = watch.now()
-        a @ b
+        torch.mm(a, b)
         seconds.append(watch.seconds(start, watch.now()))
     return 2 * size**3 / statistics.median(seconds[1:])
 

@@ -20,7 +20,7 @@ from benchmarks.cases import Case, Inputs
 from flashlayer import flash_attention, flash_attention_varlen
 
 # (q, k, v) -> out, all of them dense (B, H, S, D), or all packed (T, H, D).
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor], Any]
 
 OURS, DEFAULT, STANDARD = "flashlayer", "sdpa", "standard"
 PINNED = {
@@ -29,10 +29,13 @@ PINNED = {
     "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa-math": SDPBackend.MATH,
 }
+FORCED = ("aten", "tiled", "triton")  # flashlayer's backends by name, for the rule of "auto"
+OF_FLASHLAYER = (OURS, *FORCED)
 QUADRATIC = ("sdpa-math", STANDARD)  # they store the scores
 # Matrices of scores that these hold at once, forward and backward: scores, probabilities, their
 # gradients, the mask.
 SCORES_HELD = 5
+MATH_LENGTH_ON_CPU = 1024  # beyond it takes the time of standard attention, which is measured
 FLEX_LENGTHS = (2048, 8192)  # each shape is compiled, which takes most of a minute
 
 
@@ -47,7 +50,7 @@ class Runner:
         leaves: what it is differentiated by.
     """
 
-    def __init__(self, attend: Attend, leaves: tuple[Tensor, Tensor, Tensor], do: Tensor) -> None:
+    def __init__(self, attend: Attend, leaves: tuple[Tensor, ...], do: Tensor) -> None:
         self.attend = attend
         self.leaves = leaves
         self.do = do
@@ -84,7 +87,9 @@ def prepare(peer: str, case: Case, inputs: Inputs, memory_limit: int) -> Runner:
     if peer in QUADRATIC and needed > memory_limit:
         raise Refused(f"its scores need about {needed / 2**30:.1f} GiB")
     q, k, v, do, _ = inputs
-    if peer == OURS and case.packed:
+    if peer == "sdpa-math" and q.device.type == "cpu" and case.keys > MATH_LENGTH_ON_CPU:
+        raise Refused(f"measured up to {MATH_LENGTH_ON_CPU:,} keys on the CPU")
+    if peer in OF_FLASHLAYER and case.packed:
         q, k, v, do = (pack(x, case) for x in (q, k, v, do))
     leaves = tuple(x.detach().requires_grad_(case.backward) for x in (q, k, v))
     return Runner(_attend(peer, case, inputs), leaves, do)
@@ -101,8 +106,8 @@ def _rows(case: Case) -> list[tuple[int, int]]:
 
 
 def _attend(peer: str, case: Case, inputs: Inputs) -> Attend:
-    if peer in (OURS, STANDARD):
-        return _flashlayer("auto" if peer == OURS else "standard", case, inputs)
+    if peer in (*OF_FLASHLAYER, STANDARD):
+        return _flashlayer("auto" if peer == OURS else peer, case, inputs)
     if peer == "flex":
         return _flex(case)
     if peer == "flash_attn":
@@ -114,7 +119,7 @@ def _flashlayer(backend: str, case: Case, inputs: Inputs) -> Attend:
     options: dict[str, Any] = {"causal": case.causal, "backend": backend}
     if case.window is not None:
         options["window_size"] = (case.window, 0)
-    if case.packed and backend == "auto":
+    if case.packed and backend != STANDARD:
         lengths = torch.tensor((0, *(case.lengths or ())), device=inputs.q.device)
         cu_seqlens = lengths.cumsum(0).to(torch.int32)
         options |= {"cu_seqlens_q": cu_seqlens, "max_seqlen_q": case.seqlen}

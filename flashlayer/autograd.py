@@ -84,7 +84,8 @@ class TransformableAttention(FlashAttentionFunction):
     @classmethod
     def apply_untransformed(cls, *args: Any) -> tuple[Tensor, Tensor]:
         """``apply`` without its preparations for ``torch.func``, half the time of a short call."""
-        return super(torch.autograd.Function, cls).apply(*args)
+        untransformed: Any = super(torch.autograd.Function, cls)
+        return untransformed.apply(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -286,7 +286,9 @@ def _attend(problem: Problem, backend: str, return_lse: bool) -> tuple[Tensor, A
     chosen = backends.select(backend, problem)
     if chosen.backward is None:
         return chosen.forward(*problem, return_lse)
-    return attend(chosen, backends.tiled, problem)
+    out, lse = attend(chosen, backends.tiled, problem)
+    # Only who asks for it pays for its layout.
+    return out, lse.contiguous() if return_lse else None
 
 
 def _build_problem(

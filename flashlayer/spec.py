@@ -189,7 +189,7 @@ class Backend(Protocol):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
     ) -> tuple[Tensor, Tensor]:
-        """``o`` (B, H, Sq, Dv) in q's dtype; ``lse`` (B, H, Sq) contiguous, fp32 or fp64."""
+        """``o`` (B, H, Sq, Dv) in q's dtype; ``lse`` (B, H, Sq), fp32 or fp64, any strides."""
         ...
 
     def backward(

@@ -80,17 +80,14 @@ def _refuses_mask(mask: Tensor, is_causal: bool, has_band: bool) -> str | None:
         return "it has no attn_mask together with a window"
     # Causal positions survive the removal of hidden keys only at the ends. That is for the values
     # of the mask to say, which a traced one has not.
-    if torch.compiler.is_compiling() or type(mask) is not Tensor or _is_wrapped(mask):
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if traced or type(mask) is not Tensor:
         return "it has no attn_mask together with causal in a traced call"
     edges = mask[:, 0, 0].long().diff(dim=-1).ne_(0).sum(dim=-1)
     starts_hidden = ~mask[:, 0, 0, 0]
     if bool((edges > starts_hidden + 1).any()):
         return "it has no attn_mask together with causal but one that pads at the ends"
     return None
-
-
-def _is_wrapped(x: Tensor) -> bool:
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def forward(
@@ -140,7 +137,7 @@ def _forward(
     whole = attn_mask is None and cu_seqlens_q is None and window_left is None
     if whole and window_right in (None, 0) and not _is_empty(q, k):
         o, lse = _kernel(q, k, v, scale, window_right == 0)
-        return _settled(o), lse.contiguous()
+        return _settled(o), lse
     o, lse = _results(q)
     o.zero_()
     lse.fill_(-torch.inf)
@@ -256,8 +253,9 @@ def _unmasked(mask: Tensor, seqlen_q: int, causal: bool) -> Iterator[Part]:
 
 def _blocks(stretch: Part, band: AttentionSpec) -> Iterator[Part]:
     """A square stretch cut into blocks of queries, each with the keys its windows reach."""
+    # Slices both: windows and masks don't come together.
     q_start, length = stretch.q_rows.start, stretch.q_rows.stop - stretch.q_rows.start
-    k_start = stretch.k_rows.start  # a slice: windows and masks don't come together
+    k_start = 0 if isinstance(stretch.k_rows, Tensor) else stretch.k_rows.start
     reach = sum(min(side, length) for side in (band.window_left, band.window_right) if side)
     size = WINDOW_BLOCK_MIN
     while size < min(reach // 4, WINDOW_BLOCK_MAX):
@@ -298,8 +296,10 @@ def _kernel(
     ):
         folded = q.unflatten(1, (-1, group_size)).flatten(2, 3)  # [B, Hkv, G*Sq, D]
         o, lse = _kernel(folded, k, v, scale, causal)
-        o = o.unflatten(2, (group_size, -1)).flatten(1, 2)
-        return o, lse.unflatten(2, (group_size, -1)).flatten(1, 2)
+        o_results, lse_results = _results(q)
+        o_results.copy_(o.unflatten(2, (group_size, -1)).flatten(1, 2))
+        lse_results.copy_(lse.unflatten(2, (group_size, -1)).flatten(1, 2))
+        return o_results, lse_results
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         _unit_stride(q),
         _unit_stride(k),
@@ -388,7 +388,9 @@ def _settled(x: Tensor) -> Tensor:
 
 def _results(q: Tensor) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return _empty(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    batch, heads, seqlen, _ = q.shape
+    strides = (seqlen * heads, 1, heads)
+    return _empty(q), q.new_empty_strided(q.shape[:3], strides, dtype=lse_dtype)
 
 
 @torch.library.custom_op("flashlayer::aten_forward", mutates_args=())
