@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     if device.type == "cuda":
         memory_limit = int(MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory)
     names = [peers.OURS, *args.peers] if args.peers else peers.names(device, args.suite)
-    if args.groups is None:
+    if args.groups is None and args.suite in MEMORY_LENGTHS:
         results["memory"] = measure_memory(args.suite, device)
     for case in cases:
         if time.monotonic() - started > 60 * args.minutes:

@@ -9,7 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
 
 # Most sequences of a batch are short and one is long, as in a batch of documents or of chats.
 SKEWED = (1.0, 0.4, 0.25, 0.2, 0.12, 0.1, 0.06, 0.05)
@@ -66,6 +71,8 @@ class Case:
             words.append(f"window {self.window}")
         elif self.seqlen > 1:
             words.append("causal" if self.causal else "full")
+        if self.seqlen > 1 and not self.backward:
+            words.append("no gradients")
         return " ".join(words)
 
     @property
@@ -140,6 +147,18 @@ def quick() -> Iterator[Case]:
     yield replace(plain, group="head dim 96", seqlen=1024, heads=4, head_dim=96)
 
 
+def backends() -> Iterator[Case]:
+    """What the choice between flashlayer's CPU backends rests on (``--peers aten tiled``)."""
+    plain = Case("length", "fp32", batch=1, heads=4, seqlen=128, head_dim=64)
+    for seqlen in (128, 512, 2048):
+        yield replace(plain, seqlen=seqlen, batch=2048 // seqlen)
+        yield replace(plain, seqlen=seqlen, batch=2048 // seqlen, backward=False)
+    for window in (64, 1024):
+        yield replace(plain, group="window", seqlen=4096, heads=2, window=window)
+    yield from _skewed(plain, longest=1024, heads=2)
+    yield _decode(plain, 16384, heads=8, kv_heads=2)
+
+
 def full() -> Iterator[Case]:
     """For a GPU: 16k tokens of 2,048 channels at every length and head dim."""
     plain = Case("length", "bf16", batch=1, heads=32, seqlen=512, head_dim=64)
@@ -208,5 +227,6 @@ class Suite(NamedTuple):
 SUITES = {
     "quick": Suite(quick, ("fp32", "bf16")),
     "full": Suite(full, ("bf16",)),
+    "backends": Suite(backends, ("fp32", "bf16", "fp16", "fp64")),
     "smoke": Suite(smoke, ("fp32",)),
 }

@@ -36,7 +36,8 @@ QUADRATIC = ("sdpa-math", STANDARD)  # they store the scores
 # gradients, the mask.
 SCORES_HELD = 5
 MATH_LENGTH_ON_CPU = 1024  # beyond it takes the time of standard attention, which is measured
-FLEX_LENGTHS = (2048, 8192)  # each shape is compiled, which takes most of a minute
+# Each shape is compiled, which takes a quarter of a minute.
+FLEX_LENGTHS, FLEX_HEAD_DIMS = (2048, 8192), (64, 128)
 
 
 class Refused(Exception):
@@ -150,7 +151,8 @@ def _sdpa(backend: SDPBackend | None, case: Case, inputs: Inputs) -> Attend:
 
 
 def _flex(case: Case) -> Attend:
-    if case.lengths is not None or case.seqlen == 1 or case.seqlen not in FLEX_LENGTHS:
+    usual = case.seqlen in FLEX_LENGTHS and case.head_dim in FLEX_HEAD_DIMS and case.causal
+    if case.lengths is not None or not usual:
         raise Refused("it is compiled for a few shapes only, which takes its time")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -158,9 +160,8 @@ def _flex(case: Case) -> Attend:
         seen = i >= j
         return seen if case.window is None else seen & (i - j <= case.window)
 
-    mask = None
-    if case.causal:
-        mask = create_block_mask(visible, None, None, case.seqlen, case.keys, device="cuda")
+    mask = create_block_mask(visible, None, None, case.seqlen, case.keys, device="cuda")
+    torch.compiler.reset()  # it gives up compiling after eight shapes
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=case.kv_heads is not None)
 

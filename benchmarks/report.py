@@ -127,8 +127,7 @@ def _memory(memory: dict[str, Any]) -> list[str]:
         "## Memory",
         "",
         f"MiB beyond the inputs that one forward and backward needs at its peak: batch "
-        f"{case.batch}, {case.heads} heads of {case.head_dim}, causal, {case.dtype}; each in a "
-        "fresh process.",
+        f"{case.batch}, {case.heads} heads of {case.head_dim}, causal, {case.dtype}.",
         "",
         _row(header),
         _row(["---"] * len(header)),

@@ -388,7 +388,7 @@ def _settled(x: Tensor) -> Tensor:
 
 def _results(q: Tensor) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    batch, heads, seqlen, _ = q.shape
+    _, heads, seqlen, _ = q.shape
     strides = (seqlen * heads, 1, heads)
     return _empty(q), q.new_empty_strided(q.shape[:3], strides, dtype=lse_dtype)
 
