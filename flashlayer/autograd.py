@@ -91,7 +91,8 @@ class TransformableAttention(FlashAttentionFunction):
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         """Keep the inputs for forward mode as well."""
         FlashAttentionFunction.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[3:])
+        if _is_transformed():
+            ctx.save_for_forward(*inputs[3:])
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Tensors:

@@ -401,6 +401,8 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _check_window(window_size: WindowSize) -> WindowSize:
+    if window_size == (None, None):
+        return None, None
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise TypeError(f"window_size must be a pair (left, right), got {window_size!r}")
     for side, size in zip(("left", "right"), window_size, strict=True):

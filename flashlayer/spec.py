@@ -69,9 +69,13 @@ class AttentionSpec:
             return self
         if seqlen_q == 0 or seqlen_k == 0:
             return replace(self, window_left=None, window_right=None)
-        bounds = self.key_bounds(0, seqlen_q, seqlen_q, seqlen_k)
-        left = self.window_left if bounds.all_start > 0 else None
-        right = self.window_right if bounds.all_stop < seqlen_k else None
+        # The last query's window starts rightmost, the first one's ends leftmost.
+        offset = self.offset(seqlen_q, seqlen_k)
+        left, right = self.window_left, self.window_right
+        if left is not None and seqlen_q - 1 + offset - left <= 0:
+            left = None
+        if right is not None and offset + right + 1 >= seqlen_k:
+            right = None
         if left is self.window_left and right is self.window_right:
             return self
         return replace(self, window_left=left, window_right=right)

@@ -14,7 +14,7 @@ does on a short sequence.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from torch import Tensor
 from flashlayer.spec import AttentionExtras, AttentionSpec, Problem
 
 name = "aten"
+
+# Python's own binding of the operator takes 2 us less than the one in torch.ops.
+_FLASH: Any = vars(torch)["_scaled_dot_product_flash_attention_for_cpu"]
 
 # A window is cut into blocks of a quarter as many queries as it is wide, within these limits: wider
 # blocks meet more keys that they hide, narrower ones are more calls (benchmarks/NOTES.md).
@@ -137,7 +140,7 @@ def _forward(
     whole = attn_mask is None and cu_seqlens_q is None and window_left is None
     if whole and window_right in (None, 0) and not _is_empty(q, k):
         o, lse = _kernel(q, k, v, scale, window_right == 0)
-        return _settled(o), lse
+        return o, lse
     o, lse = _results(q)
     o.zero_()
     lse.fill_(-torch.inf)
@@ -300,7 +303,7 @@ def _kernel(
         o_results.copy_(o.unflatten(2, (group_size, -1)).flatten(1, 2))
         lse_results.copy_(lse.unflatten(2, (group_size, -1)).flatten(1, 2))
         return o_results, lse_results
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    return _FLASH(
         _unit_stride(q),
         _unit_stride(k),
         _unit_stride(v),
@@ -371,13 +374,13 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def _strides(x: Tensor) -> tuple[int, int, int, int]:
-    """The kernel's results have the heads of a token together: ``(B, S, H, D)`` transposed."""
+    """The kernel's gradients have the heads of a token together: ``(B, S, H, D)`` transposed."""
     _, heads, seqlen, head_dim = x.shape
     return seqlen * heads * head_dim, head_dim, heads * head_dim, 1
 
 
 def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Of x's shape, laid out as the kernel lays out its results; not a view of anything."""
+    """Of x's shape, laid out as the kernel lays out gradients; not a view of anything."""
     return x.new_empty_strided(x.shape, _strides(x), dtype=dtype or x.dtype)
 
 
@@ -390,7 +393,7 @@ def _results(q: Tensor) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     _, heads, seqlen, _ = q.shape
     strides = (seqlen * heads, 1, heads)
-    return _empty(q), q.new_empty_strided(q.shape[:3], strides, dtype=lse_dtype)
+    return torch.empty_like(q), q.new_empty_strided(q.shape[:3], strides, dtype=lse_dtype)
 
 
 @torch.library.custom_op("flashlayer::aten_forward", mutates_args=())
@@ -406,7 +409,9 @@ def _forward_op(
     cu_seqlens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     band = (window_left, window_right)
-    return _forward(q, k, v, scale, *band, attn_mask, cu_seqlens_q, cu_seqlens_k)
+    o, lse = _forward(q, k, v, scale, *band, attn_mask, cu_seqlens_q, cu_seqlens_k)
+    expected, _ = _results(q)  # the kernel's own layout but where q had to be copied for it
+    return o if o.stride() == expected.stride() else expected.copy_(o), lse
 
 
 @_forward_op.register_fake
