@@ -156,7 +156,8 @@ def backends() -> Iterator[Case]:
     for window in (64, 1024):
         yield replace(plain, group="window", seqlen=4096, heads=2, window=window)
     yield from _skewed(plain, longest=1024, heads=2)
-    yield _decode(plain, 16384, heads=8, kv_heads=2)
+    for kv_heads in (2, None):
+        yield _decode(plain, 16384, heads=8, kv_heads=kv_heads)
 
 
 def full() -> Iterator[Case]:

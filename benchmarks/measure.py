@@ -60,7 +60,7 @@ class Stopwatch:
 
 
 def sample(runner: Runner, backward: bool, calls: int, device: torch.device) -> dict[str, float]:
-    """Seconds of one forward, one backward and both, as means over ``calls`` in a row."""
+    """Seconds of one forward, one backward and both, as medians over ``calls`` in a row."""
     watch = Stopwatch(device)
     moments = []
     for _ in range(calls):
@@ -72,13 +72,11 @@ def sample(runner: Runner, backward: bool, calls: int, device: torch.device) -> 
         moments.append((start, middle, watch.now()))
         del out  # before the next one needs its place
     synchronize(device)
-    seconds = {"forward": sum(watch.seconds(start, middle) for start, middle, _ in moments) / calls}
+    taken = {"forward": [watch.seconds(start, middle) for start, middle, _ in moments]}
     if backward:
-        seconds["backward"] = (
-            sum(watch.seconds(middle, stop) for _, middle, stop in moments) / calls
-        )
-        seconds["both"] = seconds["forward"] + seconds["backward"]
-    return seconds
+        taken["backward"] = [watch.seconds(middle, stop) for _, middle, stop in moments]
+        taken["both"] = [watch.seconds(start, stop) for start, _, stop in moments]
+    return {phase: statistics.median(seconds) for phase, seconds in taken.items()}
 
 
 def measure(

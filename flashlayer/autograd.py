@@ -27,15 +27,16 @@ def attend(backend: Backend, tiled: Backend, problem: Problem) -> tuple[Tensor, 
     call that nothing differentiates or transforms is the backend's forward alone.
     """
     q, k, v, spec, extras = problem
-    if torch.compiler.is_compiling():
-        return FlashAttentionFunction.apply(backend, tiled, spec, q, k, v, *extras)
-    if not _is_transformed():
-        leaves = (q, k, v, *extras)
-        tracked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
-        if not tracked:
-            return backend.forward(q, k, v, spec, extras)
-        return TransformableAttention.apply_untransformed(backend, tiled, spec, *leaves)
-    return TransformableAttention.apply(backend, tiled, spec, q, k, v, *extras)
+    leaves = (q, k, v, *extras)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _is_transformed():
+        return TransformableAttention.apply(backend, tiled, spec, *leaves)
+    tracked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+    if not tracked:
+        return backend.forward(q, k, v, spec, extras)
+    if compiling:
+        return FlashAttentionFunction.apply(backend, tiled, spec, *leaves)
+    return TransformableAttention.apply_untransformed(backend, tiled, spec, *leaves)
 
 
 def _is_transformed() -> bool:

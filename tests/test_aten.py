@@ -119,6 +119,27 @@ def test_the_custom_ops_are_what_they_say(option: str) -> None:
     torch.library.opcheck(backward, arguments, test_utils=checks)
 
 
+def test_folded_results_pass_through_forward_mode_and_a_compiled_graph() -> None:
+    q, k, v = (torch.randn(1, h, s, 16) for h, s in ((4, 2), (2, 30), (2, 30)))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return flash_attention(q, k, v, return_lse=True, backend="aten")
+
+    expected = attend(q, k, v)
+    out, tangents = torch.func.jvp(attend, (q, k, v), (q, k, v))
+    torch.testing.assert_close(out, expected)
+    assert all(x.isfinite().all() for x in tangents)
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)(q, k, v)
+    torch.testing.assert_close(compiled, expected)
+
+
+def test_auto_computes_one_row_of_bf16_by_the_formula() -> None:
+    q, k, v = (torch.randn(1, 4, s, 16, dtype=torch.bfloat16) for s in (1, 30, 30))
+    by_formula = flash_attention(q, k, v, backend="standard")
+    assert torch.equal(flash_attention(q, k, v, causal=True), by_formula)
+
+
 def test_auto_takes_the_kernel_for_windows_padding_and_packed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.cases import Case, draw
-from flashlayer import backends
+from flashlayer import backends, functional
 
 RESULTS = Path(__file__).parent.parent / "benchmarks/results/cpu-2-cores/backends/attention.json"
 # Two runs of one backend differ by this much on a machine that does other things as well.
@@ -30,20 +30,15 @@ def test_auto_is_the_fastest_that_was_measured(
     phase = "both" if cell["case"]["backward"] else "forward"
     seconds = {
         backend: cell["peers"][backend][phase]
-        for backend in ("aten", "tiled")
+        for backend in ("aten", "tiled", "standard")
         if phase in cell["peers"][backend]
     }
-    chosen = []
-    select = backends.select
-
-    def spy(*arguments: Any) -> Any:
-        chosen.append(select(*arguments))
-        return backends.standard  # whatever computes the same: who it was is what counts
-
-    monkeypatch.setattr(backends, "select", spy)
-    case = Case(**{**cell["case"], "lengths": _small(cell["case"]["lengths"]), **SMALL})
+    case = Case(**cell["case"])
     inputs = draw(case, torch.device("cpu"))
     runner = peers.prepare(peers.OURS, case, inputs, memory_limit=2**30)
-    with torch.set_grad_enabled(case.backward):
-        runner.forward()
+    chosen = []
+    select = backends.select
+    monkeypatch.setattr(backends, "select", lambda *x: (chosen.append(select(*x)), chosen[0])[1])
+    monkeypatch.setattr(functional, "attend", lambda backend, _, problem: (problem.query, None))
+    runner.forward()
     assert seconds[chosen[0].name] <= NOISE * min(seconds.values())

@@ -297,12 +297,10 @@ def _kernel(
         and band is None
         and group_size * q.shape[2] <= FOLDED_ROWS_MAX
     ):
-        folded = q.unflatten(1, (-1, group_size)).flatten(2, 3)  # [B, Hkv, G*Sq, D]
-        o, lse = _kernel(folded, k, v, scale, causal)
-        o_results, lse_results = _results(q)
-        o_results.copy_(o.unflatten(2, (group_size, -1)).flatten(1, 2))
-        lse_results.copy_(lse.unflatten(2, (group_size, -1)).flatten(1, 2))
-        return o_results, lse_results
+        o, lse = _kernel(q.reshape(*k.shape[:2], -1, q.shape[3]), k, v, scale, causal)
+        # Not views of o: forward-mode differentiation takes none for outputs.
+        o = torch.ops.aten._unsafe_view.default(o.contiguous(), q.shape)
+        return o, torch.ops.aten._unsafe_view.default(lse.contiguous(), q.shape[:3])
     return _FLASH(
         _unit_stride(q),
         _unit_stride(k),
@@ -410,8 +408,12 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor]:
     band = (window_left, window_right)
     o, lse = _forward(q, k, v, scale, *band, attn_mask, cu_seqlens_q, cu_seqlens_k)
-    expected, _ = _results(q)  # the kernel's own layout but where q had to be copied for it
-    return o if o.stride() == expected.stride() else expected.copy_(o), lse
+    expected = _results(q)  # the kernel's own layout but where q had to be copied or folded for it
+    o, lse = (
+        actual if actual.stride() == fake.stride() else fake.copy_(actual)
+        for actual, fake in zip((o, lse), expected, strict=True)
+    )
+    return o, lse
 
 
 @_forward_op.register_fake
