@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     started = time.monotonic()
     cases = SUITES[args.suite].in_dtypes(args.dtypes)
     cases = [case for case in cases if args.groups is None or case.group in args.groups]
-    results = describe(argv, device, cases)
+    results = describe(argv, device)
     print(f"{len(cases)} cells on {results['machine']['device']}", flush=True)
     memory_limit = CPU_MEMORY_LIMIT
     if device.type == "cuda":
@@ -87,14 +87,12 @@ def main(argv: list[str]) -> int:
     return int(worst > 1)
 
 
-def describe(argv: list[str], device: torch.device, cases: list[Case]) -> dict[str, Any]:
+def describe(argv: list[str], device: torch.device) -> dict[str, Any]:
     """All that is known before the first cell."""
-    dtypes = sorted({case.dtype for case in cases})
     results: dict[str, Any] = {
         "command": " ".join(("python -m benchmarks attention", *argv)),
         "machine": machine(device),
         "clocks": None,
-        "matmul_flops": {dtype: measure.matmul_flops(dtype, device) for dtype in dtypes},
         "memory": None,
         "cells": [],
         "skipped": [],

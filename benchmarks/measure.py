@@ -105,7 +105,9 @@ def measure(
         turns[name] = max(ROUNDS_MIN, min(rounds, int(PEER_SECONDS / once)))
     turns[OURS] = max(turns.values())
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in runners}
+    yardstick = Yardstick(case, device)
     for index in range(turns[OURS]):
+        yardstick.sample()
         order = list(runners) if index % 2 == 0 else list(reversed(runners))
         for name in order:
             if index < turns[name]:
@@ -120,7 +122,13 @@ def measure(
             )
             for phase in taken[0]
         }
-    return {"case": case, "rounds": turns, "calls": calls, "peers": results}
+    return {
+        "case": case,
+        "rounds": turns,
+        "calls": calls,
+        "matmul_flops": yardstick.flops(),
+        "peers": results,
+    }
 
 
 def _try(
@@ -221,16 +229,26 @@ class Judge:
         return max(shares)
 
 
-def matmul_flops(dtype: str, device: torch.device, rounds: int = 7) -> float:
-    """FLOP/s of a large matrix product, the yardstick of the machine."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size).to(device, DTYPES[dtype]) for _ in range(2))
-    watch, seconds = Stopwatch(device), []
-    for _ in range(rounds + 1):
-        start = watch.now()
-        torch.mm(a, b)
-        seconds.append(watch.seconds(start, watch.now()))
-    return 2 * size**3 / statistics.median(seconds[1:])
+class Yardstick:
+    """A large matrix product, timed in every round beside the peers."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.size = 8192 if device.type == "cuda" else 1024
+        generator = torch.Generator().manual_seed(0)
+        self.factor = torch.randn(self.size, self.size, generator=generator)
+        self.factor = self.factor.to(device, DTYPES[case.dtype])
+        self.watch, self.taken = Stopwatch(device), []
+        torch.mm(self.factor, self.factor)
+
+    def sample(self) -> None:
+        """Time one product."""
+        start = self.watch.now()
+        torch.mm(self.factor, self.factor)
+        self.taken.append(self.watch.seconds(start, self.watch.now()))
+
+    def flops(self) -> float:
+        """FLOP/s, of the median time."""
+        return 2 * self.size**3 / statistics.median(self.taken)
 
 
 def memory_by_length(

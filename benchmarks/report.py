@@ -33,8 +33,9 @@ def fit_line(fit: dict[str, float]) -> str:
     )
 
 
-def share_of_matmul(cell: dict[str, Any], name: str, phase: str, peak: float) -> float | None:
+def share_of_matmul(cell: dict[str, Any], name: str, phase: str) -> float | None:
     """FLOP/s of a peer as a share of the large matrix product's; None where it was not measured."""
+    peak = cell["matmul_flops"]
     seconds = cell["peers"][name].get(phase)
     factor = {"forward": 1.0, "backward": 2.5, "both": 3.5}[phase]
     return None if seconds is None else factor * cell["case"].forward_flops / seconds / peak
@@ -43,15 +44,18 @@ def share_of_matmul(cell: dict[str, Any], name: str, phase: str, peak: float) ->
 def markdown(results: dict[str, Any]) -> str:
     """The page."""
     machine = results["machine"]
-    peaks = ", ".join(
-        f"{flops / 1e12:.3g} TFLOP/s in {dtype}" for dtype, flops in results["matmul_flops"].items()
-    )
+    best: dict[str, float] = {}
+    for cell in results["cells"]:
+        dtype = cell["case"].dtype
+        best[dtype] = max(best.get(dtype, 0.0), cell["matmul_flops"])
+    peaks = ", ".join(f"{flops / 1e12:.3g} TFLOP/s in {dtype}" for dtype, flops in best.items())
     lines = [
         "# Attention: speed, memory and error",
         "",
         f"`{results['command']}` on {machine['device']}, {machine['threads']} threads, "
         f"{machine['system']}; torch {machine['torch']}, Python {machine['python']}, flashlayer "
-        f"{machine['flashlayer']}; {results['seconds']:.0f} s. A large matrix product: {peaks}.",
+        f"{machine['flashlayer']}; {results['seconds']:.0f} s. A large matrix product: up to "
+        f"{peaks or 'not measured'}.",
         "",
     ]
     if results["clocks"]:
@@ -69,7 +73,7 @@ def markdown(results: dict[str, Any]) -> str:
     for cell in results["cells"]:
         groups.setdefault(cell["case"].group, []).append(cell)
     for group, cells in groups.items():
-        lines += _table(group, cells, results["matmul_flops"])
+        lines += _table(group, cells)
     if results["memory"]:
         lines += _memory(results["memory"])
     if results["skipped"]:
@@ -78,7 +82,7 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _table(group: str, cells: list[dict[str, Any]], peaks: dict[str, float]) -> list[str]:
+def _table(group: str, cells: list[dict[str, Any]]) -> list[str]:
     names = [name for name in cells[0]["peers"] if name != OURS]
     names = [name for name in names if any("ratio" in cell["peers"][name] for cell in cells)]
     header = ["case", "dtype", "ms", *names, "of matmul", "error"]
@@ -86,7 +90,7 @@ def _table(group: str, cells: list[dict[str, Any]], peaks: dict[str, float]) -> 
     for cell in cells:
         case, ours = cell["case"], cell["peers"][OURS]
         phases = [phase for phase in PHASES if phase in ours]
-        share = share_of_matmul(cell, OURS, phases[-1], peaks[case.dtype])
+        share = share_of_matmul(cell, OURS, phases[-1])
         lines.append(
             _row(
                 [

@@ -136,8 +136,10 @@ def test_folded_results_pass_through_forward_mode_and_a_compiled_graph() -> None
 
 def test_auto_computes_one_row_of_bf16_by_the_formula() -> None:
     q, k, v = (torch.randn(1, 4, s, 16, dtype=torch.bfloat16) for s in (1, 30, 30))
-    by_formula = flash_attention(q, k, v, backend="standard")
-    assert torch.equal(flash_attention(q, k, v, causal=True), by_formula)
+    by_formula, by_auto = (
+        flash_attention(q, k, v, causal=True, backend=backend) for backend in ("standard", "auto")
+    )
+    assert torch.equal(torch.as_tensor(by_auto), torch.as_tensor(by_formula))
 
 
 def test_auto_takes_the_kernel_for_windows_padding_and_packed(

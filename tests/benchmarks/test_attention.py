@@ -32,8 +32,8 @@ def test_every_case_of_the_suite_is_measured_against_every_peer(results: Path) -
             assert ("backward" in result["ratio"]) is cell["case"]["backward"]
             assert result["error_over_bound"] < 1
         assert cell["peers"][peers.OURS]["ratio"]["forward"] == 1
+        assert cell["matmul_flops"] > 1e8
     assert written["machine"]["torch"] == torch.__version__
-    assert written["matmul_flops"]["fp32"] > 1e9
 
 
 def test_the_page_and_the_plots_are_there(results: Path) -> None:
