@@ -23,8 +23,11 @@ COLOURS = {
     "standard": "black",
     "flex": "#999999",
     "flash_attn": "#F0E442",
+    "aten": "#332288",
+    "tiled": "#117733",
+    "triton": "#882255",
 }
-MARKERS = dict(zip(COLOURS, "os^vD<xP*", strict=True))
+MARKERS = dict(zip(COLOURS, "os^vD<xP*hp+", strict=True))
 
 
 def draw(folder: Path, results: dict[str, Any]) -> None:

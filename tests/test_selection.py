@@ -30,7 +30,7 @@ def test_auto_is_the_fastest_that_was_measured(
     phase = "both" if cell["case"]["backward"] else "forward"
     seconds = {
         backend: cell["peers"][backend][phase]
-        for backend in ("aten", "tiled", "standard")
+        for backend in ("aten", "tiled")  # "standard" stores the scores, however fast it is
         if phase in cell["peers"][backend]
     }
     case = Case(**cell["case"])
