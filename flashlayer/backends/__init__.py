@@ -48,7 +48,7 @@ def _by_speed(problem: Problem) -> tuple[str, ...]:
     if is_half and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return ("tiled", "standard")  # ATen's fp16 backward takes several times as long
     # A bf16 product of one row is the slowest thing ATen's kernel does; the formula's scores are as
-    # few as the keys then (5 times as fast at 16k keys, benchmarks/results/cpu-2-cores/attention.md).
+    # few as the keys then: 5 times as fast at 16k keys (attention.md in the folder above that one).
     # A group of heads gives the kernel more rows.
     one_row = q.shape[2] == 1 and q.shape[1] == problem.key.shape[1]
     if one_row and q.dtype == torch.bfloat16 and problem.extras.cu_seqlens_q is None:
