@@ -117,4 +117,5 @@ def test_an_unknown_command_is_answered_with_the_known_ones(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert dispatch(["speed"]) == 2
-    assert all(name in capsys.readouterr().err for name in COMMANDS)
+    message = capsys.readouterr().err
+    assert all(name in message for name in COMMANDS)
