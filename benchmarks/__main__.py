@@ -1,9 +1,10 @@
 """``python -m benchmarks COMMAND``: each command is a module with ``main(argv)``, loaded on use."""
 
+import os
 import sys
 from importlib import import_module
 
-COMMANDS = {"codegen": "benchmarks.codegen"}
+COMMANDS = {"attention": "benchmarks.attention", "codegen": "benchmarks.codegen"}
 
 
 def main(argv: list[str]) -> int:
@@ -14,5 +15,8 @@ def main(argv: list[str]) -> int:
     return import_module(COMMANDS[argv[0]]).main(argv[1:])
 
 
+# Spawned children import this file again.
 if __name__ == "__main__":
+    # Read once, when torch loads its OpenMP: waiting threads sleep instead of spinning.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(main(sys.argv[1:]))

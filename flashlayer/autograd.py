@@ -23,17 +23,25 @@ Tensors = tuple[Any, ...]
 def attend(backend: Backend, tiled: Backend, problem: Problem) -> tuple[Tensor, Tensor]:
     """``o`` and ``lse`` of a problem by ``backend``, with every derivative there is.
 
-    A compiled graph takes the first derivative only: Dynamo traces no Function that has more.
+    A compiled graph takes the first derivative only: Dynamo traces no Function that has more. A
+    call that nothing differentiates or transforms is the backend's forward alone.
     """
     q, k, v, spec, extras = problem
-    if not torch.compiler.is_compiling():
-        return TransformableAttention.apply(backend, tiled, spec, q, k, v, *extras)
-    leaves = (q, k, v, *(extra for extra in extras if extra is not None))
-    if not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):
-        # Without a gradient Dynamo hands a ctx to a forward that takes *args, which has no use for
-        # it.
-        return backend.forward(*problem)
-    return FlashAttentionFunction.apply(backend, tiled, spec, q, k, v, *extras)
+    leaves = (q, k, v, *extras)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _is_transformed():
+        return TransformableAttention.apply(backend, tiled, spec, *leaves)
+    tracked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+    if not tracked:
+        return backend.forward(q, k, v, spec, extras)
+    if compiling:
+        return FlashAttentionFunction.apply(backend, tiled, spec, *leaves)
+    return TransformableAttention.apply_untransformed(backend, tiled, spec, *leaves)
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is going on."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 class FlashAttentionFunction(torch.autograd.Function):
@@ -74,15 +82,24 @@ class TransformableAttention(FlashAttentionFunction):
     ``tiled`` is the backend that tangents are pushed through.
     """
 
+    @classmethod
+    def apply_untransformed(cls, *args: Any) -> tuple[Tensor, Tensor]:
+        """``apply`` without its preparations for ``torch.func``, half the time of a short call."""
+        untransformed: Any = super(torch.autograd.Function, cls)
+        return untransformed.apply(*args)
+
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         """Keep the inputs for forward mode as well."""
         FlashAttentionFunction.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[3:])
+        if _is_transformed():
+            ctx.save_for_forward(*inputs[3:])
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Tensors:
-        """Call the backend's backward, itself differentiable."""
+        """Call the backend's backward, itself differentiable where someone may ask for that."""
+        if not torch.is_grad_enabled() and not _is_transformed():
+            return FlashAttentionFunction.backward(ctx, do, dlse)
         *tensors, o, lse = ctx.saved_tensors
         if do is None:
             do = torch.zeros_like(o)

@@ -289,7 +289,9 @@ def _attend(problem: Problem, backend: str, return_lse: bool) -> tuple[Tensor, A
     chosen = backends.select(backend, problem)
     if chosen.backward is None:
         return chosen.forward(*problem, return_lse)
-    return attend(chosen, backends.tiled, problem)
+    out, lse = attend(chosen, backends.tiled, problem)
+    # Only who asks for it pays for its layout.
+    return out, lse.contiguous() if return_lse else None
 
 
 def build_problem(
@@ -313,8 +315,7 @@ def build_problem(
 
     Packed tensors come as ``(1, H, T, D)``, so that a backend sees one layout.
     """
-    tensors = {"query": query, "key": key, "value": value}
-    for name, tensor in tensors.items():
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.ndim != 4:
@@ -323,7 +324,8 @@ def build_problem(
                 f"got shape {tuple(tensor.shape)}"
             )
         _check_device(name, tensor, query)
-    query, key, value = (_autocast(tensor) for tensor in (query, key, value))
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = (_autocast(tensor) for tensor in (query, key, value))
     _check_dtypes(query, key, value)
     _check_shapes(query, key, value)
     if diagonal not in ("bottom_right", "top_left"):
@@ -362,14 +364,8 @@ def build_problem(
 
 def _autocast(tensor: Tensor) -> Tensor:
     """What autocast does to matmul's arguments: every floating dtype but fp64 becomes its own."""
-    device_type = tensor.device.type
-    if (
-        torch.amp.is_autocast_available(device_type)
-        and torch.is_autocast_enabled(device_type)
-        and tensor.is_floating_point()
-        and tensor.dtype != torch.float64
-    ):
-        return tensor.to(torch.get_autocast_dtype(device_type))
+    if tensor.is_floating_point() and tensor.dtype != torch.float64:
+        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
     return tensor
 
 
@@ -408,6 +404,8 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _check_window(window_size: WindowSize) -> WindowSize:
+    if window_size == (None, None):
+        return None, None
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise TypeError(f"window_size must be a pair (left, right), got {window_size!r}")
     for side, size in zip(("left", "right"), window_size, strict=True):
@@ -530,6 +528,14 @@ def _resolve_packing(packing: Packing, query: Tensor) -> Packing:
     for side in ("q", "k"):
         name = f"cu_seqlens_{side}"
         cu_seqlens = getattr(packing, name)
+        twice = side == "k" and cu_seqlens is packing.cu_seqlens_q
+        if twice and not torch.compiler.is_compiling():
+            # One tensor stays one tensor: so a backend knows that the lengths are alike. (Dynamo
+            # refuses one tensor in two places.)
+            resolved[name] = resolved["cu_seqlens_q"]
+            longest = packing.max_seqlen_k
+            resolved["max_seqlen_k"] = resolved["max_seqlen_q"] if longest is None else longest
+            break
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
             kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
             raise TypeError(f"{name} must be an int32 or int64 tensor, got {kind}")

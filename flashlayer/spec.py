@@ -65,14 +65,20 @@ class AttentionSpec:
         A one-token decoding step is causal in name only, and a window wider than the sequence is
         none: seen so, more backends cover them and no kernel computes a mask for them.
         """
+        if self.window_left is None and self.window_right is None:
+            return self
         if seqlen_q == 0 or seqlen_k == 0:
             return replace(self, window_left=None, window_right=None)
-        bounds = self.key_bounds(0, seqlen_q, seqlen_q, seqlen_k)
-        return replace(
-            self,
-            window_left=self.window_left if bounds.all_start > 0 else None,
-            window_right=self.window_right if bounds.all_stop < seqlen_k else None,
-        )
+        # The last query's window starts rightmost, the first one's ends leftmost.
+        offset = self.offset(seqlen_q, seqlen_k)
+        left, right = self.window_left, self.window_right
+        if left is not None and seqlen_q - 1 + offset - left <= 0:
+            left = None
+        if right is not None and offset + right + 1 >= seqlen_k:
+            right = None
+        if left is self.window_left and right is self.window_right:
+            return self
+        return replace(self, window_left=left, window_right=right)
 
     def offset(self, seqlen_q: int, seqlen_k: int) -> int:
         """Key position of query 0: ``Sk - Sq`` for ``bottom_right``, 0 for ``top_left``."""
@@ -187,7 +193,7 @@ class Backend(Protocol):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
     ) -> tuple[Tensor, Tensor]:
-        """``o`` (B, H, Sq, Dv) in q's dtype; ``lse`` (B, H, Sq) contiguous, fp32 or fp64."""
+        """``o`` (B, H, Sq, Dv) in q's dtype; ``lse`` (B, H, Sq), fp32 or fp64, any strides."""
         ...
 
     def backward(

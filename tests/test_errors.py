@@ -77,9 +77,9 @@ BAD_CALLS = {
         "backend must be a string, got NoneType",
     ),
     "backend_refuses": (
-        lambda q, k, v: flash_attention(q, k, v, window_size=(1, 0), backend="aten"),
+        lambda q, k, v: flash_attention(q, k, v, softcap=1.0, backend="aten"),
         ValueError,
-        "backend 'aten' can't compute this call: it has no sliding window",
+        "backend 'aten' can't compute this call: it has no softcap",
     ),
     "diagonal": (
         lambda q, k, v: flash_attention(q, k, v, diagonal="main"),
@@ -207,9 +207,9 @@ def test_packed_keys_need_their_own_edges() -> None:
 
 
 def test_available_backends_names_every_reason() -> None:
-    reasons = available_backends(*qkv(), window_size=(1, 0), return_lse=True, backend="tiled")
+    reasons = available_backends(*qkv(), softcap=1.0, return_lse=True, backend="tiled")
     assert list(reasons) == ["triton", "aten", "tiled", "standard"]
-    assert reasons["aten"] == "it has no sliding window"
+    assert reasons["aten"] == "it has no softcap"
     assert reasons["tiled"] is None
     assert reasons["standard"] is None
 

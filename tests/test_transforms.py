@@ -328,6 +328,6 @@ def test_custom_ops_are_what_they_say(name: str, layout: str) -> None:
 
 
 OP_OPTIONS = {
-    "aten": (0.25, True),
+    "aten": (0.25, None, 0, None, None, None),
     "triton": flatten(AttentionSpec(0.25, None, 0), AttentionExtras()),
 }

@@ -147,6 +147,18 @@ def _four(mask: Tensor) -> Tensor:
     return mask[(None,) * (4 - mask.ndim)]
 
 
+def error_bound(same_dtype: Tensor, reference: Tensor, dtype: torch.dtype, factor: float) -> float:
+    """The 2x rule: how far from the fp64 reference a result in ``dtype`` may be.
+
+    ``same_dtype`` is what standard attention gives in that dtype.
+    """
+    if dtype == torch.float64:  # no wider reference: rounding of lse (up to ~500) in exp
+        return 1e-12 * max(1.0, reference.abs().max().item())
+    rounded = reference.to(dtype)
+    floor = 2 * ((rounded + 0.3 - 0.3) - rounded).abs().max().item()
+    return factor * (same_dtype - reference).abs().max().item() + floor
+
+
 def assert_accurate(
     name: str,
     actual: Tensor,
@@ -167,13 +179,7 @@ def assert_accurate(
     )
     if actual.numel() == 0:
         return
-    if dtype == torch.float64:  # no wider reference: rounding of lse (up to ~500) in exp
-        bound = 1e-12 * max(1.0, reference.abs().max().item())
-    else:
-        rounded = reference.to(dtype)
-        floor = 2 * ((rounded + 0.3 - 0.3) - rounded).abs().max().item()
-        bound = factor * (same_dtype - reference).abs().max().item() + floor
-    bound += noise
+    bound = error_bound(same_dtype, reference, dtype, factor) + noise
     error = (actual - reference).abs()
     bad = ~(error <= bound)  # a NaN is bad
     if bad.any():

@@ -4,6 +4,7 @@ Needs torch and flashlayer only, so that a fresh process starts fast and carries
 """
 
 import os
+import platform
 import resource
 import signal
 import statistics
@@ -20,6 +21,7 @@ import psutil
 import torch
 from torch import Tensor
 
+import flashlayer
 from train.model import ATTENTIONS
 
 Result = TypeVar("Result")
@@ -48,6 +50,25 @@ def _obey_the_parent() -> None:
     """Ctrl-C reaches every process of a terminal; the parent answers it, and ends this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a measurement was made on: the device and the versions."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "flashlayer": flashlayer.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"CPU ({names[0] if names else platform.processor() or platform.machine()})"
 
 
 class PeakMemory:

@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import os
-import platform
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +11,7 @@ from typing import Any
 
 import torch
 
-import flashlayer
-from train import plots
+from train import measure, plots
 from train.verdict import CANDIDATE, REFERENCE, ArmRun
 
 COLUMNS: tuple[str, ...] = (
@@ -31,20 +29,9 @@ MIB = 2**20
 def environment(device: torch.device) -> dict[str, Any]:
     """The machine and the versions."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "flashlayer": flashlayer.__version__,
+        **measure.machine(device),
         **{package: version(package) for package in ("torch", "lightning", "datasets")},
     }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"CPU ({names[0] if names else platform.processor() or platform.machine()})"
 
 
 def arm_line(arm: str, result: dict[str, Any]) -> str:

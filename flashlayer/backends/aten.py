@@ -2,9 +2,19 @@
 
 The fastest path on a CPU. It is wrapped rather than trusted: where it would crash (no keys), be
 silently wrong (a strided last dimension, a NaN in keys beyond the causal triangle) or has no
-gradient (its LSE) it is put right here; what it can't do is refused. The two entry points are
-custom ops, so a compiled graph holds them whole.
+gradient (its LSE) it is put right here; what it can't do is refused.
+
+The kernel knows full and top-left causal attention. Packed sequences, padding masks and windows are
+several such problems, each a *part*: some queries, and the keys they see. What no part names costs
+nothing. The two entry points are custom ops, so a compiled graph holds them whole; outside of one
+the same functions are called as they are, since an op made in Python costs more than the kernel
+does on a short sequence.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,28 +24,72 @@ from flashlayer.spec import AttentionExtras, AttentionSpec, Problem
 
 name = "aten"
 
+# Python's own binding of the operator takes 2 us less than the one in torch.ops.
+_FLASH: Any = vars(torch)["_scaled_dot_product_flash_attention_for_cpu"]
+
+# A window is cut into blocks of a quarter as many queries as it is wide, within these limits: wider
+# blocks meet more keys that they hide, narrower ones are more calls (benchmarks/NOTES.md).
+WINDOW_BLOCK_MIN, WINDOW_BLOCK_MAX = 128, 512
+
+# With so few queries in a group of heads the kernel's time is that of reading keys and values, and
+# it reads them once for every head; the group as the rows of one head reads them once.
+FOLDED_ROWS_MAX = 64
+
+
+class Part(NamedTuple):
+    """Some queries and the keys they see: all of them, the causal triangle, or the band's."""
+
+    batch: slice
+    q_rows: slice
+    k_rows: slice | Tensor  # a slice is a view, a tensor of indices gathers
+    causal: bool = False
+    band: Tensor | None = None  # (M, N): 0 where seen, else -inf
+
 
 def refuses(problem: Problem) -> str | None:
-    """A reason for all but full and top-left causal attention on the CPU with Dv = D."""
+    """A reason for all but full, top-left causal and banded attention on the CPU with Dv = D."""
     q, k, v, spec, extras = problem
     if q.device.type != "cpu":
         return f"ATen's flash kernel is wrapped for the CPU only, the tensors are on {q.device}"
     if v.shape[-1] != q.shape[-1]:
         return f"it needs value's head dimension to be query's, got {v.shape[-1]} and {q.shape[-1]}"
-    for option, tensor in extras._asdict().items():
-        if tensor is not None:
+    for option in ("alibi_slopes", "sinks", "dropout_seed"):
+        if getattr(extras, option) is not None:
             return f"it has no {option}"
     if spec.softcap is not None:
         return "it has no softcap"
-    if spec.window_left is not None or spec.window_right not in (None, 0):
-        return "it has no sliding window"
-    if spec.window_right == 0 and spec.offset(q.shape[2], k.shape[2]) != 0:
-        return (
-            f"its causal diagonal is top-left, this one is bottom-right with {q.shape[2]} queries "
-            f"and {k.shape[2]} keys"
-        )
-    if spec.window_right == 0 and spec.scale <= 0:
-        return f"with causal it needs a positive scale, got {spec.scale}"
+    has_band = spec.window_left is not None or spec.window_right is not None
+    if has_band and spec.scale <= 0:
+        return f"with causal or a window it needs a positive scale, got {spec.scale}"
+    square = q.shape[2] == k.shape[2]
+    if extras.cu_seqlens_q is not None:  # of one length each where both are one tensor
+        square = extras.cu_seqlens_q is extras.cu_seqlens_k
+    is_causal = spec.window_left is None and spec.window_right == 0
+    if has_band and not is_causal and not square:
+        return "it has no sliding window but over keys as many as the queries"
+    if is_causal and not square and spec.diagonal != "top_left":
+        return "its causal diagonal is top-left, this one is bottom-right with unlike lengths"
+    if extras.attn_mask is not None:
+        return _refuses_mask(extras.attn_mask, is_causal, has_band)
+    return None
+
+
+def _refuses_mask(mask: Tensor, is_causal: bool, has_band: bool) -> str | None:
+    if mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] != 1:
+        return "it has no attn_mask but a bool one of shape (B or 1, 1, 1, Sk)"
+    if not has_band:
+        return None
+    if not is_causal:
+        return "it has no attn_mask together with a window"
+    # Causal positions survive the removal of hidden keys only at the ends. That is for the values
+    # of the mask to say, which a traced one has not.
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if traced or type(mask) is not Tensor:
+        return "it has no attn_mask together with causal in a traced call"
+    edges = mask[:, 0, 0].long().diff(dim=-1).ne_(0).sum(dim=-1)
+    starts_hidden = ~mask[:, 0, 0, 0]
+    if bool((edges > starts_hidden + 1).any()):
+        return "it has no attn_mask together with causal but one that pads at the ends"
     return None
 
 
@@ -43,7 +97,10 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple[Tensor, Tensor]:
     """See :class:`flashlayer.spec.Backend`."""
-    return _forward(q, k, v, spec.scale, spec.window_right == 0)
+    arguments = (q, k, v, *_flatten(spec, extras))
+    if torch.compiler.is_compiling():
+        return _forward_op(*arguments)
+    return _forward(*arguments)
 
 
 def backward(
@@ -58,35 +115,51 @@ def backward(
     extras: AttentionExtras,
 ) -> tuple[Tensor, Tensor, Tensor, None, None]:
     """See :class:`flashlayer.spec.Backend`."""
-    dq, dk, dv = _backward(do, dlse, q, k, v, o, lse, spec.scale, spec.window_right == 0)
-    return dq, dk, dv, None, None
+    arguments = (do, dlse, q, k, v, o, lse, *_flatten(spec, extras))
+    if torch.compiler.is_compiling():
+        return *_backward_op(*arguments), None, None
+    return *_backward(*arguments), None, None
 
 
-@torch.library.custom_op("flashlayer::aten_forward", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    if _is_empty(q, k):  # Sk = 0 divides by zero in the kernel and ends the process
-        o, lse = _forward_fake(q, k, v, scale, causal)
-        return o.zero_(), lse.fill_(-torch.inf)
-    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        _unit_stride(q),
-        _unit_stride(_seen(k, q, causal)),
-        _unit_stride(_seen(v, q, causal)),
-        is_causal=causal,
-        scale=scale,
-    )
-    expected, _ = _forward_fake(q, k, v, scale, causal)
-    return o if o.stride() == expected.stride() else expected.copy_(o), lse.contiguous()
+def _flatten(spec: AttentionSpec, extras: AttentionExtras) -> tuple:
+    band = (spec.window_left, spec.window_right)
+    return spec.scale, *band, extras.attn_mask, extras.cu_seqlens_q, extras.cu_seqlens_k
 
 
-@_forward.register_fake
-def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window_left: int | None,
+    window_right: int | None,
+    attn_mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    whole = attn_mask is None and cu_seqlens_q is None and window_left is None
+    if whole and window_right in (None, 0) and not _is_empty(q, k):
+        o, lse = _kernel(q, k, v, scale, window_right == 0)
+        return o, lse
+    o, lse = _results(q)
+    o.zero_()
+    lse.fill_(-torch.inf)
+    band = AttentionSpec(scale, window_left, window_right, diagonal="top_left")
+    for part in _parts(q, k, band, attn_mask, cu_seqlens_q, cu_seqlens_k):
+        keys = slice(None), slice(None), part.k_rows
+        o_part, lse_part = _kernel(
+            q[part.batch, :, part.q_rows],
+            k[part.batch][keys],
+            v[part.batch][keys],
+            scale,
+            part.causal,
+            part.band,
+        )
+        o[part.batch, :, part.q_rows] = o_part
+        lse[part.batch, :, part.q_rows] = lse_part
+    return o, lse
 
 
-@torch.library.custom_op("flashlayer::aten_backward", mutates_args=())
 def _backward(
     do: Tensor,
     dlse: Tensor | None,
@@ -96,33 +169,149 @@ def _backward(
     o: Tensor,
     lse: Tensor,
     scale: float,
-    causal: bool,
+    window_left: int | None,
+    window_right: int | None,
+    attn_mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _is_empty(q, k):
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    seqlen_k, head_dim = k.shape[2], q.shape[3]
-    k, v = _seen(k, q, causal), _seen(v, q, causal)
-    if dlse is not None:
-        # The kernel computes dS = P * (dO V^T - rowsum(O * dO)) and knows no dlse, which adds P *
-        # dlse. One more column does it: with 1 in every value and dlse in dO it adds dlse to dO
-        # V^T; with 0 in O, nothing to the rowsum. The column is 0 in q and k, and its gradients are
-        # dropped.
-        q, k, o = F.pad(q, (0, 1)), F.pad(k, (0, 1)), F.pad(o, (0, 1))
-        v = F.pad(v, (0, 1), value=1.0)
-        do = torch.cat((do, dlse.unsqueeze(-1).to(do.dtype)), dim=-1)
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(_unit_stride(x) for x in (do, q, k, v, o)), lse, 0.0, causal, scale=scale
-    )
-    unseen = seqlen_k - k.shape[2]
-    return (
-        dq[..., :head_dim].contiguous(),
-        F.pad(dk[..., :head_dim], (0, 0, 0, unseen)).contiguous(),
-        F.pad(dv[..., :head_dim], (0, 0, 0, unseen)).contiguous(),
+    whole = attn_mask is None and cu_seqlens_q is None and window_left is None
+    if whole and window_right in (None, 0) and not _is_empty(q, k):
+        grads = _kernel_backward(do, dlse, q, k, v, o, lse, scale, window_right == 0)
+        return _settled(grads[0]), _settled(grads[1]), _settled(grads[2])
+    has_window = window_left is not None or window_right not in (None, 0)
+    # The blocks of a window share keys, whose gradients are summed in fp32 at the least.
+    dtype = torch.promote_types(k.dtype, torch.float32) if has_window else k.dtype
+    dq, dk, dv = _empty(q).zero_(), _empty(k, dtype).zero_(), _empty(v, dtype).zero_()
+    band = AttentionSpec(scale, window_left, window_right, diagonal="top_left")
+    for part in _parts(q, k, band, attn_mask, cu_seqlens_q, cu_seqlens_k):
+        rows = part.batch, slice(None), part.q_rows
+        keys = slice(None), slice(None), part.k_rows
+        dq_part, dk_part, dv_part = _kernel_backward(
+            do[rows],
+            None if dlse is None else dlse[rows],
+            q[rows],
+            k[part.batch][keys],
+            v[part.batch][keys],
+            o[rows],
+            lse[rows],
+            scale,
+            part.causal,
+            part.band,
+        )
+        dq[rows] = dq_part
+        dk[part.batch][keys] += dk_part
+        dv[part.batch][keys] += dv_part
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _parts(
+    q: Tensor,
+    k: Tensor,
+    band: AttentionSpec,
+    attn_mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> Iterator[Part]:
+    """The parts of a problem, none of them empty; together they hold every pair that is seen."""
+    if _is_empty(q, k):  # without keys the kernel divides by zero, which ends the process
+        return
+    causal = band.window_left is None and band.window_right == 0
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        stretches = _sequences(cu_seqlens_q.tolist(), cu_seqlens_k.tolist())
+    elif attn_mask is not None:
+        stretches = _unmasked(attn_mask.expand(-1, -1, -1, k.shape[2]), q.shape[2], causal)
+    else:
+        stretches = iter((Part(slice(None), slice(0, q.shape[2]), slice(0, k.shape[2])),))
+    has_window = not causal and (band.window_left, band.window_right) != (None, None)
+    for stretch in stretches:
+        if has_window:
+            yield from _blocks(stretch, band)
+        else:
+            yield stretch._replace(causal=causal)
+
+
+def _sequences(q_edges: list[int], k_edges: list[int]) -> Iterator[Part]:
+    for index in range(len(q_edges) - 1):
+        q_rows = slice(q_edges[index], q_edges[index + 1])
+        k_rows = slice(k_edges[index], k_edges[index + 1])
+        if q_rows.start < q_rows.stop and k_rows.start < k_rows.stop:
+            yield Part(slice(None), q_rows, k_rows)
+
+
+def _unmasked(mask: Tensor, seqlen_q: int, causal: bool) -> Iterator[Part]:
+    """For each batch entry of the mask the keys that it shows."""
+    for index, shown in enumerate(mask[:, 0, 0]):
+        batch = slice(index, index + 1) if len(mask) > 1 else slice(None)
+        keys = shown.nonzero().flatten()
+        if len(keys) == 0 or seqlen_q == 0:
+            continue
+        start, stop = int(keys[0]), int(keys[-1]) + 1
+        k_rows = slice(start, stop) if stop - start == len(keys) else keys
+        # Causal is top-left: the queries before the first key that is shown see none.
+        q_rows = slice(start if causal else 0, seqlen_q)
+        if q_rows.start < seqlen_q:
+            yield Part(batch, q_rows, k_rows)
+
+
+def _blocks(stretch: Part, band: AttentionSpec) -> Iterator[Part]:
+    """A square stretch cut into blocks of queries, each with the keys its windows reach."""
+    # Slices both: windows and masks don't come together.
+    q_start, length = stretch.q_rows.start, stretch.q_rows.stop - stretch.q_rows.start
+    k_start = 0 if isinstance(stretch.k_rows, Tensor) else stretch.k_rows.start
+    reach = sum(min(side, length) for side in (band.window_left, band.window_right) if side)
+    size = WINDOW_BLOCK_MIN
+    while size < min(reach // 4, WINDOW_BLOCK_MAX):
+        size *= 2
+    seen: dict[tuple[int, int, int], Tensor] = {}  # all but the outermost blocks share their mask
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        bounds = band.key_bounds(start, stop, length, length)
+        first, last = bounds.any_start, bounds.any_stop
+        shape = (stop - start, first - start, last - start)
+        if shape not in seen:
+            visible = band.visible(start, stop, first, last, length, length, torch.device("cpu"))
+            seen[shape] = torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+        yield stretch._replace(
+            q_rows=slice(q_start + start, q_start + stop),
+            k_rows=slice(k_start + first, k_start + last),
+            band=seen[shape],
+        )
+
+
+def _kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    band: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The kernel, with at least one query and one key."""
+    if causal:
+        k, v = _seen(k, q), _seen(v, q)
+    group_size = q.shape[1] // k.shape[1]
+    if (
+        group_size > 1
+        and not causal
+        and band is None
+        and group_size * q.shape[2] <= FOLDED_ROWS_MAX
+    ):
+        o, lse = _kernel(q.reshape(*k.shape[:2], -1, q.shape[3]), k, v, scale, causal)
+        # Not views of o: forward-mode differentiation takes none for outputs.
+        o = torch.ops.aten._unsafe_view.default(o.contiguous(), q.shape)
+        return o, torch.ops.aten._unsafe_view.default(lse.contiguous(), q.shape[:3])
+    return _FLASH(
+        _unit_stride(q),
+        _unit_stride(k),
+        _unit_stride(v),
+        is_causal=causal,
+        attn_mask=band if band is None else band.to(q.dtype),
+        scale=scale,
     )
 
 
-@_backward.register_fake
-def _backward_fake(
+def _kernel_backward(
     do: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -132,21 +321,128 @@ def _backward_fake(
     lse: Tensor,
     scale: float,
     causal: bool,
+    band: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    """The kernel's backward, with at least one query and one key."""
+    seqlen_k, head_dim = k.shape[2], q.shape[3]
+    if causal:
+        k, v = _seen(k, q), _seen(v, q)
+    if dlse is not None:
+        # The kernel computes dS = P * (dO V^T - rowsum(O * dO)) and knows no dlse, which adds P *
+        # dlse. One more column does it: with 1 in every value and dlse in dO it adds dlse to dO
+        # V^T; with 0 in O, nothing to the rowsum. The column is 0 in q and k, and its gradients are
+        # dropped.
+        q, k, o = F.pad(q, (0, 1)), F.pad(k, (0, 1)), F.pad(o, (0, 1))
+        v = F.pad(v, (0, 1), value=1.0)
+        do = torch.cat((do, dlse.unsqueeze(-1).to(do.dtype)), dim=-1)
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        _unit_stride(do),
+        _unit_stride(q),
+        _unit_stride(k),
+        _unit_stride(v),
+        _unit_stride(o),
+        lse,
+        0.0,
+        causal,
+        attn_mask=band if band is None else band.to(q.dtype),
+        scale=scale,
+    )
+    if dlse is not None:
+        dq, dk, dv = dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim]
+    unseen = seqlen_k - k.shape[2]
+    if unseen:
+        dk, dv = F.pad(dk, (0, 0, 0, unseen)), F.pad(dv, (0, 0, 0, unseen))
+    return dq, dk, dv
 
 
 def _is_empty(q: Tensor, k: Tensor) -> bool:
     return q.numel() == 0 or k.numel() == 0
 
 
-def _seen(x: Tensor, q: Tensor, causal: bool) -> Tensor:
-    """The keys or values that some query sees.
+def _seen(x: Tensor, q: Tensor) -> Tensor:
+    """The keys or values that some query of a causal problem sees.
 
     The kernel multiplies the others by a probability of 0, and 0 * NaN is NaN.
     """
-    return x[:, :, : q.shape[2]] if causal else x
+    return x if x.shape[2] <= q.shape[2] else x[:, :, : q.shape[2]]
 
 
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(x: Tensor) -> tuple[int, int, int, int]:
+    """The kernel's gradients have the heads of a token together: ``(B, S, H, D)`` transposed."""
+    _, heads, seqlen, head_dim = x.shape
+    return seqlen * heads * head_dim, head_dim, heads * head_dim, 1
+
+
+def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Of x's shape, laid out as the kernel lays out gradients; not a view of anything."""
+    return x.new_empty_strided(x.shape, _strides(x), dtype=dtype or x.dtype)
+
+
+def _settled(x: Tensor) -> Tensor:
+    """``x`` in the layout of :func:`_empty`, which it has but for the odd case."""
+    return x if x.stride() == _strides(x) else _empty(x).copy_(x)
+
+
+def _results(q: Tensor) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    _, heads, seqlen, _ = q.shape
+    strides = (seqlen * heads, 1, heads)
+    return torch.empty_like(q), q.new_empty_strided(q.shape[:3], strides, dtype=lse_dtype)
+
+
+@torch.library.custom_op("flashlayer::aten_forward", mutates_args=())
+def _forward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window_left: int | None,
+    window_right: int | None,
+    attn_mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    band = (window_left, window_right)
+    o, lse = _forward(q, k, v, scale, *band, attn_mask, cu_seqlens_q, cu_seqlens_k)
+    expected = _results(q)  # the kernel's own layout but where q had to be copied or folded for it
+    o, lse = (
+        actual if actual.stride() == fake.stride() else fake.copy_(actual)
+        for actual, fake in zip((o, lse), expected, strict=True)
+    )
+    return o, lse
+
+
+@_forward_op.register_fake
+def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _results(q)
+
+
+@torch.library.custom_op("flashlayer::aten_backward", mutates_args=())
+def _backward_op(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    window_left: int | None,
+    window_right: int | None,
+    attn_mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = (scale, window_left, window_right, attn_mask, cu_seqlens_q, cu_seqlens_k)
+    return _backward(do, dlse, q, k, v, o, lse, *options)
+
+
+@_backward_op.register_fake
+def _(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(q), _empty(k), _empty(v)

@@ -1,0 +1,160 @@
+"""What the wrapper makes of ATen's kernel: windows, packed sequences and padding from its parts."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashlayer import available_backends, flash_attention, flash_attention_varlen
+from flashlayer.backends import aten
+from tests.tolerance import assert_matches_standard
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def qkv(batch: int, heads: int, kv_heads: int, seqlen: int, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.randn(batch, h, seqlen, 16, dtype=dtype) for h in (heads, kv_heads, kv_heads)]
+
+
+def padding(keys: int, *shown: tuple[int, int]) -> Tensor:
+    key = torch.arange(keys)
+    return torch.stack([(key >= start) & (key < stop) for start, stop in shown])[:, None, None]
+
+
+WINDOWS: dict[str, dict[str, Any]] = {
+    "causal": {"window_size": (50, 0)},
+    "wider_than_a_block": {"window_size": (300, None), "causal": True},
+    "both_sides": {"window_size": (9, 200)},
+    "right_alone": {"window_size": (None, 40)},
+    "left_alone": {"window_size": (40, None)},
+    "diagonal_alone": {"window_size": (0, 0)},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", WINDOWS)
+def test_window(name: str, dtype: torch.dtype) -> None:
+    """Over several blocks of queries, the last of them shorter."""
+    q, k, v = qkv(2, 4, 2, 2 * aten.WINDOW_BLOCK_MIN + 37, dtype)
+    assert_matches_standard(q, k, v, backend="aten", with_noise=True, **WINDOWS[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (20, 3)}], ids=str)
+def test_packed(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Sequences of every length, an empty one, and tokens past the last."""
+    edges = torch.tensor([0, 1, 1, 150, 340], dtype=torch.int32)
+    q, k, v = (torch.randn(345, h, 16, dtype=dtype) for h in (4, 2, 2))
+    results = assert_matches_standard(
+        q, k, v, backend="aten", with_noise=True, cu_seqlens_q=edges, **options
+    )
+    for name in ("out", "dq", "dk", "dv"):
+        assert results[name][340:].count_nonzero() == 0, name
+
+
+def test_packed_causal_needs_one_length_for_queries_and_keys() -> None:
+    q = torch.randn(9, 2, 16)
+    edges = torch.tensor([0, 9])
+    call = {"cu_seqlens_q": edges, "cu_seqlens_k": edges.clone(), "causal": True}
+    with pytest.raises(ValueError, match="its causal diagonal is top-left"):
+        flash_attention_varlen(q, q, q, backend="aten", **call)
+    flash_attention_varlen(q, q, q, backend="aten", diagonal="top_left", **call)
+
+
+MASKS = {
+    "right": padding(70, (0, 70), (0, 31)),
+    "left": padding(70, (0, 70), (31, 70)),
+    "both_ends": padding(70, (3, 69), (64, 66)),
+    "one_hides_all": padding(70, (0, 70), (0, 0)),
+    "of_all_entries": padding(70, (5, 60)),
+    "one_key": padding(70, (69, 70), (0, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", MASKS)
+def test_padding(name: str, causal: bool, dtype: torch.dtype) -> None:
+    """Hidden keys are NaN: what is skipped can't be read."""
+    q, k, v = qkv(2, 4, 2, 70, dtype)
+    mask = MASKS[name]
+    for x in (k, v):
+        x.masked_fill_(~mask.mT, torch.nan)
+    options = {"attn_mask": mask, "causal": causal}
+    results = assert_matches_standard(q, k, v, backend="aten", with_noise=True, **options)
+    assert all(not x.isnan().any() for x in results.values())
+
+
+def test_padding_with_holes_is_gathered_but_not_under_causal() -> None:
+    q, k, v = qkv(2, 2, 2, 70, torch.float32)
+    mask = torch.rand(2, 1, 1, 70) < 0.5
+    k.masked_fill_(~mask.mT, torch.nan)
+    assert_matches_standard(q, k, v, backend="aten", with_noise=True, attn_mask=mask)
+    reason = available_backends(q, k, v, attn_mask=mask, causal=True)["aten"]
+    assert reason == "it has no attn_mask together with causal but one that pads at the ends"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seqlen_q", [1, 3, aten.FOLDED_ROWS_MAX])
+def test_a_group_of_heads_is_folded_into_rows(seqlen_q: int, dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(2, h, s, 16, dtype=dtype) for h, s in ((6, seqlen_q), (2, 90), (2, 90)))
+    assert_matches_standard(q, k, v, backend="aten", with_noise=True)
+
+
+@pytest.mark.parametrize("option", ["window", "padding", "packed"])
+def test_the_custom_ops_are_what_they_say(option: str) -> None:
+    q, k, v = qkv(1, 2, 1, 40, torch.float32)
+    edges = torch.tensor([0, 30, 40], dtype=torch.int32)
+    options = {
+        "window": (0.25, 9, 0, None, None, None),
+        "padding": (0.25, None, None, padding(40, (0, 31)), None, None),
+        "packed": (0.25, None, 0, None, edges, edges.clone()),
+    }[option]
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    forward, backward = torch.ops.flashlayer.aten_forward, torch.ops.flashlayer.aten_backward
+    torch.library.opcheck(forward, (q, k, v, *options), test_utils=checks)
+    o, lse = forward(q, k, v, *options)
+    arguments = (torch.randn_like(o), None, q, k, v, o, lse, *options)
+    torch.library.opcheck(backward, arguments, test_utils=checks)
+
+
+def test_folded_results_pass_through_forward_mode_and_a_compiled_graph() -> None:
+    q, k, v = (torch.randn(1, h, s, 16) for h, s in ((4, 2), (2, 30), (2, 30)))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return flash_attention(q, k, v, return_lse=True, backend="aten")
+
+    expected = attend(q, k, v)
+    out, tangents = torch.func.jvp(attend, (q, k, v), (q, k, v))
+    torch.testing.assert_close(out, expected)
+    assert all(x.isfinite().all() for x in tangents)
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)(q, k, v)
+    torch.testing.assert_close(compiled, expected)
+
+
+def test_auto_computes_one_row_of_bf16_by_the_formula() -> None:
+    q, k, v = (torch.randn(1, 4, s, 16, dtype=torch.bfloat16) for s in (1, 30, 30))
+    by_formula, by_auto = (
+        flash_attention(q, k, v, causal=True, backend=backend) for backend in ("standard", "auto")
+    )
+    assert torch.equal(torch.as_tensor(by_auto), torch.as_tensor(by_formula))
+
+
+def test_auto_takes_the_kernel_for_windows_padding_and_packed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+    kernel = aten._kernel
+    monkeypatch.setattr(aten, "_kernel", lambda *args: (calls.append(args), kernel(*args))[1])
+    q, k, v = qkv(2, 2, 2, 40, torch.float32)
+    flash_attention(q, k, v, causal=True, window_size=(9, 0))
+    assert [tuple(args[1].shape) for args in calls] == [(2, 2, 40, 16)]
+    calls.clear()
+    flash_attention(q, k, v, attn_mask=padding(40, (0, 40), (0, 7)))
+    assert [args[1].shape[2] for args in calls] == [40, 7]
+    calls.clear()
+    packed = (x[0].transpose(0, 1) for x in (q, k, v))
+    flash_attention_varlen(*packed, cu_seqlens_q=torch.tensor([0, 30, 40]), causal=True)
+    assert [args[1].shape[2] for args in calls] == [30, 10]
