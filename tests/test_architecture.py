@@ -23,6 +23,8 @@ ALLOWED = {
     "autograd": {"spec", "torch"},
     "functional": {"autograd", "backends", "philox", "spec", "torch"},
     "modules": {"functional", "online_softmax", "torch", "einops"},
+    "integrations/__init__": set(),
+    "integrations/transformers": {"functional", "online_softmax", "torch", "transformers"},
 }
 
 

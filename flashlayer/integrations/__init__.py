@@ -1,0 +1,1 @@
+"""Doors into code that others wrote; each host is optional."""
