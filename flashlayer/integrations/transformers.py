@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
@@ -76,6 +76,7 @@ def attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
@@ -98,6 +99,8 @@ def attention(
         softcap: as in :func:`flashlayer.flash_attention`.
         s_aux: ``(H,)``: the sinks of gpt-oss, differentiable.
         position_bias: broadcastable to ``(B, H, Sq, Sk)``, added to the scores, differentiable.
+        position_ids: ``(B, Sq)``: where they restart a new sequence begins. Mostly the mask knows;
+            some models (gpt-oss) don't tell it.
         cu_seq_lens_q: ``(N + 1,)``: boundaries of the sequences packed along ``B * Sq``.
         cu_seq_lens_k: the same of the keys; ``cu_seq_lens_q`` if None.
         max_length_q: the longest query sequence.
@@ -112,7 +115,8 @@ def attention(
         TypeError: likewise, for a dtype or a type.
     """
     for option, reason in UNSUPPORTED.items():
-        if others.get(option) not in (None, False):
+        asked = others.get(option)
+        if asked is not None and asked is not False:
             _refuse(module, option, reason)
     if query.shape[0] == 1:
         query = query.expand(key.shape[0], -1, -1, -1)
@@ -127,8 +131,9 @@ def attention(
         _refuse(module, "attention_mask", f"it must have 4 dimensions, got {attention_mask.ndim}")
     if packing is not None:
         _check_packing(module, attention_mask, position_bias)
-    elif isinstance(attention_mask, BandMask) and position_bias is None:
-        packing = attention_mask.packing
+    elif isinstance(attention_mask, BandMask):
+        attention_mask.note_positions(position_ids)
+        packing = attention_mask.packing if position_bias is None else None
     options = {
         "scale": scaling,
         "softcap": softcap,
@@ -183,14 +188,12 @@ def make_mask(
     # every token, and each change would compile anew.
     if pattern is not None and q_length == 1 and pattern.right == 0 and not allow_is_causal_skip:
         pattern = None
-    tracing = torch.compiler.is_compiling()
-    if pattern is not None and not (tracing and isinstance(q_offset, Tensor)):
-        band = _band(pattern, q_length, kv_length, int(q_offset) - kv_offset)
-        if band is not None and (pattern.sequences is None or attention_mask is None):
-            shape = (batch_size, 1, q_length, kv_length)
-            padding = _padding(attention_mask, kv_offset, band.keys, tracing)
-            packing = None if pattern.sequences is None else _packing(pattern.sequences)
-            return BandMask(shape, torch.device(device), band, padding, packing)
+    if pattern is not None:
+        shape = (batch_size, 1, q_length, kv_length)
+        device = torch.device(device)
+        mask = _band_mask(pattern, attention_mask, shape, q_offset, kv_offset, device)
+        if mask is not None:
+            return mask
     return masking_utils.sdpa_mask(  # pyright: ignore[reportReturnType]
         batch_size=batch_size,
         q_length=q_length,
@@ -213,11 +216,13 @@ class Band:
         window: keys to the left and right of a query's own position; ``(None, 0)`` is causal.
         diagonal: where a query's own position is among the first ``keys`` keys.
         keys: how many keys there are to see: a static cache holds room for more.
+        chunked: the packed sequences are chunks of longer ones.
     """
 
     window: WindowSize
     diagonal: Literal["bottom_right", "top_left"]
     keys: int
+    chunked: bool = False
 
 
 class Packing(NamedTuple):
@@ -262,6 +267,7 @@ class BandMask(Tensor):
         self.band = band
         self.padding = padding
         self.packing = packing
+        self.noted_positions = False
         # torch.compile wants at least one tensor in a tensor.
         self.anchor = torch.empty(0, device=device)
 
@@ -305,6 +311,23 @@ class BandMask(Tensor):
         """Where packed sequences begin, ``(N + 1,)``."""
         return None if self.packing is None else self.packing.cu_seqlens_q
 
+    def note_positions(self, position_ids: Tensor | None) -> None:
+        """Take restarting positions ``(B, S)`` for packed sequences, as flash_attn's door does.
+
+        Once for each mask: reading them waits for the GPU, and the layers share a mask.
+        """
+        if position_ids is None or self.noted_positions or torch.compiler.is_compiling():
+            return
+        self.noted_positions = True
+        batch, _, q_length, kv_length = self.shape
+        without_past = q_length == kv_length == self.band.keys == position_ids.shape[-1]
+        fully_causal = self.band.window[1] == 0 and self.padding is None and self.packing is None
+        if without_past and fully_causal and position_ids.ndim == 2:
+            from transformers.masking_utils import find_packed_sequence_indices
+
+            sequences = find_packed_sequence_indices(position_ids.expand(batch, -1))
+            self.packing = None if sequences is None else _packing(sequences)
+
     def dense(self) -> Tensor:
         """The mask as a plain tensor, bool ``(B, 1, Sq, Sk)``."""
         batch, _, q_length, kv_length = self.shape
@@ -343,13 +366,15 @@ class Pattern(NamedTuple):
     """What a mask function of ``transformers.masking_utils`` says, as far as it is a band.
 
     ``left`` and ``right`` count keys beside the query's own, ``sequences`` ``(B, S)`` numbers the
-    packed sequences, ``remapped`` says that positions are counted within them.
+    packed sequences, ``remapped`` says that positions are counted within them. With a ``chunk``
+    a query sees the keys of its own chunk of positions (Llama 4).
     """
 
     left: int | None = None
     right: int | None = None
     sequences: Tensor | None = None
     remapped: bool = False
+    chunk: int | None = None
 
 
 def _recognise(mask_function: Callable) -> Pattern | None:
@@ -380,6 +405,8 @@ def _recognise(mask_function: Callable) -> Pattern | None:
             return Pattern(left=made_of["sliding_window"] - 1)
         case "sliding_window_bidirectional_overlay" if made_of["sliding_window"] >= 0:
             return Pattern(left=made_of["sliding_window"], right=made_of["sliding_window"])
+        case "chunked_overlay":
+            return Pattern(chunk=made_of["chunk_size"])
         case "packed_sequence_mask_function":
             return Pattern(sequences=made_of["packed_sequence_mask"])
         case "remap_positions_for_packed_sequence":
@@ -399,6 +426,7 @@ def _makers() -> dict[Any, str]:
         "sliding_window_bidirectional_overlay": masking_utils.sliding_window_bidirectional_overlay(
             1
         ),
+        "chunked_overlay": masking_utils.chunked_overlay(1, torch.empty(0)),
         "packed_sequence_mask_function": masking_utils.packed_sequence_mask_function(
             torch.empty(0)
         ),
@@ -413,16 +441,48 @@ def _intersection(patterns: list[Pattern | None]) -> Pattern | None:
     """What all of them let through; None if one is unknown."""
     known = [pattern for pattern in patterns if pattern is not None]
     sequences = [pattern.sequences for pattern in known if pattern.sequences is not None]
-    if len(known) < len(patterns) or len(sequences) > 1:
+    chunks = [pattern.chunk for pattern in known if pattern.chunk is not None]
+    if len(known) < len(patterns) or len(sequences) > 1 or len(chunks) > 1:
         return None
     left = [pattern.left for pattern in known if pattern.left is not None]
     right = [pattern.right for pattern in known if pattern.right is not None]
     return Pattern(
-        min(left, default=None),
-        min(right, default=None),
-        sequences[0] if sequences else None,
-        any(pattern.remapped for pattern in known),
+        left=min(left, default=None),
+        right=min(right, default=None),
+        sequences=sequences[0] if sequences else None,
+        remapped=any(pattern.remapped for pattern in known),
+        chunk=chunks[0] if chunks else None,
     )
+
+
+def _band_mask(
+    pattern: Pattern,
+    attention_mask: Tensor | None,
+    shape: tuple[int, int, int, int],
+    q_offset: int | Tensor,
+    kv_offset: int,
+    device: torch.device,
+) -> BandMask | None:
+    """The mask of a pattern; None where it is not one band for all rows and sequences."""
+    tracing = torch.compiler.is_compiling()
+    if tracing and isinstance(q_offset, Tensor):
+        return None
+    offset = int(q_offset) - kv_offset
+    batch, _, q_length, kv_length = shape
+    band = _band(pattern, q_length, kv_length, offset)
+    if band is None:
+        return None
+    padding = _padding(attention_mask, kv_offset, band.keys, tracing)
+    sequences = pattern.sequences
+    if pattern.chunk is not None and kv_offset + band.keys > pattern.chunk:
+        # Without a past, chunks are packed sequences.
+        if offset != 0 or q_length != kv_length or sequences is not None:
+            return None
+        sequences = (torch.arange(q_length, device=device) // pattern.chunk).expand(batch, -1)
+        band = replace(band, chunked=True)
+    if sequences is None:
+        return BandMask(shape, device, band, padding)
+    return BandMask(shape, device, band, packing=_packing(sequences)) if padding is None else None
 
 
 def _band(pattern: Pattern, q_length: int, kv_length: int, offset: int) -> Band | None:
@@ -452,7 +512,7 @@ def _padding(
 
 
 def _packing(sequences: Tensor) -> Packing:
-    """Boundaries of the sequences ``(B, S)`` numbers; each row begins a new one."""
+    """Boundaries of the sequences that ``(B, S)`` numbers; each row begins a new one."""
     begins = torch.ones_like(sequences, dtype=torch.bool)
     begins[:, 1:] = sequences.diff(dim=-1) != 0
     begins = begins.flatten().nonzero().flatten()
@@ -487,10 +547,10 @@ def _band_without_mask(
 
 
 def _check_packing(module: nn.Module, mask: Tensor, position_bias: Tensor | None) -> None:
-    if not isinstance(mask, BandMask) or mask.padding is not None:
-        _refuse(module, "cu_seq_lens_q", "packed sequences have no padding and no mask beside it")
+    if not isinstance(mask, BandMask) or mask.padding is not None or mask.band.chunked:
+        _refuse(module, "cu_seq_lens_q", "packed sequences have no padding, and no mask but a band")
     if position_bias is not None:
-        _refuse(module, "cu_seq_lens_q", "packed sequences have no position_bias")
+        _refuse(module, "cu_seq_lens_q", "packed sequences can't have a position_bias")
 
 
 def _attend(
