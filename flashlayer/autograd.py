@@ -28,7 +28,15 @@ def attend(backend: Backend, tiled: Backend, problem: Problem) -> tuple[Tensor, 
     compiling = torch.compiler.is_compiling()
     function = FlashAttentionFunction if compiling else TransformableAttention
     q, k, v, spec, extras = problem
+    if compiling and not _trains(q, k, v, *extras):
+        # Dynamo would run the Function's forward with a context it does not take.
+        return backend.forward(q, k, v, spec, extras)
     return function.apply(backend, tiled, spec, q, k, v, *extras)
+
+
+def _trains(*tensors: Tensor | None) -> bool:
+    wanted = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return wanted and torch.is_grad_enabled()
 
 
 class FlashAttentionFunction(torch.autograd.Function):

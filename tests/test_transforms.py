@@ -241,6 +241,19 @@ def test_packed_sequences_compile_without_a_break(backend: str, dynamic: bool) -
             torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_where_nothing_has_a_gradient(backend: str, mode: Callable) -> None:
+    """Dynamo inlined the autograd.Function with one argument too many."""
+    torch.compiler.reset()  # each mode and backend counts as a recompilation of the same code
+    inputs = [x.detach() for x in small(backend)]
+    compiled = torch.compile(attention(backend), fullgraph=True, backend="aot_eager")
+    with mode():
+        results = zip(compiled(*inputs), attention(backend)(*inputs), strict=True)
+    for actual, expected in results:
+        torch.testing.assert_close(actual, expected)
+
+
 def test_autocast_is_sdpas() -> None:
     """fp32 inputs run in the autocast dtype, fp64 ones stay, gradients come back in fp32."""
     q, k, v = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
