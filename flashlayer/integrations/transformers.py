@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
@@ -208,8 +207,7 @@ def make_mask(
     )
 
 
-@dataclass(frozen=True)
-class Band:
+class Band(NamedTuple):
     """Which keys a query sees, in the terms of :func:`flashlayer.flash_attention`.
 
     Attributes:
@@ -242,14 +240,12 @@ class BandMask(Tensor):
     gets what it expects.
 
     Attributes:
-        band: the geometry.
         padding: bool ``(B, band.keys)``, False for padding; None without any.
-        packing: boundaries of the sequences packed along ``B * Sq``; None for one a row.
+        cu_seqlens: boundaries of the sequences packed along ``B * Sq``; None for one a row.
     """
 
-    band: Band
     padding: Tensor | None
-    packing: Packing | None
+    cu_seqlens: Tensor | None
 
     @staticmethod
     def __new__(cls, shape: tuple[int, ...], device: torch.device, *_: Any, **__: Any) -> BandMask:
@@ -262,14 +258,28 @@ class BandMask(Tensor):
         device: torch.device,
         band: Band,
         padding: Tensor | None = None,
-        packing: Packing | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        anchor: Tensor | None = None,
     ) -> None:
-        self.band = band
+        # For a graph that makes or takes the mask: plain numbers, tensors, and at least one tensor.
+        self.numbers: tuple[Any, ...] = (*band, max_seqlen)
         self.padding = padding
-        self.packing = packing
+        self.cu_seqlens = cu_seqlens
+        self.anchor = torch.empty(0, device=device) if anchor is None else anchor
         self.noted_positions = False
-        # torch.compile wants at least one tensor in a tensor.
-        self.anchor = torch.empty(0, device=device)
+
+    @property
+    def band(self) -> Band:
+        """The geometry."""
+        return Band(*self.numbers[:-1])
+
+    @property
+    def packing(self) -> Packing | None:
+        """The packed sequences, None for one a row."""
+        if self.cu_seqlens is None:
+            return None
+        return Packing(self.cu_seqlens, None, self.numbers[-1], self.numbers[-1])
 
     # What comes out of an operation is a plain tensor, not a mask without a band.
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
@@ -291,25 +301,17 @@ class BandMask(Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple]:
         """The tensors within, by name, and what else it takes to make the mask again."""
-        names = ["anchor"] + ["padding"] * (self.padding is not None)
-        if self.packing is None:
-            return names, (self.band, None)
-        return [*names, "cu_seqlens"], (self.band, self.packing.max_seqlen_q)
+        names = ["anchor", "padding", "cu_seqlens"]
+        return [name for name in names if getattr(self, name) is not None], self.numbers
 
     @staticmethod
     def __tensor_unflatten__(
-        tensors: dict[str, Tensor], context: tuple, size: Any, stride: Any
+        tensors: dict[str, Tensor], numbers: tuple, size: Any, stride: Any
     ) -> BandMask:
         """The inverse of :meth:`__tensor_flatten__`."""
-        band, longest = context
-        cu_seqlens = tensors.get("cu_seqlens")
-        packing = None if cu_seqlens is None else Packing(cu_seqlens, None, longest, longest)
-        return BandMask(size, tensors["anchor"].device, band, tensors.get("padding"), packing)
-
-    @property
-    def cu_seqlens(self) -> Tensor | None:
-        """Where packed sequences begin, ``(N + 1,)``."""
-        return None if self.packing is None else self.packing.cu_seqlens_q
+        *band, longest = numbers
+        device = tensors["anchor"].device
+        return BandMask(size, device, Band(*band), max_seqlen=longest, **tensors)
 
     def note_positions(self, position_ids: Tensor | None) -> None:
         """Take restarting positions ``(B, S)`` for packed sequences, as flash_attn's door does.
@@ -321,12 +323,14 @@ class BandMask(Tensor):
         self.noted_positions = True
         batch, _, q_length, kv_length = self.shape
         without_past = q_length == kv_length == self.band.keys == position_ids.shape[-1]
-        fully_causal = self.band.window[1] == 0 and self.padding is None and self.packing is None
+        fully_causal = self.band.window[1] == 0 and self.padding is None and self.cu_seqlens is None
         if without_past and fully_causal and position_ids.ndim == 2:
             from transformers.masking_utils import find_packed_sequence_indices
 
             sequences = find_packed_sequence_indices(position_ids.expand(batch, -1))
-            self.packing = None if sequences is None else _packing(sequences)
+            if sequences is not None:
+                self.cu_seqlens, longest = _boundaries(sequences)
+                self.numbers = (*self.band, longest)
 
     def dense(self) -> Tensor:
         """The mask as a plain tensor, bool ``(B, 1, Sq, Sk)``."""
@@ -345,21 +349,18 @@ class BandMask(Tensor):
         if self.padding is not None:
             padding = nn.functional.pad(self.padding, (0, kv_length - band.keys))
             mask = mask & padding[:, None, None, :]
-        if self.packing is not None:
+        if self.cu_seqlens is not None:
             token = torch.arange(batch * q_length, device=self.device)
-            sequence = torch.bucketize(token, self.packing.cu_seqlens_q, right=True)
+            sequence = torch.bucketize(token, self.cu_seqlens, right=True)
             sequence = sequence.view(batch, 1, q_length)
             mask = mask & (sequence[..., :, None] == sequence[..., None, :])
         return mask
 
     def _moved(self, device: torch.device | None) -> BandMask:
         device = self.device if device is None else device
-        padding, packing = self.padding, self.packing
-        if padding is not None:
-            padding = padding.to(device)
-        if packing is not None:
-            packing = packing._replace(cu_seqlens_q=packing.cu_seqlens_q.to(device))
-        return BandMask(self.shape, device, self.band, padding, packing)
+        names, numbers = self.__tensor_flatten__()
+        tensors = {name: getattr(self, name).to(device) for name in names}
+        return self.__tensor_unflatten__(tensors, numbers, self.shape, self.stride())
 
 
 class Pattern(NamedTuple):
@@ -479,10 +480,13 @@ def _band_mask(
         if offset != 0 or q_length != kv_length or sequences is not None:
             return None
         sequences = (torch.arange(q_length, device=device) // pattern.chunk).expand(batch, -1)
-        band = replace(band, chunked=True)
+        band = band._replace(chunked=True)
     if sequences is None:
         return BandMask(shape, device, band, padding)
-    return BandMask(shape, device, band, packing=_packing(sequences)) if padding is None else None
+    if padding is not None:
+        return None
+    cu_seqlens, longest = _boundaries(sequences)
+    return BandMask(shape, device, band, cu_seqlens=cu_seqlens, max_seqlen=longest)
 
 
 def _band(pattern: Pattern, q_length: int, kv_length: int, offset: int) -> Band | None:
@@ -511,14 +515,16 @@ def _padding(
     return None if not tracing and bool(padding.all()) else padding
 
 
-def _packing(sequences: Tensor) -> Packing:
-    """Boundaries of the sequences that ``(B, S)`` numbers; each row begins a new one."""
+def _boundaries(sequences: Tensor) -> tuple[Tensor, int]:
+    """``cu_seqlens`` of the sequences that ``(B, S)`` numbers, and the length of the longest.
+
+    Each row begins a new one.
+    """
     begins = torch.ones_like(sequences, dtype=torch.bool)
     begins[:, 1:] = sequences.diff(dim=-1) != 0
     begins = begins.flatten().nonzero().flatten()
     cu_seqlens = nn.functional.pad(begins, (0, 1), value=sequences.numel())
-    longest = int(cu_seqlens.diff().max())
-    return Packing(cu_seqlens.to(torch.int32), None, longest, longest)
+    return cu_seqlens.to(torch.int32), int(cu_seqlens.diff().max())
 
 
 def _band_without_mask(
@@ -562,7 +568,7 @@ def _attend(
     options: dict[str, Any],
 ) -> Tensor:
     """Dense attention; the band as geometry, its padding as a mask of one row."""
-    if isinstance(mask, BandMask) and mask.packing is not None:
+    if isinstance(mask, BandMask) and mask.cu_seqlens is not None:
         mask = mask.dense()
     if isinstance(mask, BandMask):
         if mask.shape[2:] != (query.shape[2], key.shape[2]):
