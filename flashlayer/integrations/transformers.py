@@ -284,6 +284,11 @@ class BandMask(Tensor):
     # What comes out of an operation is a plain tensor, not a mask without a band.
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
 
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        """The geometry; the dense mask is ``repr(mask.dense())``."""
+        tensors = [name for name in ("padding", "cu_seqlens") if getattr(self, name) is not None]
+        return f"BandMask(shape={tuple(self.shape)}, {self.band}, with {tensors})"
+
     @classmethod
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None

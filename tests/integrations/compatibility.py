@@ -15,39 +15,44 @@ PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 INTRODUCTION = """\
 # flashlayer in Hugging Face transformers
 
-Written by `python -m tests.integrations.compatibility` with transformers {transformers} and torch {torch}; the tests
-compare every cell with what they find. Each model is tiny, random and built from its config. It runs with eager attention in
-fp64 and in fp32, and with flashlayer in fp32; flashlayer may be off from fp64 by twice what eager fp32 is, in gradients
-by three times (`tests/tolerance.py`).
+Written by `python -m tests.integrations.compatibility` with transformers {transformers} and torch
+{torch}; the tests compare every cell with what they find. Each model is tiny, random and built
+from its config. It runs with eager attention in fp64 and in fp32, and with flashlayer in fp32;
+flashlayer may be off from fp64 by twice what eager fp32 is, in gradients by three times
+(`tests/tolerance.py`).
 
 - `no padding`, `left padding`, `right padding`: logits, loss and the gradient of every parameter.
-- `packed`: the same, sequences one after the other in a row, told by restarting `position_ids`; `cu_seq_lens`: told
-  by `cu_seq_lens_q/k` too. Eager has each sequence in a row of its own.
-- `greedy`, `beam search`, `static cache`: the generated tokens, with padding. `chunked prefill`: the logits of
-  a prompt that comes in three pieces, into a dynamic and into a static cache.
+- `packed`: the same, sequences one after the other in a row, told by restarting `position_ids`;
+  `cu_seq_lens`: told by `cu_seq_lens_q/k` too. Eager has each sequence in a row of its own.
+- `greedy`, `beam search`, `static cache`: the generated tokens, with padding. `chunked prefill`:
+  the logits of a prompt that comes in three pieces, into a dynamic and into a static cache.
 
-*passes*: within the bound, and no mask of Sq x Sk was made. *passes, dense mask*: within the bound, with a bool
-mask (B, 1, Sq, Sk), because padding or a cache shifts the chunks of each row. *-*: the model has no such thing.
-A number is a refusal, quoted below the table.
+*passes*: within the bound, and no mask of Sq x Sk was made. *passes, dense mask*: within the
+bound, with a bool mask (B, 1, Sq, Sk), because padding or a cache shifts the chunks of each row.
+*-*: the model has no such thing. A number is a refusal, quoted below the table.
 
 """
 
 AFTER = """
-What else makes a dense bool mask: mask functions of your own (`or_mask_function`, `and_mask_function`), images that see each
-other in a causal model (`block_sequence_ids`), a window or packed sequences under `torch.compile` of the whole
-model, a static cache whose position is a tensor under `torch.compile`. A model that slices or combines its mask gets
-the dense one too. One decoding step into a static cache has a mask of (B, 1, 1, Sk). A `position_bias` (T5) is as large as its model makes
-it, Sq x Sk for each head; padding makes it that for each row of the batch.
+What else makes a dense bool mask: mask functions of your own (`or_mask_function`,
+`and_mask_function`), images that see each other in a causal model (`block_sequence_ids`), a
+window or packed sequences under `torch.compile` of the whole model, a static cache whose position
+is a tensor under `torch.compile`. A model that slices or combines its mask gets the dense one
+too. One decoding step into a static cache has a mask of (B, 1, 1, Sk). A `position_bias` (T5) is
+as large as its model makes it, Sq x Sk for each head; padding makes it that for each row of the
+batch.
 
-What is refused, with the names of the model and the option: `output_attentions` (the weights are never stored), paged caches
-(continuous batching), keys chosen query by query (`indices`, `block_indices`), a sink for each query (`sinks`),
-`cu_seq_lens_q` next to padding, and a causal model that makes no mask while queries and keys differ in number.
+What is refused, with the names of the model and the option: `output_attentions` (the weights are
+never stored), paged caches (continuous batching), keys chosen query by query (`indices`,
+`block_indices`), a sink for each query (`sinks`), `cu_seq_lens_q` next to padding, and a causal
+model that makes no mask while queries and keys differ in number.
 
-What is different from eager on purpose: a row of padding gives zeros, where eager averages all values; and restarting
-`position_ids` separate sequences in every causal model, as with flash_attn, also where eager is not told (gpt-oss).
+What is different from eager on purpose: a row of padding gives zeros, where eager averages all
+values; and restarting `position_ids` separate sequences in every causal model, as with
+flash_attn, also where eager is not told (gpt-oss).
 
-A model that does not ask `ALL_ATTENTION_FUNCTIONS` for its attention keeps its own, whatever the name;
-`set_attn_implementation` logs a warning then.
+A model that does not ask `ALL_ATTENTION_FUNCTIONS` for its attention keeps its own, whatever the
+name; `set_attn_implementation` logs a warning then.
 """
 
 
