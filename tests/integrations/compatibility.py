@@ -24,8 +24,9 @@ flashlayer may be off from fp64 by twice what eager fp32 is, in gradients by thr
 - `no padding`, `left padding`, `right padding`: logits, loss and the gradient of every parameter.
 - `packed`: the same, sequences one after the other in a row, told by restarting `position_ids`;
   `cu_seq_lens`: told by `cu_seq_lens_q/k` too. Eager has each sequence in a row of its own.
-- `greedy`, `beam search`, `static cache`: the generated tokens, with padding. `chunked prefill`:
-  the logits of a prompt that comes in three pieces, into a dynamic and into a static cache.
+- `greedy`, `beam search`, `static cache`: the generated tokens and the logits of every step, with
+  padding. `chunked prefill`: the logits of a prompt that comes in three pieces, into a dynamic and
+  into a static cache.
 
 *passes*: within the bound, and no mask of Sq x Sk was made. *passes, dense mask*: within the
 bound, with a bool mask (B, 1, Sq, Sk), because padding or a cache shifts the chunks of each row.
@@ -37,7 +38,8 @@ AFTER = """
 What else makes a dense bool mask: mask functions of your own (`or_mask_function`,
 `and_mask_function`), images that see each other in a causal model (`block_sequence_ids`), a
 window or packed sequences under `torch.compile` of the whole model, a static cache whose position
-is a tensor under `torch.compile`. A model that slices or combines its mask gets the dense one
+is a tensor under `torch.compile`; there packed sequences are ruled out only by an
+`attention_mask` of ones. A model that slices or combines its mask gets the dense one
 too. One decoding step into a static cache has a mask of (B, 1, 1, Sk). A `position_bias` (T5) is
 as large as its model makes it, Sq x Sk for each head; padding makes it that for each row of the
 batch.
