@@ -25,6 +25,8 @@ PAD, BOS, EOS = 0, 1, 2
 # Real tokens a row: the second row is whole, so that a mask of one row for all would be wrong.
 TOKENS = (9, LENGTH)
 WINDOW = 5
+# Weights are drawn twice: in one draw alone, eager may by luck round to almost nothing.
+SEEDS = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -212,10 +214,10 @@ APPLICABLE = {
 Inputs = dict[str, Any]
 
 
-def build(name: str) -> transformers.PreTrainedModel:
+def build(name: str, seed: int = SEEDS[0]) -> transformers.PreTrainedModel:
     """The model in fp32 with eager attention; weights large enough for attention to matter."""
     host = HOSTS[name]
-    torch.manual_seed(len(name))
+    torch.manual_seed(seed)
     config = getattr(transformers, host.config)(**copy.deepcopy(host.options))
     # The grouped matmul of experts has no fp64.
     model = getattr(transformers, host.model)._from_config(
@@ -276,18 +278,27 @@ def outcome(name: str, situation: str) -> str:
     kind = HOSTS[name].kind
     if situation not in APPLICABLE[kind]:
         return "-"
-    model = build(name)
     run = SITUATION_RUNS[situation]
-    expected = run(model, kind)
-    with Wide():
-        reference = run(copy.deepcopy(model).double(), kind)
-    model.set_attn_implementation(NAME)
-    try:
-        with dense_masks() as dense:
-            actual = run(model, kind)
-    except ValueError as refusal:
-        return f"refused: {refusal}"
-    assert actual.keys() == expected.keys() == reference.keys()
+    draws = []
+    dense: list[tuple[int, ...]] = []
+    for seed in SEEDS:
+        model = build(name, seed)
+        expected = run(model, kind)
+        with Wide():
+            reference = run(copy.deepcopy(model).double(), kind)
+        model.set_attn_implementation(NAME)
+        try:
+            with dense_masks() as made:
+                actual = run(model, kind)
+        except ValueError as refusal:
+            return f"refused: {refusal}"
+        assert actual.keys() == expected.keys() == reference.keys()
+        draws.append((actual, expected, reference))
+        dense += made
+    actual, expected, reference = (
+        {result: torch.stack([draw[result] for draw in by_seed]) for result in by_seed[0]}
+        for by_seed in zip(*draws, strict=True)
+    )
     noise = _rounding(reference)
     for result, tensor in actual.items():
         if tensor.dtype == torch.int64:
@@ -302,18 +313,20 @@ def outcome(name: str, situation: str) -> str:
 def _rounding(reference: dict[str, Tensor]) -> dict[str, float]:
     """What rounding makes of a result at the least, where eager may happen to make less.
 
-    A single number may come out exactly right; and a bias of the keys shifts all scores of a row
-    alike, so its gradient is 0 and what is left of it is the rounding of terms as large as the
-    other gradients.
+    Two roundings of the result. A few numbers may come out right by luck, and a bias of the keys
+    shifts all scores of a row alike, so its gradient is 0: what is left of either is the rounding
+    of the terms of a sum, in a gradient as large as the other gradients.
     """
     eps = torch.finfo(torch.float32).eps
     sizes = {name: tensor.abs().max().item() for name, tensor in reference.items()}
     largest = max((size for name, size in sizes.items() if name.startswith("d ")), default=0.0)
     noise = {}
     for name, tensor in reference.items():
-        vanishes = name.startswith("d ") and sizes[name] < 1e-12 * largest
-        number = 2 * eps * sizes[name] if tensor.ndim == 0 else 0.0
-        noise[name] = eps * largest if vanishes else number
+        gradient = name.startswith("d ")
+        few = tensor.numel() <= 8 * len(SEEDS)
+        lucky = few or (gradient and sizes[name] < 1e-12 * largest)
+        terms = largest if gradient else 2 * sizes[name]
+        noise[name] = 2 * eps * (terms if lucky else sizes[name])
     return noise
 
 
