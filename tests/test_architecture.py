@@ -26,6 +26,7 @@ ALLOWED = {
     "modules": {"functional", "online_softmax", "torch", "einops"},
     "multihead": {"functional", "torch"},
     "integrations/*": {"functional", "integrations", "multihead", "online_softmax", "torch"},
+    "integrations/transformers": {"functional", "online_softmax", "torch", "transformers"},
 }
 
 

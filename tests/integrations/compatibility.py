@@ -1,0 +1,95 @@
+"""Writes docs/compatibility.md: ``python -m tests.integrations.compatibility``.
+
+Each cell of the table is what :func:`tests.integrations.hosts.outcome` found, just now.
+"""
+
+from pathlib import Path
+
+import torch
+import transformers
+
+from tests.integrations.hosts import HOSTS, SITUATIONS, outcome
+
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+
+INTRODUCTION = """\
+# flashlayer in Hugging Face transformers
+
+Written by `python -m tests.integrations.compatibility` with transformers {transformers} and torch
+{torch}; the tests compare every cell with what they find. Each model is tiny, random and built
+from its config. It runs with eager attention in fp64 and in fp32, and with flashlayer in fp32;
+flashlayer may be off from fp64 by twice what eager fp32 is, in gradients by three times
+(`tests/tolerance.py`) and two roundings of the result.
+
+- `no padding`, `left padding`, `right padding`: logits, loss and the gradient of every parameter.
+- `packed`: the same, sequences one after the other in a row, told by restarting `position_ids`;
+  `cu_seq_lens`: told by `cu_seq_lens_q/k` too. Eager has each sequence in a row of its own.
+- `greedy`, `beam search`, `static cache`: the generated tokens and the logits of every step, with
+  padding. `chunked prefill`: the logits of a prompt that comes in three pieces, into a dynamic and
+  into a static cache.
+
+*passes*: within the bound, and no mask of Sq x Sk was made. *passes, dense mask*: within the
+bound, with a bool mask (B, 1, Sq, Sk), because padding or a cache shifts the chunks of each row.
+*-*: the model has no such thing. A number is a refusal, quoted below the table.
+
+"""
+
+AFTER = """
+What else makes a dense bool mask: mask functions of your own (`or_mask_function`,
+`and_mask_function`), images that see each other in a causal model (`block_sequence_ids`), a
+window or packed sequences under `torch.compile` of the whole model, a static cache whose position
+is a tensor under `torch.compile`; there packed sequences are ruled out only by an
+`attention_mask` of ones. A model that slices or combines its mask gets the dense one
+too. One decoding step into a static cache has a mask of (B, 1, 1, Sk). A `position_bias` (T5) is
+as large as its model makes it, Sq x Sk for each head; padding makes it that for each row of the
+batch.
+
+What is refused, with the names of the model and the option: `output_attentions` (the weights are
+never stored), paged caches (continuous batching), keys chosen query by query (`indices`,
+`block_indices`), a sink for each query (`sinks`), `cu_seq_lens_q` next to padding, and a causal
+model that makes no mask while queries and keys differ in number.
+
+What is different from eager on purpose: a row of padding gives zeros, where eager averages all
+values; and restarting `position_ids` separate sequences in every causal model, as with
+flash_attn, also where eager is not told (gpt-oss).
+
+A model that does not ask `ALL_ATTENTION_FUNCTIONS` for its attention keeps its own, whatever the
+name; `set_attn_implementation` logs a warning then.
+"""
+
+
+def read_table() -> dict[tuple[str, str], str]:
+    """``(model, situation)`` and what the committed page says, refusals in full."""
+    lines = PAGE.read_text().splitlines()
+    notes = dict(line.split(". ", 1) for line in lines if line[:1].isdigit())
+    rows = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    header, _, *body = [[cell.strip() for cell in row] for row in rows]
+    return {
+        (row[0], situation): notes.get(cell, cell)
+        for row in body
+        for situation, cell in zip(header[1:], row[1:], strict=True)
+    }
+
+
+def write_table(cells: dict[tuple[str, str], str]) -> None:
+    """The page with these outcomes."""
+    notes: list[str] = []
+    lines = ["| | " + " | ".join(SITUATIONS) + " |", "|---" * (len(SITUATIONS) + 1) + "|"]
+    for host in HOSTS:
+        row = [host]
+        for situation in SITUATIONS:
+            cell = cells[host, situation]
+            if cell.startswith("refused"):
+                if cell not in notes:
+                    notes.append(cell)
+                cell = str(notes.index(cell) + 1)
+            row.append(cell)
+        lines.append("| " + " | ".join(row) + " |")
+    quoted = [f"{number}. {note}" for number, note in enumerate(notes, start=1)]
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
+    page = INTRODUCTION.format(**versions) + "\n".join([*lines, "", *quoted]) + "\n" + AFTER
+    PAGE.write_text(page)
+
+
+if __name__ == "__main__":
+    write_table({(host, s): outcome(host, s) for host in HOSTS for s in SITUATIONS})

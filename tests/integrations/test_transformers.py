@@ -1,0 +1,407 @@
+"""flashlayer in transformers: held against the models' own eager attention."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+
+import flashlayer.integrations.transformers as door
+from flashlayer import dropout_keep_mask
+from flashlayer.integrations.transformers import BandMask, attention, make_mask, register
+from tests.integrations import hosts
+from tests.integrations.compatibility import read_table
+from tests.integrations.hosts import BATCH, HOSTS, LENGTH, NAME, SITUATIONS, Wide, build
+from tests.tolerance import GRADIENT_FACTOR, assert_accurate
+from train.measure import PeakMemory, in_fresh_process
+
+ROOT = Path(__file__).parents[2]
+MIB = 2**20
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("host", HOSTS)
+def test_as_close_to_fp64_as_eager(host: str, situation: str) -> None:
+    """And the committed table says so, or quotes the refusal."""
+    assert hosts.outcome(host, situation) == read_table()[host, situation]
+
+
+def test_the_table_has_every_model_and_situation() -> None:
+    assert set(read_table()) == {(host, situation) for host in HOSTS for situation in SITUATIONS}
+
+
+@pytest.mark.parametrize(
+    ("host", "parameter"), [("gpt-oss", "sinks"), ("T5", "relative_attention_bias")]
+)
+def test_learnable_parts_of_the_scores_learn(host: str, parameter: str) -> None:
+    """Their gradients are among those that are compared, and are not zero."""
+    model = build(host)
+    model.set_attn_implementation(NAME)
+    results = hosts.SITUATION_RUNS["left padding"](model, HOSTS[host].kind)
+    found = [grad for name, grad in results.items() if parameter in name]
+    assert len(found) == 2
+    assert all(grad.abs().max() > 1e-4 for grad in found)
+
+
+def mask_function(kind: str, window: int, sequences: Tensor, positions: Tensor) -> Any:
+    function = {
+        "causal": masking_utils.causal_mask_function,
+        "window": masking_utils.sliding_window_causal_mask_function(window),
+        "bidirectional": masking_utils.bidirectional_mask_function,
+        "bidirectional window": masking_utils.sliding_window_bidirectional_mask_function(window),
+        "chunked": masking_utils.chunked_causal_mask_function(window, torch.zeros(3, dtype=int)),
+    }
+    if kind in function:
+        return function[kind]
+    return masking_utils.packed_sequence_compatibility_function(
+        function[kind.removeprefix("packed ")], positions, sequences
+    )
+
+
+# q_length, kv_length, q_offset, kv_offset: no cache; a prefill in chunks; one token; a static cache
+# with room left, at its start and later; a sliding cache that has lost its first keys.
+STANDS = [
+    (7, 7, 0, 0),
+    (3, 9, 6, 0),
+    (1, 9, 8, 0),
+    (7, 12, 0, 0),
+    (3, 12, 5, 0),
+    (3, 6, 8, 5),
+    (3, 12, torch.tensor(5), 0),
+]
+
+
+@pytest.mark.parametrize("stand", STANDS, ids=str)
+@pytest.mark.parametrize("padding", [None, "left", "right", "all real"])
+@pytest.mark.parametrize("kind", ["causal", "window", "bidirectional"])
+def test_a_band_mask_is_the_hosts_mask(kind: str, padding: str | None, stand: tuple) -> None:
+    q_length, kv_length, q_offset, kv_offset = stand
+    mask_2d = None
+    if padding is not None:
+        mask_2d = torch.ones(3, int(q_offset) + q_length, dtype=torch.bool)
+        if padding != "all real":
+            mask_2d[0, :2] = False
+            mask_2d[1, :1] = False
+        mask_2d = mask_2d.flip(1) if padding == "right" else mask_2d
+    arguments = {
+        "batch_size": 3,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function(kind, 4, torch.empty(0), torch.empty(0)),
+        "attention_mask": mask_2d,
+    }
+    mask = make_mask(**arguments)
+    assert isinstance(mask, BandMask)
+    expected = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
+    assert mask.shape == expected.shape
+    assert torch.equal(mask.dense(), expected)
+    kept = padding in ("left", "right") and (padding == "left" or kind == "bidirectional")
+    if stand == STANDS[0]:
+        assert (mask.padding is not None) == (padding in ("left", "right"))
+    elif not kept and padding is None and kind != "bidirectional":
+        assert mask.padding is None
+
+
+@pytest.mark.parametrize(
+    "kind", ["packed causal", "packed window", "chunked", "bidirectional window"]
+)
+def test_sequences_chunks_and_two_sided_windows_are_bands_too(kind: str) -> None:
+    rows = [[4, 5], [1, 2, 6], [9]]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
+    sequences = masking_utils.find_packed_sequence_indices(positions)
+    function = mask_function(kind, 3, sequences, positions)
+    arguments = {"batch_size": 3, "q_length": 9, "kv_length": 9, "mask_function": function}
+    mask = make_mask(**arguments)
+    assert isinstance(mask, BandMask)
+    expected = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
+    assert torch.equal(mask.dense(), expected)
+
+
+def test_a_pattern_of_the_users_own_is_dense() -> None:
+    def every_other(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query + key) % 2 == 0
+
+    for function in (
+        every_other,
+        masking_utils.and_masks(masking_utils.causal_mask_function, every_other),
+        masking_utils.or_masks(masking_utils.causal_mask_function, every_other),
+    ):
+        arguments = {"batch_size": 2, "q_length": 5, "kv_length": 5, "mask_function": function}
+        mask = make_mask(**arguments)
+        assert type(mask) is Tensor
+        expected = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
+        assert torch.equal(mask, expected)
+
+
+def test_a_band_mask_is_a_tensor_to_everybody_else() -> None:
+    mask = make_mask(2, 5, 5, attention_mask=hosts._padding("left padding")[:, -5:].bool())
+    dense = mask.dense()
+    assert (mask.dtype, mask.ndim, mask.shape) == (torch.bool, 4, (2, 1, 5, 5))
+    assert mask.contiguous() is mask
+    assert torch.equal(mask[:, :, :, :3], dense[:, :, :, :3])
+    assert type(mask & dense) is Tensor
+    assert torch.equal(torch.where(mask, 0.0, -1.0), torch.where(dense, 0.0, -1.0))
+    moved = mask.to("meta")
+    assert isinstance(moved, BandMask)
+    assert moved.device.type == "meta"
+    assert moved.band == mask.band
+    assert mask.to(torch.float32).dtype == torch.float32
+
+
+class Module(nn.Module):
+    """As much of an attention module as the attention function looks at."""
+
+    is_causal = True
+
+
+def small(queries: int = 4, keys: int = 4, heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.randn(2, heads, queries, 8),
+        torch.randn(2, heads, keys, 8),
+        torch.randn(2, heads, keys, 8),
+    )
+
+
+@pytest.mark.parametrize(
+    ("what", "options", "shape"),
+    [
+        ("output_attentions", {"output_attentions": True}, (4, 4)),
+        ("cache", {"cache": object()}, (4, 4)),
+        ("block_table", {"block_table": torch.zeros(1)}, (4, 4)),
+        ("indices", {"indices": torch.zeros(1)}, (4, 4)),
+        ("block_indices", {"block_indices": torch.zeros(1)}, (4, 4)),
+        ("sinks", {"sinks": torch.zeros(1)}, (4, 4)),
+        ("sliding_window", {"sliding_window": 2}, (4, 4)),
+        ("attention_mask=None", {}, (3, 4)),
+        ("attention_mask", {"attention_mask": torch.ones(2, 4)}, (4, 4)),
+        (
+            "cu_seq_lens_q",
+            {
+                "attention_mask": torch.ones(2, 1, 4, 4, dtype=torch.bool),
+                "cu_seq_lens_q": torch.tensor([0, 8]),
+            },
+            (4, 4),
+        ),
+        (
+            "cu_seq_lens_q",
+            {"position_bias": torch.ones(1, 2, 4, 4), "cu_seq_lens_q": torch.tensor([0, 8])},
+            (4, 4),
+        ),
+        ("softcap", {"softcap": -1.0}, (4, 4)),
+        ("attention_mask", {"attention_mask": make_mask(2, 4, 4)}, (3, 4)),
+    ],
+)
+def test_a_refusal_names_the_model_and_the_option(
+    what: str, options: dict[str, Any], shape: tuple[int, int]
+) -> None:
+    options = {"attention_mask": None} | options
+    with pytest.raises(ValueError, match=rf"^model \(Module\): .*{what}"):
+        attention(Module(), *small(*shape), **options)
+
+
+def test_no_mask_is_what_is_causal_says() -> None:
+    q, k, v = small()
+    causal = attention(Module(), q, k, v, make_mask(2, 4, 4))[0]
+    full = attention(Module(), q, k, v, torch.ones(2, 1, 4, 4, dtype=torch.bool))[0]
+    assert (causal - full).abs().max() > 0.1
+    torch.testing.assert_close(attention(Module(), q, k, v, None)[0], causal)
+    torch.testing.assert_close(attention(Module(), q, k, v, None, is_causal=False)[0], full)
+    last = attention(Module(), q[:, :, -1:], k, v, None)[0]
+    torch.testing.assert_close(last, causal[:, -1:])
+    with pytest.raises(ValueError, match="is_causal"):
+        attention(nn.Module(), q, k, v, None)
+
+
+def test_vision_packs_by_cu_seq_lens_without_a_mask() -> None:
+    """As the vision towers of Qwen2-VL do: not causal, one row, several images."""
+    q, k, v = (x[:1] for x in small(9, 9))
+    edges = torch.tensor([0, 4, 9], dtype=torch.int32)
+    options = {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "is_causal": False}
+    # They hand on a tensor for the longest, too.
+    longest = {"max_length_q": edges.diff().max(), "max_length_k": edges.diff().max()}
+    out = attention(Module(), q, k, v, None, **options, **longest)[0]
+    for start, stop in ((0, 4), (4, 9)):
+        alone = (x[:, :, start:stop] for x in (q, k, v))
+        expected = attention(Module(), *alone, None, is_causal=False)[0]
+        torch.testing.assert_close(out[:, start:stop], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_mask_of_the_users_own(dtype: torch.dtype) -> None:
+    """Prefix-LM: the first 4 tokens see each other."""
+    model = build("Llama")
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    mask[:4, :4] = True
+    mask = mask.expand(BATCH, 1, -1, -1)
+    ids = hosts._tokens(BATCH, LENGTH)
+    additive = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    expected = model(ids, attention_mask=additive).logits
+    model.set_attn_implementation(NAME)
+    given = mask if dtype == torch.bool else additive
+    torch.testing.assert_close(model(ids, attention_mask=given).logits, expected)
+
+
+def test_dropout_in_training_is_the_hosts_on_the_same_positions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """GPT-2, eager's dropout replaced by the mask that flashlayer draws from the same seeds."""
+    eager = build("GPT-2").train()
+    for block in eager.transformer.h:
+        block.attn.attn_dropout.p = 0.3
+    flash = copy.deepcopy(eager)
+    flash.set_attn_implementation(NAME)
+    plain, by_eager, by_flash = door.flash_attention, [], []
+
+    def dropout(weights: Tensor, p: float, training: bool, inplace: bool = False) -> Tensor:
+        if p == 0 or not training:
+            return weights
+        by_eager.append(p)
+        kept = dropout_keep_mask(*weights.shape, p, len(by_eager), weights.device)
+        return weights * kept / (1 - p)
+
+    def attend(*args: Any, **options: Any) -> Any:
+        by_flash.append(options["dropout_p"])
+        return plain(*args, **options, dropout_seed=len(by_flash))
+
+    monkeypatch.setattr(nn.functional, "dropout", dropout)
+    monkeypatch.setattr(door, "flash_attention", attend)
+    inputs = hosts._inputs(flash, "decoder", hosts._padding("right padding"))
+    expected, actual = hosts._train(eager, inputs), hosts._train(flash, inputs)
+    assert by_eager == by_flash == [0.3, 0.3]
+    for name, tensor in actual.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+    hosts._train(flash.eval(), inputs)
+    assert by_flash[2:] == [0.0, 0.0]
+
+
+def test_autocast_is_as_accurate_as_eager_under_autocast() -> None:
+    model = build("Llama")
+    inputs = hosts._inputs(model, "decoder", hosts._padding("left padding"))
+    with Wide():
+        reference = hosts._train(copy.deepcopy(model).double(), inputs)
+    results = {}
+    for name in ("eager", NAME):
+        model.set_attn_implementation(name)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            results[name] = hosts._train(model, inputs)
+    assert results[NAME]["logits"].dtype == torch.bfloat16
+    for name, expected in reference.items():
+        if name != "loss":
+            eager = results["eager"][name]
+            assert_accurate(name, results[NAME][name], eager, expected, GRADIENT_FACTOR)
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    model = build("Mistral").train()
+    model.set_attn_implementation(NAME)
+    inputs = hosts._inputs(model, "decoder", hosts._padding("left padding")) | {"use_cache": False}
+    expected = hosts._train(model, inputs)
+    model.activation_checkpointing_enable()
+    actual = hosts._train(model, inputs)
+    for name, tensor in actual.items():
+        torch.testing.assert_close(tensor, expected[name])
+
+
+# Dynamo looks at the gradient of what goes into a layer.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiles_whole_with_padding_and_by_layers() -> None:
+    torch.compiler.reset()
+    model = build("Llama")
+    model.set_attn_implementation(NAME)
+    inputs = hosts._inputs(model, "decoder", hosts._padding("left padding"))
+    expected = hosts._train(model, inputs)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with hosts.dense_masks() as dense:
+        whole = hosts._train(compiled, inputs)
+    assert dense == []
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    layers = hosts._train(model, inputs)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(layers[name], tensor)
+        torch.testing.assert_close(whole[name.replace("d ", "d _orig_mod.")], tensor)
+
+
+def test_registering_twice_changes_nothing() -> None:
+    assert register() == NAME
+    assert AttentionInterface()[NAME] is attention
+    assert AttentionMaskInterface()[NAME] is make_mask
+
+
+def test_without_transformers_it_says_what_to_install() -> None:
+    program = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "import flashlayer.integrations.transformers as door\n"
+        "try: door.register()\n"
+        "except ImportError as error: print(error)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert "pip install 'transformers" in result.stdout
+
+
+def extra_memory(name: str, length: int, padded: bool) -> int:
+    """Bytes that a Llama's forward and backward need beyond the model; in a fresh process."""
+    from transformers import LlamaConfig, LlamaModel
+
+    register()
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=length,
+    )
+    model = LlamaModel._from_config(config, attn_implementation=name)
+
+    def step(tokens: int) -> None:
+        mask = torch.ones(1, tokens, dtype=torch.long)
+        mask[:, : tokens // 8 if padded else 0] = 0
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        model(ids, attention_mask=mask, use_cache=False).last_hidden_state.sum().backward()
+
+    step(16)
+    memory = PeakMemory(torch.device("cpu"))
+    step(length)
+    return memory.extra()
+
+
+def extra_memory_of_both(length: int) -> tuple[int, int]:
+    """flashlayer's first: what it needs can't hide in what eager has freed."""
+    return extra_memory(NAME, length, padded=True), extra_memory("eager", length, padded=True)
+
+
+def test_memory_has_no_score_matrix() -> None:
+    """4 heads at 2,048 tokens: 64 MiB a matrix of scores."""
+    scores = 4 * 2048**2 * 4
+    flash, eager = in_fresh_process(extra_memory_of_both, 2048)
+    assert eager > 2 * scores
+    assert flash < scores
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padded", [False, True])
+def test_memory_at_8k_tokens_is_linear(padded: bool) -> None:
+    """4 heads at 8,192 tokens: 1 GiB a matrix of scores."""
+    scores = 4 * 8192**2 * 4
+    at_4k, at_8k = (in_fresh_process(extra_memory, NAME, n, padded) for n in (4096, 8192))
+    eager = in_fresh_process(extra_memory, "eager", 8192, padded)
+    print(
+        f"{padded=}: eager {eager / MIB:.0f}, flashlayer {at_8k / MIB:.0f} MiB, "
+        f"at 4k {at_4k / MIB:.0f} MiB"
+    )
+    assert eager > 2 * scores
+    assert at_8k < scores / 8
+    assert at_8k < 2.5 * at_4k
