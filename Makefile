@@ -2,7 +2,7 @@
 #   make demo     train the demo GPT with flash and with standard attention, and say where the report is
 #   make test     every test that needs no GPU
 #   make lint     ruff and pyright
-#   make bench    compile ledger of the kernels for GPUs this machine need not have
+#   make bench    attention against its peers on this CPU, and the compile ledger of the kernels for GPUs
 # PYTHON=python3.12 make test   takes another interpreter
 
 PYTHON ?= python3
@@ -26,7 +26,8 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/pyright
 
 bench: $(VENV)/.installed
-	$(RUN) -m benchmarks codegen
+	$(RUN) -m benchmarks attention --device cpu --suite quick
+	$(RUN) -m benchmarks codegen --out runs
 
 # The stamp is written last: an install that was interrupted starts again.
 $(VENV)/.installed: pyproject.toml constraints.txt
