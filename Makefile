@@ -3,6 +3,7 @@
 #   make test     every test that needs no GPU
 #   make lint     ruff and pyright
 #   make bench    attention against its peers on this CPU, and the compile ledger of the kernels for GPUs
+#   make gpu      everything that needs a CUDA GPU: tests, memory check, benchmark, training proof; OUT=folder
 # PYTHON=python3.12 make test   takes another interpreter
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ RUN := $(VENV)/bin/python
 # Waiting OpenMP threads sleep instead of spinning: several times faster where other processes want the cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m train parity --config configs/parity_cpu.yaml
@@ -28,6 +29,14 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(RUN) -m benchmarks attention --device cpu --suite quick
 	$(RUN) -m benchmarks codegen --out runs
+
+# In the environment that has the CUDA build of torch: this one sets up none.
+OUT ?= runs/gpu
+gpu:
+	python -m pytest -q -m gpu --record $(OUT)/correctness.json
+	compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest -q -m gpu tests/kernels/test_gpu.py -k "memory_check"
+	python -m benchmarks attention --device cuda --suite full --out $(OUT)
+	python -m train parity --config configs/parity_gpu.yaml
 
 # The stamp is written last: an install that was interrupted starts again.
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -1,12 +1,18 @@
 """What every test runs under."""
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from train.measure import machine
 
 # Without a GPU the kernels run in Triton's interpreter, asked for before they are imported.
 if not torch.cuda.is_available():
@@ -35,7 +41,25 @@ def pytest_testnodedown(node: Any, error: object) -> None:
     _examples.update(getattr(node, "workeroutput", {}).get("examples", {}))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", type=Path, help="write counts, device and versions here, as JSON")
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if path := config.getoption("record"):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        outcomes = ("passed", "failed", "error", "skipped")
+        record = {
+            **machine(device),
+            "triton": version("triton") if find_spec("triton") else None,
+            "selection": config.invocation_params.args,
+            "tests": {name: len(terminalreporter.getreports(name)) for name in outcomes},
+            "examples": dict(sorted(_examples.items())),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
     if _examples:
         terminalreporter.section("property suite, examples")
         for what, count in sorted(_examples.items()):

@@ -62,6 +62,19 @@ def test_runs_are_bitwise_equal(head_dim: int, dtype: torch.dtype) -> None:
                 assert torch.equal(result, first[name]), name
 
 
+def test_memory_check() -> None:
+    """Every kernel once at odd sizes; ``make gpu`` runs it under compute-sanitizer."""
+    q, k, v = (
+        torch.randn(2, 2, n, 96, device="cuda", dtype=torch.bfloat16) for n in (70, 133, 133)
+    )
+    mask = torch.randn(1, 2, 70, 133, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    out = flash_attention(q.requires_grad_(), k, v, attn_mask=mask, causal=True, backend="triton")
+    out.sum().backward()
+    torch.cuda.synchronize()
+    assert out.isfinite().all()
+    assert mask.grad.isfinite().all()
+
+
 def test_more_blocks_than_other_grid_axes_hold() -> None:
     x = draw(batch=70_000, heads=1, seqlen_q=2, head_dim=16, dtype=torch.float16)
     assert_accurate(x, SPECS["causal"])
