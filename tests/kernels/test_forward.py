@@ -93,9 +93,9 @@ def test_empty(shape: tuple[int, int, int, int]) -> None:
 def test_refusals_give_the_reason() -> None:
     spec, extras = AttentionSpec(1.0), AttentionExtras()
     small = torch.zeros(1, 1, 1, 8, device=DEVICE)
-    wide = torch.zeros(1, 1, 1, 257, device=DEVICE)
+    wide = torch.zeros(1, 1, 1, 513, device=DEVICE)
     assert backend.refuses(Problem(small, small, small, spec, extras)) is None
-    assert "257" in backend.refuses(Problem(wide, wide, small, spec, extras))
-    assert "257" in backend.refuses(Problem(small, small, wide, spec, extras))
+    assert "513" in backend.refuses(Problem(wide, wide, small, spec, extras))
+    assert "513" in backend.refuses(Problem(small, small, wide, spec, extras))
     meta = small.to("meta")
     assert "meta" in backend.refuses(Problem(meta, meta, meta, spec, extras))
