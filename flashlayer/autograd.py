@@ -25,17 +25,33 @@ def attend(backend: Backend, tiled: Backend, problem: Problem) -> tuple[Tensor, 
 
     A compiled graph takes the first derivative only: Dynamo traces no Function that has more. A
     call that nothing differentiates or transforms is the backend's forward alone.
+
+    Raises:
+        NotImplementedError: packed sequences under a transform of ``torch.func`` inside
+            ``torch.compile``.
     """
     q, k, v, spec, extras = problem
     leaves = (q, k, v, *extras)
     compiling = torch.compiler.is_compiling()
-    if not compiling and _is_transformed():
-        return TransformableAttention.apply(backend, tiled, spec, *leaves)
+    if _is_transformed():
+        if not compiling:
+            return TransformableAttention.apply(backend, tiled, spec, *leaves)
+        # Dynamo's Function drops tangents without a word; PyTorch's own operations keep them.
+        if extras.cu_seqlens_q is not None:
+            raise NotImplementedError(
+                "packed sequences have no torch.func transform or forward mode inside "
+                "torch.compile: use backend='standard' there"
+            )
+        return tiled.forward(q, k, v, spec, extras)
     tracked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
     if not tracked:
         return backend.forward(q, k, v, spec, extras)
     if compiling:
-        return FlashAttentionFunction.apply(backend, tiled, spec, *leaves)
+        # Dynamo refuses one tensor in two places.
+        k, v = k.view_as(k), v.view_as(v)
+        if extras.cu_seqlens_k is not None:
+            extras = extras._replace(cu_seqlens_k=extras.cu_seqlens_k.view_as(extras.cu_seqlens_k))
+        return FlashAttentionFunction.apply(backend, tiled, spec, q, k, v, *extras)
     return TransformableAttention.apply_untransformed(backend, tiled, spec, *leaves)
 
 
@@ -277,6 +293,11 @@ def _push_at_this_level(
 def _map(
     function: type[torch.autograd.Function], size: int, in_dims: tuple, args: tuple
 ) -> tuple[Tensors, tuple[int | None, ...]]:
+    if size == 0:  # the shapes of one element that is not there
+        args = tuple(
+            arg if dim is None else arg.new_zeros(arg.movedim(dim, 0).shape[1:]).unsqueeze(dim)
+            for arg, dim in zip(args, in_dims, strict=True)
+        )
     results = [
         function.apply(
             *(
@@ -284,8 +305,8 @@ def _map(
                 for arg, dim in zip(args, in_dims, strict=True)
             )
         )
-        for index in range(size)
+        for index in range(max(size, 1))
     ]
     outputs = zip(*results, strict=True)
-    stacked = tuple(None if parts[0] is None else torch.stack(parts) for parts in outputs)
+    stacked = tuple(None if parts[0] is None else torch.stack(parts)[:size] for parts in outputs)
     return stacked, tuple(None if output is None else 0 for output in stacked)

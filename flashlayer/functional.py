@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -191,7 +193,8 @@ def flash_attention_varlen(
                 f"got shape {tuple(tensor.shape)}"
             )
     if cu_seqlens_k is None:
-        cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_q
+        cu_seqlens_k = cu_seqlens_q
+        max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
         if key.shape[0] != query.shape[0]:
             raise ValueError(
                 f"cu_seqlens_k must be given when query and key differ in length, "
@@ -270,10 +273,25 @@ def available_backends(
         >>> available_backends(q, k, v, causal=True)["tiled"] is None
         True
     """
+    for option in options:
+        if option not in (flash_attention.__kwdefaults__ or {}):
+            raise TypeError(f"available_backends() got an unknown option {option!r}")
     options.pop("return_lse", None)
     options.pop("backend", None)
+    if options.get("dropout_seed") is None:
+        options["dropout_seed"] = 0  # a question draws no random number
     problem = build_problem(query, key, value, **options)
     return {name: backend.refuses(problem) for name, backend in backends.BACKENDS.items()}
+
+
+def check_backend(name: str) -> None:
+    """Raise as a call with this ``backend`` would if there is none of that name.
+
+    Raises:
+        TypeError: ``name`` is not a string.
+        ValueError: there is no such backend.
+    """
+    backends.check_name(name)
 
 
 class Packing(NamedTuple):
@@ -324,7 +342,9 @@ def build_problem(
                 f"got shape {tuple(tensor.shape)}"
             )
         _check_device(name, tensor, query)
-    if torch.is_autocast_enabled(query.device.type):
+    if torch.amp.is_autocast_available(query.device.type) and torch.is_autocast_enabled(
+        query.device.type
+    ):
         query, key, value = (_autocast(tensor) for tensor in (query, key, value))
     _check_dtypes(query, key, value)
     _check_shapes(query, key, value)
@@ -337,6 +357,13 @@ def build_problem(
     if softcap is not None and _check_number("softcap", softcap) <= 0:
         raise ValueError(f"softcap must be positive, or None for off, got {softcap}")
     _check_dropout(dropout_p, dropout_seed)
+    if packing is not None:
+        packing = _resolve_packing(packing, query, key)
+        # A side as wide as all tokens together hides nothing, and would overflow an int32.
+        tokens = query.shape[2] + key.shape[2]
+        window_left = None if window_left is None or window_left >= tokens else window_left
+        window_right = None if window_right is None or window_right >= tokens else window_right
+    mask = _resolve_mask(attn_mask, query, key)
     spec = AttentionSpec(
         scale=factor,
         window_left=window_left,
@@ -344,9 +371,12 @@ def build_problem(
         diagonal=diagonal,
         softcap=softcap,
         dropout_p=float(dropout_p),
+        mask_gradient=mask is not None
+        and mask.is_floating_point()
+        and (mask.requires_grad or torch._C._are_functorch_transforms_active()),
     )
     extras = AttentionExtras(
-        attn_mask=_resolve_mask(attn_mask, query, key),
+        attn_mask=mask,
         alibi_slopes=_resolve_slopes(alibi_slopes, query, packing),
         sinks=_check_sinks(sinks, query),
         dropout_seed=_resolve_seed(dropout_p, dropout_seed, query),
@@ -354,7 +384,6 @@ def build_problem(
     if packing is None:
         spec = spec.without_idle_edges(query.shape[2], key.shape[2])
     else:
-        packing = _resolve_packing(packing, query)
         spec = replace(spec, max_seqlen_q=packing.max_seqlen_q, max_seqlen_k=packing.max_seqlen_k)
         extras = extras._replace(
             cu_seqlens_q=packing.cu_seqlens_q, cu_seqlens_k=packing.cu_seqlens_k
@@ -522,32 +551,72 @@ def _check_sinks(sinks: Tensor | None, query: Tensor) -> Tensor | None:
     return sinks
 
 
-def _resolve_packing(packing: Packing, query: Tensor) -> Packing:
+def _resolve_packing(packing: Packing, query: Tensor, key: Tensor) -> Packing:
     """int32 boundaries, and the longest sequences where the caller did not say."""
     resolved = {}
-    for side in ("q", "k"):
+    for side, tensor in (("q", query), ("k", key)):
         name = f"cu_seqlens_{side}"
         cu_seqlens = getattr(packing, name)
+        longest = getattr(packing, f"max_seqlen_{side}")
         twice = side == "k" and cu_seqlens is packing.cu_seqlens_q
+        if twice and longest is None:
+            longest = resolved["max_seqlen_q"]
         if twice and not torch.compiler.is_compiling():
             # One tensor stays one tensor: so a backend knows that the lengths are alike. (Dynamo
             # refuses one tensor in two places.)
             resolved[name] = resolved["cu_seqlens_q"]
-            longest = packing.max_seqlen_k
-            resolved["max_seqlen_k"] = resolved["max_seqlen_q"] if longest is None else longest
-            break
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-            kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-            raise TypeError(f"{name} must be an int32 or int64 tensor, got {kind}")
-        if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
-            raise ValueError(f"{name} must be (sequences + 1,), got {tuple(cu_seqlens.shape)}")
-        _check_device(name, cu_seqlens, query)
-        longest = getattr(packing, f"max_seqlen_{side}")
-        if longest is None:
-            longest = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
-        resolved[f"max_seqlen_{side}"] = longest
-        resolved[name] = cu_seqlens.to(torch.int32).contiguous()
+        else:
+            _check_cu_seqlens(name, cu_seqlens, query)
+            resolved[name] = cu_seqlens.to(torch.int32).contiguous()
+        resolved[f"max_seqlen_{side}"] = _resolve_longest(side, longest, cu_seqlens, tensor)
     sizes = len(resolved["cu_seqlens_q"]), len(resolved["cu_seqlens_k"])
     if sizes[0] != sizes[1]:
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be of one length, got {sizes}")
     return Packing(**resolved)
+
+
+def _check_cu_seqlens(name: str, cu_seqlens: Any, query: Tensor) -> None:
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"{name} must be an int32 or int64 tensor, got {kind}")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
+        raise ValueError(f"{name} must be (sequences + 1,), got {tuple(cu_seqlens.shape)}")
+    _check_device(name, cu_seqlens, query)
+
+
+def _resolve_longest(side: str, longest: Any, cu_seqlens: Tensor, tensor: Tensor) -> Any:
+    """``max_seqlen``, read from the boundaries if None; both checked where reading costs nothing.
+
+    On a GPU the values stay unread where the caller gives ``max_seqlen``: that would wait for it.
+    """
+    if longest is not None and not isinstance(longest, (int, torch.SymInt)):
+        try:
+            longest = operator.index(longest)
+        except TypeError:
+            kind = type(longest).__name__
+            raise TypeError(f"max_seqlen_{side} must be an int or None, got {kind}") from None
+    if longest is not None and longest < 0:
+        raise ValueError(f"max_seqlen_{side} must be at least 0, got {longest}")
+    readable = (
+        cu_seqlens.device.type == "cpu"
+        and type(cu_seqlens) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+    if readable:
+        edges = cu_seqlens.tolist()
+        lengths = [stop - start for start, stop in itertools.pairwise(edges)]
+        if edges[0] != 0 or any(length < 0 for length in lengths) or edges[-1] > tensor.shape[2]:
+            raise ValueError(
+                f"cu_seqlens_{side} must start at 0, not fall, and end at {tensor.shape[2]} tokens "
+                f"or before, got {edges if len(edges) < 20 else cu_seqlens}"
+            )
+        if longest is not None and lengths and longest < max(lengths):
+            raise ValueError(
+                f"max_seqlen_{side} must be at least the longest sequence's {max(lengths)}, "
+                f"got {longest}"
+            )
+        return max(lengths, default=0) if longest is None else longest
+    if longest is None:
+        return int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+    return longest

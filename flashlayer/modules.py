@@ -10,7 +10,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flashlayer import online_softmax
-from flashlayer.functional import WindowSize, flash_attention, flash_attention_varlen
+from flashlayer.functional import (
+    WindowSize,
+    check_backend,
+    flash_attention,
+    flash_attention_varlen,
+)
 
 
 class FlashAttention(nn.Module):
@@ -104,6 +109,7 @@ class FlashAttention(nn.Module):
                 raise ValueError(f"rotary_base needs an even head_dim, got {head_dim}")
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be a probability from 0 to 1, got {dropout}")
+        check_backend(backend)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads

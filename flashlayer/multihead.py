@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flashlayer.functional import dropout_keep_mask, flash_attention
+from flashlayer.functional import check_backend, dropout_keep_mask, flash_attention
 
 # Attention weights computed at once, over all heads: 16 MB in fp32.
 WEIGHTS_AT_ONCE = 2**22
@@ -31,7 +32,8 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
     - ``is_causal=True`` needs no ``attn_mask``. With one it is the hint it is in torch: that mask
       is taken to be the (top-left) causal one, and is not read where the hint says it all.
     - Masks of different dtypes may meet, and are not expanded over heads.
-    - Nested tensors are refused: pass a padded batch with ``key_padding_mask``.
+    - A nested tensor is taken for self-attention without gradients, where ``TransformerEncoder``
+      makes one of a padded batch; elsewhere pass a padded batch with ``key_padding_mask``.
     - There is no second, fused path for inference. A ``TransformerEncoderLayer`` around it calls it
       always; the ``TransformerEncoder`` around that must have ``use_nested_tensor = False``, which
       :func:`flashlayer.swap_attention` sees to.
@@ -78,6 +80,7 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         *,
         backend: str = "auto",
     ) -> None:
+        check_backend(backend)
         super().__init__(
             embed_dim,
             num_heads,
@@ -151,6 +154,14 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
             TypeError: a mask is neither bool nor floating.
             ValueError: a shape does not fit, or an input is a nested tensor.
         """
+        if (
+            isinstance(query, Tensor)
+            and query.is_nested
+            and query.layout == torch.strided
+            and query is key
+            and key is value
+        ):
+            return self._forward_nested(query, need_weights, average_attn_weights, is_causal)
         batched = self._check_inputs(query, key, value)
         packed = query is key and key is value
         if not batched:
@@ -199,6 +210,28 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         weights = attention_weights(q, k, lse, average=average_attn_weights, **options)
         return out, weights if batched else weights.squeeze(0)
 
+    def _forward_nested(
+        self, x: Tensor, need_weights: bool, average_attn_weights: bool, is_causal: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Self-attention of sequences of unlike lengths: padded, and nested again."""
+        if not self.batch_first:
+            raise ValueError("query is a nested tensor, which needs batch_first=True")
+        lengths = torch.tensor([len(sequence) for sequence in x.unbind()], device=x.device)
+        padded = torch.nested.to_padded_tensor(x, 0.0)  # [N, L, E]
+        shown = torch.arange(padded.shape[1], device=x.device) < lengths[:, None]  # [N, L]
+        out, weights = self.forward(
+            padded,
+            padded,
+            padded,
+            ~shown,
+            need_weights,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
+        # torch's own way back, which its TransformerEncoder takes: without a gradient.
+        nested: Tensor = vars(torch)["_nested_tensor_from_mask"](out, shown, mask_check=False)
+        return nested, weights
+
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor, packed: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,6 +264,8 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
             ("value", value, self.vdim),
         )
         for name, x, features in named:
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
             if x.is_nested:
                 raise ValueError(
                     f"{name} is a nested tensor, which FlashMultiheadAttention does not take: pass "
@@ -313,7 +348,7 @@ def attention_weights(
     def of_rows(start: int, stop: int, q: Tensor, k: Tensor, lse: Tensor, mask: Any) -> Tensor:
         q, lse = q[:, :, start:stop], lse[:, :, start:stop]
         # Autocast would round the scores to what lse is exact for.
-        with torch.autocast(q.device.type, enabled=False):
+        with _without_autocast(q):
             scores = (q.to(lse.dtype) @ k.to(lse.dtype).mT) * q.shape[-1] ** -0.5
         if mask is not None:
             mask = mask if mask.shape[2] == 1 else mask[:, :, start:stop]
@@ -346,6 +381,12 @@ def attention_weights(
         else:
             parts.append(of_rows(*arguments))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    if torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
 
 
 def _row_blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, int]]:

@@ -46,6 +46,8 @@ class AttentionSpec:
         dropout_p: probability that an attention weight is dropped; 0 is off.
         max_seqlen_q: longest query sequence of a packed batch; None for a dense one.
         max_seqlen_k: longest key sequence of a packed batch; None for a dense one.
+        mask_gradient: whether someone may ask for the gradient of an additive mask. The mask's own
+            ``requires_grad`` does not say so inside a transform of ``torch.func``.
         diagonal: where the band is anchored when ``Sq != Sk``: ``"bottom_right"`` aligns the last
             query with the last key (flash_attn), ``"top_left"`` the first with the first (SDPA).
     """
@@ -58,6 +60,7 @@ class AttentionSpec:
     dropout_p: float = 0.0
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
+    mask_gradient: bool = False
 
     def without_idle_edges(self, seqlen_q: int, seqlen_k: int) -> AttentionSpec:
         """The same attention with the band's edges dropped where they hide no key of this problem.
@@ -146,13 +149,17 @@ class AttentionExtras(NamedTuple):
         if self.sinks is None:
             return None
         probability = torch.exp(self.sinks.to(lse.dtype)[:, None] - lse)
-        # lse = -inf: no key and a sink of -inf, no probability at all.
-        probability = torch.where(lse == -torch.inf, 0, probability)
-        return -(probability * delta).sum(dim=(0, 2)).to(self.sinks.dtype)
+        # lse = -inf: no key and a sink of -inf, no probability at all; or a token past the last
+        # packed sequence, whose delta may be NaN.
+        weighted = torch.where(lse == -torch.inf, 0, probability * delta)
+        return -weighted.sum(dim=(0, 2)).to(self.sinks.dtype)
 
 
 def flatten(spec: AttentionSpec, extras: AttentionExtras) -> tuple:
-    """Spec and extras as the schema of a custom op can carry them, one value after the other."""
+    """Spec and extras as the schema of a custom op can carry them, one value after the other.
+
+    All but ``mask_gradient``, which an op that heeds it takes as an argument of its own.
+    """
     return (
         spec.scale,
         spec.window_left,

@@ -158,3 +158,19 @@ def test_auto_takes_the_kernel_for_windows_padding_and_packed(
     packed = (x[0].transpose(0, 1) for x in (q, k, v))
     flash_attention_varlen(*packed, cu_seqlens_q=torch.tensor([0, 30, 40]), causal=True)
     assert [args[1].shape[2] for args in calls] == [30, 10]
+
+
+def test_the_default_device_has_no_say() -> None:
+    """The window's mask was made there: uninitialised, on a meta default."""
+    q = torch.randn(1, 1, 200, 8)
+    expected = flash_attention(q, q, q, window_size=(2, 0), backend="aten")
+    with torch.device("meta"):
+        out = flash_attention(q, q, q, window_size=(2, 0), backend="aten")
+    assert torch.equal(out, expected)
+
+
+def test_a_gradient_of_lse_past_the_range_of_fp16() -> None:
+    q = torch.randn(1, 1, 9, 8, dtype=torch.float16, requires_grad=True)
+    _, lse = flash_attention(q, q, q, return_lse=True, backend="aten", scale=1e-3)
+    (gradient,) = torch.autograd.grad(lse.sum() * 70000, q)
+    assert gradient.isfinite().all()

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from flashlayer import available_backends, flash_attention, flash_attention_varlen
+from flashlayer import (
+    FlashAttention,
+    FlashMultiheadAttention,
+    available_backends,
+    flash_attention,
+    flash_attention_varlen,
+    integrations,
+)
 
 
 def qkv(*, heads: int = 4, kv_heads: int = 2, **kwargs) -> list[torch.Tensor]:
@@ -220,3 +227,52 @@ def test_mixed_dtypes_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = flash_attention(q, k.bfloat16(), v)
     assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("edges", [[2, 4, 9], [0, 6, 4, 9], [0, 4, 30], [0, -3, 9]])
+def test_boundaries_that_are_none(edges: list[int]) -> None:
+    """Backends took them each in its own way, and a GPU would read past the tensors."""
+    rows = torch.randn(3, 9, 2, 4).unbind(0)
+    with pytest.raises(ValueError, match="cu_seqlens_q must start at 0, not fall, and end at 9"):
+        flash_attention_varlen(*rows, cu_seqlens_q=torch.tensor(edges))
+
+
+@pytest.mark.parametrize(
+    ("longest", "error", "message"),
+    [
+        (2, ValueError, "max_seqlen_q must be at least the longest sequence's 5, got 2"),
+        (-1, ValueError, "max_seqlen_q must be at least 0, got -1"),
+        (5.5, TypeError, "max_seqlen_q must be an int or None, got float"),
+        ("5", TypeError, "max_seqlen_q must be an int or None, got str"),
+    ],
+)
+def test_longest_sequence_that_is_none(longest: object, error: type, message: str) -> None:
+    rows = torch.randn(3, 9, 2, 4).unbind(0)
+    with pytest.raises(error, match=message):
+        flash_attention_varlen(*rows, cu_seqlens_q=torch.tensor([0, 4, 9]), max_seqlen_q=longest)
+
+
+def test_longest_sequence_may_be_a_tensor() -> None:
+    rows = torch.randn(3, 9, 2, 4).unbind(0)
+    edges = torch.tensor([0, 4, 9])
+    out = flash_attention_varlen(*rows, cu_seqlens_q=edges, max_seqlen_q=torch.tensor(5))
+    torch.testing.assert_close(out, flash_attention_varlen(*rows, cu_seqlens_q=edges))
+
+
+def test_asking_for_backends_draws_no_random_number() -> None:
+    q = torch.randn(1, 1, 4, 8)
+    before = torch.get_rng_state()
+    available_backends(q, q, q, dropout_p=0.1)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(TypeError, match="unknown option 'packing'"):
+        available_backends(q, q, q, packing=None)
+
+
+def test_a_layer_refuses_an_unknown_backend_when_it_is_built() -> None:
+    for build in (
+        lambda: FlashAttention(8, 2, backend="bogus"),
+        lambda: FlashMultiheadAttention(8, 2, backend="bogus"),
+        lambda: integrations.sdpa.override("bogus"),
+    ):
+        with pytest.raises(ValueError, match=r"backend must be one of .* got 'bogus'"):
+            build()

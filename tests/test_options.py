@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -375,3 +376,29 @@ def test_dropout_survives_activation_checkpointing() -> None:
         torch.manual_seed(3)
         grads.append(torch.autograd.grad(wrap(q, k, v).square().sum(), (q, k, v)))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["triton", "tiled", "standard"])
+def test_packed_tails_that_hold_nan_reach_no_gradient(backend: str) -> None:
+    """In q they reached dk of the formula, in do the sinks' gradient of the kernels."""
+    q, k, v, do = torch.randn(4, 12, 2, 8).unbind(0)
+    for x in (q, k, v, do):
+        x[9:] = torch.nan
+    leaves = [x.requires_grad_() for x in (q, k, v, torch.randn(2))]
+    out = varlen(
+        *leaves[:3], sinks=leaves[3], cu_seqlens_q=torch.tensor([0, 4, 9]), backend=backend
+    )
+    for gradient in torch.autograd.grad(out, leaves, do):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "tiled", "aten"])
+@pytest.mark.parametrize("window", [(2**31 - 1, 0), (None, 2**31 - 1), (sys.maxsize, None)])
+def test_packed_windows_wider_than_an_int32_holds(
+    window: tuple[int | None, int | None], backend: str
+) -> None:
+    rows = torch.randn(3, 9, 2, 8).unbind(0)
+    options = {"cu_seqlens_q": torch.tensor([0, 4, 9]), "window_size": window}
+    out = varlen(*rows, **options, backend=backend)
+    expected = varlen(*rows, **options, backend="standard")
+    torch.testing.assert_close(out, expected)

@@ -332,3 +332,79 @@ OP_OPTIONS = {
     "aten": (0.25, None, 0, None, None, None),
     "triton": flatten(AttentionSpec(0.25, None, 0), AttentionExtras()),
 }
+
+
+@pytest.mark.parametrize("backend", ["triton", "tiled"])
+def test_gradient_of_a_mask_under_functional_transforms(backend: str) -> None:
+    """functorch unwraps the mask before the backward sees it: requires_grad said no, so zeros."""
+    q, k, v = small(backend, requires_grad=False)
+    mask = torch.randn(1, 1, q.shape[2], k.shape[2], dtype=q.dtype, device=q.device)
+
+    def gradient(backend: str) -> Tensor:
+        return torch.func.grad(
+            lambda m: flash_attention(q, k, v, attn_mask=m, backend=backend).sin().sum()
+        )(mask)
+
+    torch.testing.assert_close(gradient(backend), gradient("standard"))
+
+
+def test_forward_mode_in_a_compiled_graph_is_not_silently_zero() -> None:
+    q, k, v = small("tiled", requires_grad=False)
+    tangent = torch.randn_like(q)
+
+    def push(q: Tensor) -> Tensor:
+        return torch.func.jvp(lambda z: flash_attention(z, k, v, causal=True), (q,), (tangent,))[1]
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(push, backend="aot_eager")(q), push(q))
+
+    edges = torch.tensor([0, q.shape[2]])
+
+    def push_packed(q: Tensor) -> Tensor:
+        def attend(z: Tensor) -> Tensor:
+            rows = (x[0].transpose(0, 1) for x in (z, k, v))
+            return varlen(*rows, cu_seqlens_q=edges, max_seqlen_q=q.shape[2])
+
+        return torch.func.jvp(attend, (q,), (tangent,))[1]
+
+    # Raised while tracing, which is a graph break: the eager call is right.
+    torch.testing.assert_close(torch.compile(push_packed, backend="aot_eager")(q), push_packed(q))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"packed sequences have no torch\.func transform"):
+        torch.compile(push_packed, backend="aot_eager", fullgraph=True)(q)
+
+
+def test_one_tensor_in_several_places_compiles() -> None:
+    """Self-attention on one tensor, and int32 boundaries that serve queries and keys."""
+    torch._dynamo.reset()
+    x = torch.randn(1, 2, 9, 4, dtype=torch.float64, requires_grad=True)
+    attend = attention("auto", **PLAIN)
+    compiled = torch.compile(lambda x: attend(x, x, x), fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(compiled(x), attend(x, x, x), strict=True):
+        torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(f(x)[0].sum(), x)[0] for f in (compiled, lambda x: attend(x, x, x)))
+    )
+    rows = torch.randn(9, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    edges = torch.tensor([0, 4, 9], dtype=torch.int32)
+
+    def packed(rows: Tensor) -> Tensor:
+        return varlen(*rows.unbind(1), cu_seqlens_q=edges, max_seqlen_q=5, causal=True)
+
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        *(torch.autograd.grad(f(rows).sin().sum(), rows)[0] for f in (compiled, packed))
+    )
+
+
+def test_vmap_over_nothing() -> None:
+    empty = torch.randn(0, 1, 2, 3, 4)
+    out = torch.vmap(lambda x: flash_attention(x, x, x, backend="tiled"))(empty)
+    assert out.shape == empty.shape
+
+
+def test_meta_tensors_have_shapes() -> None:
+    q = torch.empty(2, 4, 9, 8, device="meta")
+    out, lse = flash_attention(q, q[:, :2], q[:, :2], window_size=(3, 0), return_lse=True)
+    assert out.device.type == "meta"
+    assert (out.shape, lse.shape) == (q.shape, q.shape[:3])

@@ -23,19 +23,24 @@ def select(name: str, problem: Problem) -> Any:
         TypeError: ``name`` is not a string.
         ValueError: there is no such backend, or it refuses; the message says why.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"backend must be a string, got {type(name).__name__}")
+    check_name(name)
     if name == "auto":
         for candidate in _by_speed(problem):
             if BACKENDS[candidate].refuses(problem) is None:
                 return BACKENDS[candidate]
-    if name not in BACKENDS:
-        known = ", ".join(repr(known) for known in ("auto", *BACKENDS))
-        raise ValueError(f"backend must be one of {known}, got {name!r}")
     reason = BACKENDS[name].refuses(problem)
     if reason is not None:
         raise ValueError(f"backend {name!r} can't compute this call: {reason}")
     return BACKENDS[name]
+
+
+def check_name(name: str) -> None:
+    """Raise the errors of :func:`select` that depend on the name alone."""
+    if not isinstance(name, str):
+        raise TypeError(f"backend must be a string, got {type(name).__name__}")
+    if name != "auto" and name not in BACKENDS:
+        known = ", ".join(repr(known) for known in ("auto", *BACKENDS))
+        raise ValueError(f"backend must be one of {known}, got {name!r}")
 
 
 def _by_speed(problem: Problem) -> tuple[str, ...]:

@@ -271,7 +271,8 @@ def _blocks(stretch: Part, band: AttentionSpec) -> Iterator[Part]:
         shape = (stop - start, first - start, last - start)
         if shape not in seen:
             visible = band.visible(start, stop, first, last, length, length, torch.device("cpu"))
-            seen[shape] = torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+            zeros = torch.zeros(visible.shape, device=visible.device)  # whatever the default is
+            seen[shape] = zeros.masked_fill_(~visible, -torch.inf)
         yield stretch._replace(
             q_rows=slice(q_start + start, q_start + stop),
             k_rows=slice(k_start + first, k_start + last),
@@ -324,6 +325,10 @@ def _kernel_backward(
     band: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel's backward, with at least one query and one key."""
+    if dlse is not None and do.dtype == torch.float16:  # which dlse may not fit in
+        q, k, v, o = (x.float() for x in (q, k, v, o))
+        grads = _kernel_backward(do.float(), dlse, q, k, v, o, lse, scale, causal, band)
+        return grads[0].half(), grads[1].half(), grads[2].half()
     seqlen_k, head_dim = k.shape[2], q.shape[3]
     if causal:
         k, v = _seen(k, q), _seen(v, q)

@@ -51,6 +51,8 @@ def forward(
     if group_size > 1:
         k, v = k.repeat_interleave(group_size, dim=1), v.repeat_interleave(group_size, dim=1)
     pairs = _pairs(q, k, spec, extras)
+    if pairs.in_sequence is not None:
+        q = torch.where(pairs.in_sequence, q, 0)  # a token past the last sequence may hold NaN
     row_sees_a_key, key_is_seen = _seen(spec, extras, pairs)
     if key_is_seen is not None:
         # 0 * NaN is NaN: what no query sees is taken out before it meets a product, in both passes.

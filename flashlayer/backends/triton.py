@@ -75,8 +75,7 @@ def backward(
     extras: AttentionExtras,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """See :class:`flashlayer.spec.Backend`."""
-    mask = extras.attn_mask
-    wants_d_mask = mask is not None and mask.requires_grad
+    wants_d_mask = extras.attn_mask is not None and spec.mask_gradient
     dq, dk, dv, d_mask, d_sinks = _backward(
         do, dlse, q, k, v, o, lse, wants_d_mask, *flatten(spec, extras)
     )

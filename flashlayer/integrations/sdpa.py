@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from flashlayer.functional import SUPPORTED_DTYPES, flash_attention
+from flashlayer.functional import SUPPORTED_DTYPES, check_backend, flash_attention
 
 HOST = F.scaled_dot_product_attention
 
@@ -95,6 +95,7 @@ class override(TorchFunctionMode):
     """
 
     def __init__(self, backend: str = "auto") -> None:
+        check_backend(backend)
         super().__init__()
         self.backend = backend
         self._routed = 0

@@ -7,7 +7,9 @@ import logging
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
+from flashlayer.functional import check_backend
 from flashlayer.multihead import FlashMultiheadAttention
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,8 @@ def swap_attention(model: nn.Module, *, backend: str = "auto") -> list[str]:
 
     A subclass of ``nn.MultiheadAttention`` that inherits ``forward`` is swapped and remains an
     instance of its class. One with a ``forward`` of its own is left alone, for what it computes is
-    not known; a warning in this module's log names it.
+    not known; so is one under ``torch.nn.utils.parametrize``, whose class is not its own. A
+    warning in this module's log names them.
 
     Args:
         model: any module; changed in place.
@@ -38,13 +41,18 @@ def swap_attention(model: nn.Module, *, backend: str = "auto") -> list[str]:
         The names of the swapped modules, as ``model.named_modules()`` gives them.
 
     Raises:
-        ValueError: there was nothing to swap, or ``model`` is itself an ``nn.MultiheadAttention``.
+        TypeError: ``model`` is not a module.
+        ValueError: there was nothing to swap, ``model`` is itself an ``nn.MultiheadAttention``, or
+            there is no such backend.
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(64, 4, batch_first=True)
         >>> swap_attention(nn.TransformerEncoder(layer, num_layers=2))
         ['layers.0.self_attn', 'layers.1.self_attn']
     """
+    check_backend(backend)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, nn.MultiheadAttention):
         raise ValueError(
             "model is itself an nn.MultiheadAttention, not a model that holds one: build "
@@ -56,18 +64,20 @@ def swap_attention(model: nn.Module, *, backend: str = "auto") -> list[str]:
             continue
         if isinstance(module, FlashMultiheadAttention):
             continue
-        if type(module).forward is nn.MultiheadAttention.forward:
+        if parametrize.is_parametrized(module):
+            skipped.append(f"{name} (parametrized: remove that first)")
+        elif type(module).forward is nn.MultiheadAttention.forward:
             module.__class__ = _flash_class(type(module))
             assert isinstance(module, FlashMultiheadAttention)
             module._become_flash(backend)
             swapped.append(name)
         else:
-            skipped.append(f"{name} ({type(module).__name__})")
+            skipped.append(f"{name} ({type(module).__name__} has a forward of its own)")
     if not swapped:
-        found = f"; with a forward of their own: {', '.join(skipped)}" if skipped else ""
+        found = f"; left alone: {', '.join(skipped)}" if skipped else ""
         raise ValueError(f"no nn.MultiheadAttention to swap in {type(model).__name__}{found}")
     if skipped:
-        logger.warning("left alone, having a forward of their own: %s", ", ".join(skipped))
+        logger.warning("not swapped: %s", ", ".join(skipped))
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(
             isinstance(inner, FlashMultiheadAttention) for inner in module.modules()

@@ -188,7 +188,7 @@ def test_subclasses(caplog: pytest.LogCaptureFixture) -> None:
     x = torch.randn(5, 2, E)
     expected = model[0](x, x, x)
     assert swap_attention(model) == ["0"]
-    assert caplog.messages == ["left alone, having a forward of their own: 1 (Different)"]
+    assert caplog.messages == ["not swapped: 1 (Different has a forward of its own)"]
     assert type(model[1]) is Different
     for module in (model[0], copy.deepcopy(model)[0], pickle.loads(pickle.dumps(model))[0]):
         assert isinstance(module, Tagged)
@@ -216,7 +216,7 @@ def swap_names_or_error(model: nn.Module) -> str:
 def test_nothing_to_swap() -> None:
     assert swap_names_or_error(nn.Linear(2, 2)) == "no nn.MultiheadAttention to swap in Linear"
     message = swap_names_or_error(nn.Sequential(Different(E, H)))
-    assert message.endswith("with a forward of their own: 0 (Different)")
+    assert message.endswith("left alone: 0 (Different has a forward of its own)")
     with pytest.raises(ValueError, match=r"build flashlayer\.FlashMultiheadAttention"):
         swap_attention(nn.MultiheadAttention(E, H))
     assert flashlayer.swap_attention is swap_attention
@@ -231,3 +231,33 @@ def test_compiles_without_a_break() -> None:
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_layers_swapped_below_an_encoder_take_its_nested_tensors() -> None:
+    """The encoder is not seen then, and goes on nesting padded batches in inference."""
+    host = encoder().eval()
+    model = copy.deepcopy(host)
+    for layer in model.layers:
+        flashlayer.swap_attention(layer)
+    x, hidden = torch.randn(2, 7, E, dtype=torch.float64), padding(2, 7, 4, 7)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            model(x, src_key_padding_mask=hidden), host(x, src_key_padding_mask=hidden)
+        )
+
+
+def test_a_parametrized_module_is_left_alone() -> None:
+    model = nn.ModuleList([nn.MultiheadAttention(8, 2)])
+    nn.utils.parametrizations.weight_norm(model[0], "in_proj_weight")
+    with pytest.raises(ValueError, match="parametrized: remove that first"):
+        flashlayer.swap_attention(model)
+
+
+def test_wrong_arguments_leave_the_model_as_it_was() -> None:
+    model = encoder()
+    with pytest.raises(ValueError, match=r"backend must be one of .* got 'bogus'"):
+        flashlayer.swap_attention(model, backend="bogus")
+    assert type(model.layers[0].self_attn) is nn.MultiheadAttention
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got int"):
+        flashlayer.swap_attention(3)
