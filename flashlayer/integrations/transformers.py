@@ -116,8 +116,9 @@ def attention(
     config = getattr(module, "config", None)
     for option, reason in UNSUPPORTED.items():
         asked = others.get(option)
-        if asked is None and option == "output_attentions":
-            asked = getattr(config, option, None)
+        if option == "output_attentions":
+            # Some layers (Whisper's) hand on their own default, False, whatever the config says.
+            asked = asked or getattr(config, option, None)
         if asked is not None and asked is not False:
             _refuse(module, option, reason)
     if query.shape[0] == 1:
@@ -308,7 +309,7 @@ class BandMask(Tensor):
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         """The geometry; the dense mask is ``repr(mask.dense())``."""
-        tensors = [name for name in ("padding", "cu_seqlens", "pattern") if getattr(self, name) is not None]
+        tensors = self.__tensor_flatten__()[0][1:]
         return f"BandMask(shape={tuple(self.shape)}, {self.band}, with {tensors})"
 
     @classmethod
@@ -338,9 +339,7 @@ class BandMask(Tensor):
         """The inverse of :meth:`__tensor_flatten__`."""
         *band, longest, packable = numbers
         device = tensors["anchor"].device
-        return BandMask(
-            size, device, Band(*band), max_seqlen=longest, packable=packable, **tensors
-        )
+        return BandMask(size, device, Band(*band), max_seqlen=longest, packable=packable, **tensors)
 
     def separated(self, position_ids: Tensor | None, causal: bool) -> Tensor:
         """The mask with a sequence of its own from each restart of the positions ``(B, S)`` on.
@@ -357,14 +356,14 @@ class BandMask(Tensor):
         told = self.cu_seqlens is not None and not self.band.chunked
         if not without_past or not causal or told:
             return self
-        sequences = _sequences(position_ids).expand(batch, -1)
+        sequences = _restarted(position_ids).expand(batch, -1)
         if not _readable(sequences):
             return self.dense() & _same(sequences)
         *_, longest, _ = self.numbers
         if bool(sequences.any()):
             if self.cu_seqlens is not None:
                 # Both only rise along a row, so their sum changes where either does.
-                sequences = sequences + self._packed()
+                sequences = sequences + self._sequences(self.cu_seqlens)
             self.cu_seqlens, longest = _boundaries(sequences)
         self.numbers = (*self.band, longest, False)
         return self
@@ -387,14 +386,14 @@ class BandMask(Tensor):
             padding = nn.functional.pad(self.padding, (0, kv_length - band.keys))
             mask = mask & padding[:, None, None, :]
         if self.cu_seqlens is not None:
-            mask = mask & _same(self._packed())
+            mask = mask & _same(self._sequences(self.cu_seqlens))
         return mask if self.pattern is None else mask & self.pattern
 
-    def _packed(self) -> Tensor:
+    def _sequences(self, cu_seqlens: Tensor) -> Tensor:
         """Numbers ``(B, S)`` of the packed sequences."""
         batch, _, length, _ = self.shape
         token = torch.arange(batch * length, device=self.device)
-        return torch.bucketize(token, self.cu_seqlens, right=True).view(batch, length)
+        return torch.bucketize(token, cu_seqlens, right=True).view(batch, length)
 
     def _moved(self, device: torch.device | None) -> BandMask:
         device = self.device if device is None else device
@@ -408,7 +407,7 @@ def _readable(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and not tensor.is_meta
 
 
-def _sequences(position_ids: Tensor) -> Tensor:
+def _restarted(position_ids: Tensor) -> Tensor:
     """Numbers ``(B, S)`` of the sequences that restarting positions begin; gaps begin none.
 
     A position lower than the one before begins a sequence. So does a repeated 0, after a sequence
