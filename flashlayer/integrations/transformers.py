@@ -196,9 +196,9 @@ def make_mask(
     if pattern is not None:
         shape = (batch_size, 1, q_length, kv_length)
         device = torch.device(device)
-        mask = _band_mask(pattern, attention_mask, shape, q_offset, kv_offset, device)
-        if mask is not None:
-            return mask
+        banded = _band_mask(pattern, attention_mask, shape, q_offset, kv_offset, device)
+        if banded is not None:
+            return banded
     mask: Tensor = masking_utils.sdpa_mask(  # pyright: ignore[reportAssignmentType]
         batch_size=batch_size,
         q_length=q_length,

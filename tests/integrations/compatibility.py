@@ -48,7 +48,7 @@ Packed sequences are told by `cu_seq_lens_q/k`, or by restarting `position_ids` 
 `attention_mask`, in any number of rows, compiled or not (flash_attention_2 looks at batches of 1
 only). A sequence begins where a position is lower than the one before, or where a 0 repeats
 (a sequence of one token) unless other positions of the row repeat, too, or all are 0. Gaps and
-other repeats begin none. An `attention_mask`, be it of ones, rules packing out, as it does in eager.
+other repeats begin none. An `attention_mask`, be it of ones, rules packing out, as in eager.
 Where transformers itself tells attention of packing (no `attention_mask` and no cache:
 `use_cache=False`), its own rule holds, as in eager: any step other than +1 begins a sequence. With
 the default cache, Llama 4's chunks are counted from the start of the row, as in eager, not from the
