@@ -98,8 +98,8 @@ def attention(
         softcap: as in :func:`flashlayer.flash_attention`.
         s_aux: ``(H,)``: the sinks of gpt-oss, differentiable.
         position_bias: broadcastable to ``(B, H, Sq, Sk)``, added to the scores, differentiable.
-        position_ids: ``(B, Sq)``: where they restart a new sequence begins. Mostly the mask knows;
-            some models (gpt-oss) don't tell it.
+        position_ids: ``(B, Sq)``: where they restart a new sequence begins, without a past and if
+            the model was given no ``attention_mask``. While compiling that is a dense mask.
         cu_seq_lens_q: ``(N + 1,)``: boundaries of the sequences packed along ``B * Sq``.
         cu_seq_lens_k: the same of the keys; ``cu_seq_lens_q`` if None.
         max_length_q: the longest query sequence.
@@ -113,8 +113,12 @@ def attention(
         ValueError: something can't be done; the message names the model and the option.
         TypeError: likewise, for a dtype or a type.
     """
+    config = getattr(module, "config", None)
     for option, reason in UNSUPPORTED.items():
         asked = others.get(option)
+        if option == "output_attentions":
+            # Some layers (Whisper's) hand on their own default, False, whatever the config says.
+            asked = asked or getattr(config, option, None)
         if asked is not None and asked is not False:
             _refuse(module, option, reason)
     if query.shape[0] == 1:
@@ -125,14 +129,16 @@ def attention(
     if attention_mask is None:
         band = _band_without_mask(module, query, key, is_causal, sliding_window, packing)
         shape = (key.shape[0], 1, query.shape[2], key.shape[2])
-        attention_mask = BandMask(shape, key.device, band)
+        attention_mask = BandMask(shape, key.device, band, packable=True)
     if attention_mask.ndim != 4:
         _refuse(module, "attention_mask", f"it must have 4 dimensions, got {attention_mask.ndim}")
     if packing is not None:
         _check_packing(module, attention_mask, position_bias)
     elif isinstance(attention_mask, BandMask):
-        attention_mask.note_positions(position_ids)
-        packing = attention_mask.packing if position_bias is None else None
+        causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+        attention_mask = attention_mask.separated(position_ids, causal)
+        if isinstance(attention_mask, BandMask) and position_bias is None:
+            packing = attention_mask.packing
     options = {
         "scale": scaling,
         "softcap": softcap,
@@ -190,10 +196,10 @@ def make_mask(
     if pattern is not None:
         shape = (batch_size, 1, q_length, kv_length)
         device = torch.device(device)
-        mask = _band_mask(pattern, attention_mask, shape, q_offset, kv_offset, device)
-        if mask is not None:
-            return mask
-    return masking_utils.sdpa_mask(  # pyright: ignore[reportReturnType]
+        banded = _band_mask(pattern, attention_mask, shape, q_offset, kv_offset, device)
+        if banded is not None:
+            return banded
+    mask: Tensor = masking_utils.sdpa_mask(  # pyright: ignore[reportAssignmentType]
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -205,6 +211,14 @@ def make_mask(
         use_vmap=use_vmap,
         device=device,
     )
+    # A graph can't look into a window's closure, but restarting positions still count there.
+    without_past = 1 < q_length == kv_length and not isinstance(q_offset, Tensor) and q_offset == 0
+    packable = attention_mask is None and not use_vmap and without_past
+    if packable and torch.compiler.is_compiling():
+        shape = (batch_size, 1, q_length, kv_length)
+        everything = Band((None, None), "bottom_right", kv_length)
+        return BandMask(shape, mask.device, everything, pattern=mask, packable=True)
+    return mask
 
 
 class Band(NamedTuple):
@@ -242,10 +256,12 @@ class BandMask(Tensor):
     Attributes:
         padding: bool ``(B, band.keys)``, False for padding; None without any.
         cu_seqlens: boundaries of the sequences packed along ``B * Sq``; None for one a row.
+        pattern: bool ``(B or 1, 1, Sq, Sk)``, what the band does not say; None if it says all.
     """
 
     padding: Tensor | None
     cu_seqlens: Tensor | None
+    pattern: Tensor | None
 
     @staticmethod
     def __new__(cls, shape: tuple[int, ...], device: torch.device, *_: Any, **__: Any) -> BandMask:
@@ -261,32 +277,39 @@ class BandMask(Tensor):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         anchor: Tensor | None = None,
+        pattern: Tensor | None = None,
+        packable: bool = False,
     ) -> None:
         # For a graph that makes or takes the mask: plain numbers, tensors, and at least one tensor.
-        self.numbers: tuple[Any, ...] = (*band, max_seqlen)
+        self.numbers: tuple[Any, ...] = (*band, max_seqlen, packable)
         self.padding = padding
         self.cu_seqlens = cu_seqlens
+        self.pattern = pattern
         self.anchor = torch.empty(0, device=device) if anchor is None else anchor
-        self.noted_positions = False
 
     @property
     def band(self) -> Band:
         """The geometry."""
-        return Band(*self.numbers[:-1])
+        return Band(*self.numbers[:-2])
+
+    @property
+    def packable(self) -> bool:
+        """Whether restarting positions count: no ``attention_mask``, and nobody has read them."""
+        return self.numbers[-1]
 
     @property
     def packing(self) -> Packing | None:
         """The packed sequences, None for one a row."""
         if self.cu_seqlens is None:
             return None
-        return Packing(self.cu_seqlens, None, self.numbers[-1], self.numbers[-1])
+        return Packing(self.cu_seqlens, None, self.numbers[-2], self.numbers[-2])
 
     # What comes out of an operation is a plain tensor, not a mask without a band.
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         """The geometry; the dense mask is ``repr(mask.dense())``."""
-        tensors = [name for name in ("padding", "cu_seqlens") if getattr(self, name) is not None]
+        tensors = self.__tensor_flatten__()[0][1:]
         return f"BandMask(shape={tuple(self.shape)}, {self.band}, with {tensors})"
 
     @classmethod
@@ -306,7 +329,7 @@ class BandMask(Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple]:
         """The tensors within, by name, and what else it takes to make the mask again."""
-        names = ["anchor", "padding", "cu_seqlens"]
+        names = ["anchor", "padding", "cu_seqlens", "pattern"]
         return [name for name in names if getattr(self, name) is not None], self.numbers
 
     @staticmethod
@@ -314,28 +337,36 @@ class BandMask(Tensor):
         tensors: dict[str, Tensor], numbers: tuple, size: Any, stride: Any
     ) -> BandMask:
         """The inverse of :meth:`__tensor_flatten__`."""
-        *band, longest = numbers
+        *band, longest, packable = numbers
         device = tensors["anchor"].device
-        return BandMask(size, device, Band(*band), max_seqlen=longest, **tensors)
+        return BandMask(size, device, Band(*band), max_seqlen=longest, packable=packable, **tensors)
 
-    def note_positions(self, position_ids: Tensor | None) -> None:
-        """Take restarting positions ``(B, S)`` for packed sequences, as flash_attn's door does.
+    def separated(self, position_ids: Tensor | None, causal: bool) -> Tensor:
+        """The mask with a sequence of its own from each restart of the positions ``(B, S)`` on.
 
-        Once for each mask: reading them waits for the GPU, and the layers share a mask.
+        Causal masks only, without a past and without an ``attention_mask``. Restarts are read once
+        for each mask: reading waits for the GPU, and the layers share a mask. A graph and a meta
+        tensor can't be read; there the mask becomes dense.
         """
-        if position_ids is None or self.noted_positions or torch.compiler.is_compiling():
-            return
-        self.noted_positions = True
+        if position_ids is None or position_ids.ndim != 2 or not self.packable:
+            return self
         batch, _, q_length, kv_length = self.shape
-        without_past = q_length == kv_length == self.band.keys == position_ids.shape[-1]
-        fully_causal = self.band.window[1] == 0 and self.padding is None and self.cu_seqlens is None
-        if without_past and fully_causal and position_ids.ndim == 2:
-            from transformers.masking_utils import find_packed_sequence_indices
-
-            sequences = find_packed_sequence_indices(position_ids.expand(batch, -1))
-            if sequences is not None:
-                self.cu_seqlens, longest = _boundaries(sequences)
-                self.numbers = (*self.band, longest)
+        without_past = q_length == kv_length == self.band.keys == position_ids.shape[-1] > 1
+        causal = causal if self.pattern is not None else self.band.window[1] == 0
+        told = self.cu_seqlens is not None and not self.band.chunked
+        if not without_past or not causal or told:
+            return self
+        sequences = _restarted(position_ids).expand(batch, -1)
+        if not _readable(sequences):
+            return self.dense() & _same(sequences)
+        *_, longest, _ = self.numbers
+        if bool(sequences.any()):
+            if self.cu_seqlens is not None:
+                # Both only rise along a row, so their sum changes where either does.
+                sequences = sequences + self._sequences(self.cu_seqlens)
+            self.cu_seqlens, longest = _boundaries(sequences)
+        self.numbers = (*self.band, longest, False)
+        return self
 
     def dense(self) -> Tensor:
         """The mask as a plain tensor, bool ``(B, 1, Sq, Sk)``."""
@@ -355,17 +386,44 @@ class BandMask(Tensor):
             padding = nn.functional.pad(self.padding, (0, kv_length - band.keys))
             mask = mask & padding[:, None, None, :]
         if self.cu_seqlens is not None:
-            token = torch.arange(batch * q_length, device=self.device)
-            sequence = torch.bucketize(token, self.cu_seqlens, right=True)
-            sequence = sequence.view(batch, 1, q_length)
-            mask = mask & (sequence[..., :, None] == sequence[..., None, :])
-        return mask
+            mask = mask & _same(self._sequences(self.cu_seqlens))
+        return mask if self.pattern is None else mask & self.pattern
+
+    def _sequences(self, cu_seqlens: Tensor) -> Tensor:
+        """Numbers ``(B, S)`` of the packed sequences."""
+        batch, _, length, _ = self.shape
+        token = torch.arange(batch * length, device=self.device)
+        return torch.bucketize(token, cu_seqlens, right=True).view(batch, length)
 
     def _moved(self, device: torch.device | None) -> BandMask:
         device = self.device if device is None else device
         names, numbers = self.__tensor_flatten__()
         tensors = {name: getattr(self, name).to(device) for name in names}
         return self.__tensor_unflatten__(tensors, numbers, self.shape, self.stride())
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether Python may look at the values."""
+    return not torch.compiler.is_compiling() and not tensor.is_meta
+
+
+def _restarted(position_ids: Tensor) -> Tensor:
+    """Numbers ``(B, S)`` of the sequences that restarting positions begin; gaps begin none.
+
+    A position lower than the one before begins a sequence. So does a repeated 0, after a sequence
+    of one token, unless other positions repeat in the row, too, or all are 0.
+    """
+    step = position_ids.diff(dim=-1)
+    zero = position_ids[:, 1:] == 0
+    repeat = step == 0
+    repeats_mean_nothing = (repeat & ~zero).any(-1, keepdim=True) | zero.all(-1, keepdim=True)
+    begins = (step < 0) | (repeat & zero & ~repeats_mean_nothing)
+    return nn.functional.pad(begins.cumsum(-1), (1, 0))
+
+
+def _same(sequences: Tensor) -> Tensor:
+    """Bool ``(B, 1, S, S)``: whether two tokens are of the same sequence."""
+    return (sequences[:, :, None] == sequences[:, None, :])[:, None]
 
 
 class Pattern(NamedTuple):
@@ -470,28 +528,30 @@ def _band_mask(
     device: torch.device,
 ) -> BandMask | None:
     """The mask of a pattern; None where it is not one band for all rows and sequences."""
-    tracing = torch.compiler.is_compiling()
-    if tracing and isinstance(q_offset, Tensor):
+    if isinstance(q_offset, Tensor) and not _readable(q_offset):
         return None
     offset = int(q_offset) - kv_offset
     batch, _, q_length, kv_length = shape
     band = _band(pattern, q_length, kv_length, offset)
     if band is None:
         return None
-    padding = _padding(attention_mask, kv_offset, band.keys, tracing)
+    padding = _padding(attention_mask, kv_offset, band.keys)
     sequences = pattern.sequences
     if pattern.chunk is not None and kv_offset + band.keys > pattern.chunk:
         # Without a past, chunks are packed sequences.
-        if offset != 0 or q_length != kv_length or sequences is not None:
+        if offset != 0 or q_length != kv_length or sequences is not None or device.type == "meta":
             return None
         sequences = (torch.arange(q_length, device=device) // pattern.chunk).expand(batch, -1)
         band = band._replace(chunked=True)
+    packable = attention_mask is None
     if sequences is None:
-        return BandMask(shape, device, band, padding)
-    if padding is not None:
+        return BandMask(shape, device, band, padding, packable=packable)
+    if padding is not None or not _readable(sequences):
         return None
     cu_seqlens, longest = _boundaries(sequences)
-    return BandMask(shape, device, band, cu_seqlens=cu_seqlens, max_seqlen=longest)
+    return BandMask(
+        shape, device, band, cu_seqlens=cu_seqlens, max_seqlen=longest, packable=packable
+    )
 
 
 def _band(pattern: Pattern, q_length: int, kv_length: int, offset: int) -> Band | None:
@@ -509,15 +569,13 @@ def _band(pattern: Pattern, q_length: int, kv_length: int, offset: int) -> Band 
     return Band(window, "top_left", kv_length) if offset == 0 else None
 
 
-def _padding(
-    attention_mask: Tensor | None, kv_offset: int, keys: int, tracing: bool
-) -> Tensor | None:
+def _padding(attention_mask: Tensor | None, kv_offset: int, keys: int) -> Tensor | None:
     """The part of the 2-D mask that is about the keys ``(B, keys)``; None if it hides none."""
     if attention_mask is None:
         return None
     padding = attention_mask[:, kv_offset : kv_offset + keys]
     padding = nn.functional.pad(padding, (0, keys - padding.shape[1]))
-    return None if not tracing and bool(padding.all()) else padding
+    return None if _readable(padding) and bool(padding.all()) else padding
 
 
 def _boundaries(sequences: Tensor) -> tuple[Tensor, int]:
@@ -558,7 +616,13 @@ def _band_without_mask(
 
 
 def _check_packing(module: nn.Module, mask: Tensor, position_bias: Tensor | None) -> None:
-    if not isinstance(mask, BandMask) or mask.padding is not None or mask.band.chunked:
+    band_alone = (
+        isinstance(mask, BandMask)
+        and mask.padding is None
+        and mask.pattern is None
+        and not mask.band.chunked
+    )
+    if not band_alone:
         _refuse(module, "cu_seq_lens_q", "packed sequences have no padding, and no mask but a band")
     if position_bias is not None:
         _refuse(module, "cu_seq_lens_q", "packed sequences can't have a position_bias")
@@ -573,7 +637,7 @@ def _attend(
     options: dict[str, Any],
 ) -> Tensor:
     """Dense attention; the band as geometry, its padding as a mask of one row."""
-    if isinstance(mask, BandMask) and mask.cu_seqlens is not None:
+    if isinstance(mask, BandMask) and (mask.cu_seqlens is not None or mask.pattern is not None):
         mask = mask.dense()
     if isinstance(mask, BandMask):
         if mask.shape[2:] != (query.shape[2], key.shape[2]):

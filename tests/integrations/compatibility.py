@@ -36,22 +36,33 @@ bound, with a bool mask (B, 1, Sq, Sk), because padding or a cache shifts the ch
 
 AFTER = """
 What else makes a dense bool mask: mask functions of your own (`or_mask_function`,
-`and_mask_function`), images that see each other in a causal model (`block_sequence_ids`), a
-window or packed sequences under `torch.compile` of the whole model, a static cache whose position
-is a tensor under `torch.compile`; there packed sequences are ruled out only by an
-`attention_mask` of ones. A model that slices or combines its mask gets the dense one
-too. One decoding step into a static cache has a mask of (B, 1, 1, Sk). A `position_bias` (T5) is
-as large as its model makes it, Sq x Sk for each head; padding makes it that for each row of the
-batch.
+`and_mask_function`), images that see each other in a causal model (`block_sequence_ids`), and under
+`torch.compile` of the whole model a window and a static cache whose position is a tensor. While
+compiling, `position_ids` can't be read, so a causal model without an `attention_mask` (and without
+a past) has a dense mask made from them, in compiled layers too; an `attention_mask`, be it of ones,
+avoids that. A model that slices or combines its mask gets the dense one too. One decoding step into
+a static cache has a mask of (B, 1, 1, Sk). A `position_bias` (T5) is as large as its model makes
+it, Sq x Sk for each head; padding makes it that for each row of the batch.
 
-What is refused, with the names of the model and the option: `output_attentions` (the weights are
-never stored), paged caches (continuous batching), keys chosen query by query (`indices`,
+Packed sequences are told by `cu_seq_lens_q/k`, or by restarting `position_ids` and no
+`attention_mask`, in any number of rows, compiled or not (flash_attention_2 looks at batches of 1
+only). A sequence begins where a position is lower than the one before, or where a 0 repeats
+(a sequence of one token) unless other positions of the row repeat, too, or all are 0. Gaps and
+other repeats begin none. An `attention_mask`, be it of ones, rules packing out, as in eager.
+Where transformers itself tells attention of packing (no `attention_mask` and no cache:
+`use_cache=False`), its own rule holds, as in eager: any step other than +1 begins a sequence. With
+the default cache, Llama 4's chunks are counted from the start of the row, as in eager, not from the
+start of each sequence; `use_cache=False` counts them from there.
+
+What is refused, with the names of the model and the option: `output_attentions` as an argument or
+in the config (the weights are never stored; GPT-2 doesn't hand the argument on, so there it gives
+an empty tuple), paged caches (continuous batching), keys chosen query by query (`indices`,
 `block_indices`), a sink for each query (`sinks`), `cu_seq_lens_q` next to padding, and a causal
 model that makes no mask while queries and keys differ in number.
 
 What is different from eager on purpose: a row of padding gives zeros, where eager averages all
-values; and restarting `position_ids` separate sequences in every causal model, as with
-flash_attn, also where eager is not told (gpt-oss).
+values; and without an `attention_mask` restarting `position_ids` separate sequences in every causal
+model, as with flash_attn, also where eager is not told (with a cache, and gpt-oss).
 
 A model that does not ask `ALL_ATTENTION_FUNCTIONS` for its attention keeps its own, whatever the
 name; `set_attn_implementation` logs a warning then.

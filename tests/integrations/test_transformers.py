@@ -208,6 +208,15 @@ def test_a_refusal_names_the_model_and_the_option(
         attention(Module(), *small(*shape), **options)
 
 
+@pytest.mark.parametrize("host", ["Llama", "GPT-2", "Whisper"])
+def test_output_attentions_of_the_config_are_refused_by_name(host: str) -> None:
+    model = build(host)
+    model.config.output_attentions = True
+    model.set_attn_implementation(NAME)
+    with pytest.raises(ValueError, match=rf"^{model.config.model_type} .*output_attentions"):
+        model(**hosts._inputs(model, HOSTS[host].kind, None))
+
+
 def test_no_mask_is_what_is_causal_says() -> None:
     q, k, v = small()
     causal = attention(Module(), q, k, v, make_mask(2, 4, 4))[0]
@@ -233,6 +242,102 @@ def test_vision_packs_by_cu_seq_lens_without_a_mask() -> None:
         alone = (x[:, :, start:stop] for x in (q, k, v))
         expected = attention(Module(), *alone, None, is_causal=False)[0]
         torch.testing.assert_close(out[:, start:stop], expected)
+
+
+GAPS_AND_REPEATS = ([0, 1, 2, 4, 5, 6], [0, 2, 4, 6, 8, 10], [0, 0, 1, 1, 2, 2], [0] * 6)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("given", ["no attention_mask", "ones"])
+@pytest.mark.parametrize("positions", GAPS_AND_REPEATS, ids=str)
+def test_gaps_and_repeats_of_position_ids_mean_what_eager_takes_them_for(
+    positions: list[int], given: str, use_cache: bool
+) -> None:
+    """Nothing; but without a cache and a mask transformers takes them for packing itself."""
+    model = build("Llama")
+    inputs = {
+        "input_ids": hosts._tokens(2, 6),
+        "attention_mask": None if given == "no attention_mask" else torch.ones(2, 6).long(),
+        "position_ids": torch.tensor([positions]),
+        "use_cache": use_cache,
+    }
+    expected = model(**inputs).logits
+    model.set_attn_implementation(NAME)
+    torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("positions", "sequences"),
+    [
+        ([0, 1, 2, 0, 1, 2], [0, 0, 0, 1, 1, 1]),
+        ([0, 0, 1, 2, 0, 0], [0, 1, 1, 1, 2, 3]),
+        ([4, 5, 9, 2, 3, 4], [0, 0, 0, 1, 1, 1]),
+        ([0, 1, 3, 0, 2, 2], [0, 0, 0, 1, 1, 1]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_only_restarting_positions_begin_a_sequence(
+    positions: list[int], sequences: list[int], rows: int
+) -> None:
+    """In any number of rows, each of its own."""
+    mask = make_mask(rows, 6, 6)
+    assert isinstance(mask, BandMask)
+    plain = torch.arange(6)
+    separated = mask.separated(torch.stack([torch.tensor(positions), plain][:rows]), True)
+    number = torch.tensor([sequences, [0] * 6][:rows])
+    same = number[:, None, :, None] == number[:, None, None, :]
+    assert torch.equal(separated.clone(), same & torch.ones(6, 6, dtype=torch.bool).tril())
+
+
+def test_an_attention_mask_rules_packing_out_as_in_eager() -> None:
+    model = build("Llama")
+    inputs = {
+        "input_ids": hosts._tokens(2, 7),
+        "attention_mask": torch.ones(2, 7, dtype=torch.long),
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]]),
+    }
+    expected = model(**inputs).logits
+    model.set_attn_implementation(NAME)
+    torch.testing.assert_close(model(**inputs).logits, expected)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs).logits, expected)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(("host", "rows"), [("Llama", 1), ("Qwen2", 2)])
+def test_packed_positions_count_under_compile_too(host: str, rows: int) -> None:
+    """The default call: no attention_mask, and a cache, so transformers makes nothing of them."""
+    torch.compiler.reset()
+    model = build(host)
+    model.set_attn_implementation(NAME)
+    ids = hosts._tokens(rows, 12)
+    lengths = (5, 7)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    apart = [model(part).logits for part in ids.split(lengths, dim=1)]
+    expected = torch.cat(apart, dim=1)
+    torch.testing.assert_close(model(ids, position_ids=positions).logits, expected)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids, position_ids=positions).logits, expected)
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(model(ids, position_ids=positions).logits, expected)
+
+
+@pytest.mark.parametrize("given", ["no attention_mask", "padding"])
+@pytest.mark.parametrize("kind", ["causal", "window", "bidirectional", "chunked"])
+def test_masks_of_meta_tensors_read_no_values(kind: str, given: str) -> None:
+    padding = None if given == "no attention_mask" else torch.ones(3, 9).bool().to("meta")
+    function = mask_function(kind, 4, torch.empty(0), torch.empty(0))
+    if kind == "chunked":
+        shift = torch.zeros(3, dtype=torch.int64, device="meta")
+        function = masking_utils.chunked_causal_mask_function(4, shift)
+    arguments = {"mask_function": function, "attention_mask": padding, "device": "meta"}
+    for offset in (0, torch.zeros((), dtype=torch.int64, device="meta")):
+        mask = make_mask(3, 9, 9, offset, **arguments)
+        if isinstance(mask, BandMask):
+            mask = mask.separated(torch.arange(9, device="meta")[None], kind != "bidirectional")
+        assert (mask.device.type, mask.dtype, mask.shape) == ("meta", torch.bool, (3, 1, 9, 9))
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
