@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -42,7 +42,17 @@ Placement = Literal["contiguous", "zigzag"]
 # By rank: the positions it holds, as one or two stretches in the order of its shard.
 Layout = tuple[tuple[range, ...], ...]
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
+
+def _between_graphs(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A compiled model calls ``function`` between its graphs: Dynamo traces no such exchange."""
+    # torch.compiler.disable, but that it loads the compiler at the first call and not here.
+    return vars(torch)["_disable_dynamo"](function)
+
+
+@_between_graphs
 def ring_attention(
     query: Tensor,
     key: Tensor,
@@ -132,6 +142,7 @@ def ring_attention(
     return (out, lse) if return_lse else out
 
 
+@_between_graphs
 def ulysses_attention(
     query: Tensor,
     key: Tensor,
@@ -222,6 +233,7 @@ def ulysses_attention(
     return out, AllToAll.apply(group, sizes, False, lse.unsqueeze(-1)).squeeze(-1)
 
 
+@_between_graphs
 def shard_sequence(
     x: Tensor,
     *,
@@ -254,6 +266,7 @@ def shard_sequence(
     return torch.cat([x.narrow(dim, part.start, len(part)) for part in layout[rank]], dim)
 
 
+@_between_graphs
 def unshard_sequence(
     x: Tensor,
     *,
@@ -284,6 +297,7 @@ def unshard_sequence(
     return gathered[_positions(layout, x.device).argsort()].movedim(0, dim)
 
 
+@_between_graphs
 def position_ids(
     length: int,
     *,
@@ -309,6 +323,7 @@ def position_ids(
     return _positions((_layout(lengths, placement)[rank],), device)
 
 
+@_between_graphs
 def shard_lengths(x: Tensor, *, group: dist.ProcessGroup | None = None, dim: int = 1) -> list[int]:
     """The lengths of all shards by rank, for ``lengths=``: one small exchange.
 
