@@ -11,7 +11,7 @@ from flashlayer.functional import (
 )
 
 if TYPE_CHECKING:
-    from flashlayer import integrations
+    from flashlayer import distributed, integrations
     from flashlayer.integrations.swap import swap_attention
     from flashlayer.modules import FlashAttention
     from flashlayer.multihead import FlashMultiheadAttention
@@ -22,6 +22,7 @@ __all__ = [
     "FlashAttention",
     "FlashMultiheadAttention",
     "available_backends",
+    "distributed",
     "dropout_keep_mask",
     "flash_attention",
     "flash_attention_varlen",
@@ -43,6 +44,6 @@ _ON_USE = {
 def __getattr__(name: str) -> Any:
     if name in _ON_USE:
         return getattr(importlib.import_module(_ON_USE[name]), name)
-    if name == "integrations":
-        return importlib.import_module("flashlayer.integrations")
+    if name in ("distributed", "integrations"):
+        return importlib.import_module(f"flashlayer.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

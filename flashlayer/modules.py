@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from flashlayer import online_softmax
+from flashlayer import distributed, online_softmax
 from flashlayer.functional import (
     WindowSize,
     check_backend,
     flash_attention,
     flash_attention_varlen,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class FlashAttention(nn.Module):
@@ -45,6 +48,12 @@ class FlashAttention(nn.Module):
         bias: whether the four projections have a bias.
         scale: factor on the scores; ``D ** -0.5`` if None.
         backend: as in :func:`flash_attention`.
+        context_parallel_group: a process group over which the sequence is sharded: ``x`` is this
+            rank's shard, positions are those of the whole sequence, and attention is
+            :func:`flashlayer.distributed.ring_attention`. None is off.
+        context_parallel_placement: which positions a shard is, ``"contiguous"`` or ``"zigzag"``:
+            :func:`flashlayer.distributed.shard_sequence`. Contiguous shards may differ in length,
+            which costs a small exchange a call; zigzag's are taken to be alike.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
@@ -76,6 +85,8 @@ class FlashAttention(nn.Module):
         bias: bool = True,
         scale: float | None = None,
         backend: str = "auto",
+        context_parallel_group: ProcessGroup | None = None,
+        context_parallel_placement: distributed.Placement = "contiguous",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -110,6 +121,10 @@ class FlashAttention(nn.Module):
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be a probability from 0 to 1, got {dropout}")
         check_backend(backend)
+        if context_parallel_group is not None:
+            for name, option in (("alibi", alibi), ("dropout", dropout)):
+                if option:
+                    raise ValueError(f"context_parallel_group can't be combined with {name}")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -122,6 +137,8 @@ class FlashAttention(nn.Module):
         self.rotary_base = rotary_base
         self.scale = scale
         self.backend = backend
+        self.context_parallel_group = context_parallel_group
+        self.context_parallel_placement: distributed.Placement = context_parallel_placement
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias, **factory)
         self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias, **factory)
@@ -167,8 +184,12 @@ class FlashAttention(nn.Module):
         v = rearrange(self.v_proj(source), "... s (h d) -> ... h s d", h=self.num_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        sharding = self._sharding(x)
         if self.rotary_base is not None:
-            position = _positions(x, cu_seqlens, 0 if cache is None else cache.length)
+            if sharding is None:
+                position = _positions(x, cu_seqlens, 0 if cache is None else cache.length)
+            else:
+                position = distributed.position_ids(x.shape[1], device=x.device, **sharding)
             q, k = (rotate(heads, self.rotary_base, position) for heads in (q, k))
         if cache is not None:
             k, v = cache.append(k, v)
@@ -177,11 +198,14 @@ class FlashAttention(nn.Module):
             "window_size": self.window_size,
             "scale": self.scale,
             "softcap": self.softcap,
-            "alibi_slopes": alibi_slopes(self.num_heads, x.device) if self.alibi else None,
             "sinks": self.sinks,
-            "dropout_p": self.dropout if self.training else 0.0,
             "backend": self.backend,
         }
+        if sharding is not None:
+            out: Any = distributed.ring_attention(q, k, v, **sharding, **options)
+            return self.out_proj(rearrange(out, "b h s d -> b s (h d)"))
+        options["alibi_slopes"] = alibi_slopes(self.num_heads, x.device) if self.alibi else None
+        options["dropout_p"] = self.dropout if self.training else 0.0
         if cu_seqlens is not None:
             q, k, v = (rearrange(heads, "h t d -> t h d") for heads in (q, k, v))
             out = flash_attention_varlen(
@@ -194,6 +218,16 @@ class FlashAttention(nn.Module):
             out = flash_attention(q, k, v, attn_mask=attn_mask, **options)
         return self.out_proj(rearrange(out, "b h s d -> b s (h d)"))
 
+    def _sharding(self, x: Tensor) -> dict[str, Any] | None:
+        """Where the shards of ``x`` are, as arguments; None where it is a whole sequence."""
+        group, placement = self.context_parallel_group, self.context_parallel_placement
+        if group is None:
+            return None
+        lengths = [x.shape[1]] * group.size()
+        if placement == "contiguous":
+            lengths = distributed.shard_lengths(x, group=group)
+        return {"group": group, "placement": placement, "lengths": lengths}
+
     def _check_inputs(
         self,
         x: Tensor,
@@ -203,6 +237,7 @@ class FlashAttention(nn.Module):
         max_seqlen: int | None,
         cache: KVCache | None,
     ) -> None:
+        group = self.context_parallel_group
         layout, ndim = ("(batch, sequence", 3) if cu_seqlens is None else ("(tokens", 2)
         for name, tensor in (("x", x), ("context", x if context is None else context)):
             if tensor.ndim != ndim or tensor.shape[-1] != self.embed_dim:
@@ -218,6 +253,15 @@ class FlashAttention(nn.Module):
             ("context", context, "cache", cache, "the cache holds the keys of x"),
             ("cache", cache, "cu_seqlens", cu_seqlens, "it holds whole batches"),
             ("attn_mask", attn_mask, "cu_seqlens", cu_seqlens, "a mask has no packed form"),
+            *(
+                (name, argument, "context_parallel_group", group, "the ring has no such option")
+                for name, argument in (
+                    ("context", context),
+                    ("attn_mask", attn_mask),
+                    ("cu_seqlens", cu_seqlens),
+                    ("cache", cache),
+                )
+            ),
         )
         for name, argument, other_name, other, reason in exclusions:
             if argument is not None and other is not None:
@@ -247,6 +291,8 @@ class FlashAttention(nn.Module):
             parts.append(f"scale={self.scale}")
         if self.backend != "auto":
             parts.append(f"backend={self.backend!r}")
+        if self.context_parallel_group is not None:
+            parts.append(f"context_parallel={self.context_parallel_placement!r}")
         return ", ".join(parts)
 
 
@@ -354,19 +400,15 @@ def split_attention(q: Tensor, k: Tensor, v: Tensor, splits: int, **options: Any
     unfold = {"h": kv_heads, "n": splits, "g": group_size}
     out = rearrange(out, "b (h n g) s d -> n b (h g) s d", **unfold)
     lse = rearrange(lse, "b (h n g) s -> n b (h g) s", **unfold)
-    states = [_state_of(out[part], lse[part]) for part in range(splits)]
+    states = [online_softmax.state_of(out[part], lse[part]) for part in range(splits)]
     if splits * length < k.shape[2]:
         rest = (x[:, :, splits * length :] for x in (k, v))
-        states.append(_state_of(*flash_attention(q, *rest, return_lse=True, **kept)))
+        rest_out, rest_lse = flash_attention(q, *rest, return_lse=True, **kept)
+        states.append(online_softmax.state_of(rest_out, rest_lse))
     if options.get("sinks") is not None:
         sink = options["sinks"].to(lse.dtype).view(-1, 1).expand_as(lse[0])
-        states.append(_state_of(torch.zeros_like(out[0]), sink))
+        states.append(online_softmax.state_of(torch.zeros_like(out[0]), sink))
     return online_softmax.finalize(functools.reduce(online_softmax.merge, states)).to(q.dtype)
-
-
-def _state_of(out: Tensor, lse: Tensor) -> online_softmax.SoftmaxState:
-    """The state of finished attention: ``out`` is one value of weight ``exp(lse)``."""
-    return online_softmax.SoftmaxState(lse, (lse > -torch.inf).to(lse.dtype), out.to(lse.dtype))
 
 
 def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:

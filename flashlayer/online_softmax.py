@@ -87,6 +87,16 @@ def update(
     return merge(state, SoftmaxState(m, p.sum(dim=-1), (p if kept is None else p * kept) @ value))
 
 
+def state_of(out: Tensor, lse: Tensor) -> SoftmaxState:
+    """The state of finished attention, to be merged with others: one value of score ``lse``.
+
+    Args:
+        out: ``(..., M, Dv)``, what :func:`finalize` returned, in any dtype.
+        lse: ``(..., M)``, what :func:`lse` returned; the state is in its dtype.
+    """
+    return SoftmaxState(lse, (lse > -torch.inf).to(lse.dtype), out.to(lse.dtype))
+
+
 def merge(a: SoftmaxState, b: SoftmaxState) -> SoftmaxState:
     """The state of the keys of ``a`` and ``b`` together; associative and commutative."""
     m = torch.maximum(a.m, b.m)
