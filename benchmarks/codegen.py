@@ -84,7 +84,7 @@ def _window(spec: AttentionSpec) -> AttentionSpec:
 
 
 def _mask(q: Tensor) -> Tensor:
-    return q.new_empty(BATCH, 1, SEQLEN, SEQLEN)
+    return q.new_empty(BATCH, 1, SEQLEN, SEQLEN).requires_grad_()
 
 
 def _slopes(q: Tensor) -> Tensor:
@@ -103,8 +103,7 @@ def _packed(spec: AttentionSpec, q: Tensor) -> tuple[AttentionSpec, AttentionExt
 
 
 def _everything(spec: AttentionSpec, q: Tensor) -> tuple[AttentionSpec, AttentionExtras]:
-    spec = replace(_window(spec), softcap=30.0, dropout_p=0.1, mask_gradient=True)
-    return spec, AttentionExtras(
+    return replace(_window(spec), softcap=30.0, dropout_p=0.1), AttentionExtras(
         attn_mask=_mask(q),
         alibi_slopes=_slopes(q),
         sinks=q.new_empty(HEADS),
@@ -116,10 +115,7 @@ OPTIONS: dict[str, Callable[[AttentionSpec, Tensor], tuple[AttentionSpec, Attent
     "none": lambda spec, q: (spec, AttentionExtras()),
     "packed": _packed,
     "window": lambda spec, q: (_window(spec), AttentionExtras()),
-    "mask": lambda spec, q: (
-        replace(spec, mask_gradient=True),
-        AttentionExtras(attn_mask=_mask(q)),
-    ),
+    "mask": lambda spec, q: (spec, AttentionExtras(attn_mask=_mask(q))),
     "softcap": lambda spec, q: (replace(spec, softcap=30.0), AttentionExtras()),
     "alibi": lambda spec, q: (spec, AttentionExtras(alibi_slopes=_slopes(q))),
     "sinks": lambda spec, q: (spec, AttentionExtras(sinks=q.new_empty(HEADS))),

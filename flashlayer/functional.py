@@ -428,7 +428,7 @@ def build_problem(
         dropout_p=float(dropout_p),
         mask_gradient=mask is not None
         and mask.is_floating_point()
-        and (mask.requires_grad or torch._C._are_functorch_transforms_active()),
+        and torch._C._are_functorch_transforms_active(),
     )
     extras = AttentionExtras(
         attn_mask=mask,

@@ -46,8 +46,8 @@ class AttentionSpec:
         dropout_p: probability that an attention weight is dropped; 0 is off.
         max_seqlen_q: longest query sequence of a packed batch; None for a dense one.
         max_seqlen_k: longest key sequence of a packed batch; None for a dense one.
-        mask_gradient: whether someone may ask for the gradient of an additive mask. The mask's own
-            ``requires_grad`` does not say so inside a transform of ``torch.func``.
+        mask_gradient: whether someone may ask for the gradient of an additive mask although its
+            ``requires_grad`` does not say so, as inside a transform of ``torch.func``.
         diagonal: where the band is anchored when ``Sq != Sk``: ``"bottom_right"`` aligns the last
             query with the last key (flash_attn), ``"top_left"`` the first with the first (SDPA).
     """
@@ -139,6 +139,11 @@ class AttentionExtras(NamedTuple):
     dropout_seed: Tensor | None = None  # () int64; there whenever spec.dropout_p > 0
     cu_seqlens_q: Tensor | None = None  # (sequences + 1,) int32; packed, B = 1 and S = T
     cu_seqlens_k: Tensor | None = None
+
+    def wants_mask_gradient(self, spec: AttentionSpec) -> bool:
+        """Whether the backward pass is to compute ``d_mask``."""
+        mask = self.attn_mask
+        return mask is not None and (spec.mask_gradient or mask.requires_grad)
 
     def sinks_gradient(self, lse: Tensor, delta: Tensor) -> Tensor | None:
         """``d_sinks`` (H,) from ``lse`` and ``delta`` (B, H, Sq), None where there are no sinks.

@@ -110,7 +110,7 @@ def backward(
     dq = torch.zeros_like(q)
     dk, dv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
     d_mask = None
-    if extras.attn_mask is not None and spec.mask_gradient:
+    if extras.attn_mask is not None and extras.wants_mask_gradient(spec):
         d_mask = torch.zeros_like(extras.attn_mask, dtype=dtype)
     delta = q.new_zeros(q.shape[:3], dtype=dtype)
     # A row that sees no key has lse = -inf and only scores of -inf: +inf makes their exp(S - lse)

@@ -75,7 +75,7 @@ def backward(
     extras: AttentionExtras,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """See :class:`flashlayer.spec.Backend`."""
-    wants_d_mask = extras.attn_mask is not None and spec.mask_gradient
+    wants_d_mask = extras.wants_mask_gradient(spec)
     dq, dk, dv, d_mask, d_sinks = _backward(
         do, dlse, q, k, v, o, lse, wants_d_mask, *flatten(spec, extras)
     )
