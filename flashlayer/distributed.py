@@ -170,7 +170,8 @@ def ulysses_attention(
                    and with ``return_lse`` (N - 1) / N * B * S * H of lse's
         backward   the same
 
-    which does not grow with N at a fixed ``N * S``, as the ring's does; memory is O(S) per head.
+    so a sequence of fixed length ``N * S`` costs a rank 1 / N of it, where the ring's traffic stays
+    the same. Memory is that of the whole sequence for ``1 / N`` of the heads.
 
     Args:
         query: ``(B, H, S, D)``, this rank's shard; N must divide ``H``.
@@ -389,15 +390,17 @@ class Ring:
 
     def problem(self, piece: Piece, q: Tensor, k: Tensor, v: Tensor) -> Problem:
         """One piece as a call of its own. The sinks are no key of any piece."""
-        return build_problem(
-            q[:, :, piece.q_rows],
-            k[:, :, piece.k_rows],
-            v[:, :, piece.k_rows],
-            window_size=piece.window_size,
-            diagonal="top_left",
-            scale=self.spec.scale,
-            softcap=self.spec.softcap,
-        )
+        # Autocast has had its say at the door; the backward pass may run under another.
+        with torch.autocast(q.device.type, enabled=False):
+            return build_problem(
+                q[:, :, piece.q_rows],
+                k[:, :, piece.k_rows],
+                v[:, :, piece.k_rows],
+                window_size=piece.window_size,
+                diagonal="top_left",
+                scale=self.spec.scale,
+                softcap=self.spec.softcap,
+            )
 
     def hops(self, k: Tensor, v: Tensor) -> Iterator[Hop]:
         """One hop after the other, this rank's own keys first.

@@ -341,8 +341,13 @@ def check_helpers(rank: int, device: torch.device) -> None:
         ring_attention(q, q[:, :, :7], q[:, :, :7])
     with pytest.raises(ValueError, match=f"needs a sequence that {2 * ranks} divides"):
         shard_sequence(torch.zeros(1, 2 * ranks + 1), placement="zigzag")
-    # What has no second derivative says so.
     q.requires_grad_()
+    out = ring_attention(q, q, q)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert ring_attention(q, q, q).dtype == torch.bfloat16
+        (inside,) = torch.autograd.grad(out.sum(), q, retain_graph=True)
+    assert torch.equal(inside, torch.autograd.grad(out.sum(), q)[0])
+    # What has no second derivative says so.
     (grad,) = torch.autograd.grad(ring_attention(q, q, q).sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="ring_attention has no second derivative"):
         grad.sum().backward()
