@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import subprocess
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from benchmarks.cases import DTYPES, Case, Inputs, draw
 from benchmarks.peers import OF_FLASHLAYER, OURS, Refused, Runner
 from flashlayer import flash_attention
 from tests.tolerance import FACTORS, GRADIENT_FACTOR, error_bound, recomputation_noise
-from train.measure import PeakMemory, in_fresh_process, synchronize
+from train.measure import PeakMemory, Stopwatch, Yardstick, in_fresh_process, synchronize
 
 # One sample is as many calls as take this long, so that clocks and launches are no matter.
 SAMPLE_SECONDS = {"cpu": 0.02, "cuda": 0.01}
@@ -35,28 +34,6 @@ NOISY_LENGTH = 128
 
 # Positions whose results are held against fp64 where a window makes them a problem of their own.
 CHECKED_LENGTH = 2048
-
-
-class Stopwatch:
-    """Seconds between two moments of the device's own work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_cuda = device.type == "cuda"
-
-    def now(self) -> Any:
-        """A moment, to be given to :meth:`seconds`."""
-        if not self.on_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, start: Any, stop: Any) -> float:
-        """The time from one to the other; waits for the device."""
-        if not self.on_cuda:
-            return stop - start
-        stop.synchronize()
-        return start.elapsed_time(stop) / 1e3
 
 
 def sample(runner: Runner, backward: bool, calls: int, device: torch.device) -> dict[str, float]:
@@ -105,7 +82,7 @@ def measure(
         turns[name] = max(ROUNDS_MIN, min(rounds, int(PEER_SECONDS / once)))
     turns[OURS] = max(turns.values())
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in runners}
-    yardstick = Yardstick(case, device)
+    yardstick = Yardstick(device, DTYPES[case.dtype])
     for index in range(turns[OURS]):
         yardstick.sample()
         order = list(runners) if index % 2 == 0 else list(reversed(runners))
@@ -126,7 +103,7 @@ def measure(
         "case": case,
         "rounds": turns,
         "calls": calls,
-        "matmul_flops": yardstick.flops(),
+        "matmul_flops": yardstick.typical(),
         "peers": results,
     }
 
@@ -227,28 +204,6 @@ class Judge:
             bound += self.noise.get(("out", "dq", "dk", "dv")[index], 0.0) * torch.finfo(dtype).eps
             shares.append((actual - reference).abs().max().item() / bound)
         return max(shares)
-
-
-class Yardstick:
-    """A large matrix product, timed in every round beside the peers."""
-
-    def __init__(self, case: Case, device: torch.device) -> None:
-        self.size = 8192 if device.type == "cuda" else 1024
-        generator = torch.Generator().manual_seed(0)
-        self.factor = torch.randn(self.size, self.size, generator=generator)
-        self.factor = self.factor.to(device, DTYPES[case.dtype])
-        self.watch, self.taken = Stopwatch(device), []
-        torch.mm(self.factor, self.factor)
-
-    def sample(self) -> None:
-        """Time one product."""
-        start = self.watch.now()
-        torch.mm(self.factor, self.factor)
-        self.taken.append(self.watch.seconds(start, self.watch.now()))
-
-    def flops(self) -> float:
-        """FLOP/s, of the median time."""
-        return 2 * self.size**3 / statistics.median(self.taken)
 
 
 def memory_by_length(

@@ -121,6 +121,55 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class Stopwatch:
+    """Seconds between two moments of the device's own work."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Of this device."""
+        self.on_cuda = device.type == "cuda"
+
+    def now(self) -> Any:
+        """A moment, to be given to :meth:`seconds`."""
+        if not self.on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, stop: Any) -> float:
+        """The time from one to the other; waits for the device."""
+        if not self.on_cuda:
+            return stop - start
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3
+
+
+class Yardstick:
+    """A large matrix product, timed now and then: what the device can do."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Make the factor, from a generator of its own, and multiply once to warm up."""
+        self.size = 8192 if device.type == "cuda" else 1024
+        generator = torch.Generator().manual_seed(0)
+        self.factor = torch.randn(self.size, self.size, generator=generator).to(device, dtype)
+        self.watch, self.taken = Stopwatch(device), []
+        torch.mm(self.factor, self.factor)
+
+    def sample(self) -> None:
+        """Time one product."""
+        start = self.watch.now()
+        torch.mm(self.factor, self.factor)
+        self.taken.append(self.watch.seconds(start, self.watch.now()))
+
+    def typical(self) -> float:
+        """FLOP/s, of the median time."""
+        return 2 * self.size**3 / statistics.median(self.taken)
+
+    def peak(self) -> float:
+        """FLOP/s, of the shortest time."""
+        return 2 * self.size**3 / min(self.taken)
+
+
 @dataclass
 class LayerStudy:
     """One causal attention layer, forward + backward, at growing lengths.
