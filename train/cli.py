@@ -12,12 +12,12 @@ import lightning as L
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from tokenizers import Tokenizer
 
 from train import UsageError
 from train.config import RUNS, build, check, quiet, training_parser
 from train.data import END_OF_DOCUMENT, TextData
+from train.insight import Insight, InsightOptions, loggers
 from train.lit import GPTModule
 from train.model import GPTConfig
 from train.parity import ParityOptions, run_parity
@@ -64,9 +64,7 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m train", description=__doc__, exit_on_error=False)
     commands = parser.add_subcommands(required=True)
     parity = parity_parser()
-    fitting = training_parser(
-        "Train one GPT; run the same command again to go on from its last checkpoint."
-    )
+    fitting = fit_parser()
     sampling = ArgumentParser(
         description="Continue a prompt with a trained GPT.", exit_on_error=False
     )
@@ -85,6 +83,15 @@ def parity_parser() -> ArgumentParser:
         "Train the same GPT with several attentions and judge whether they agree."
     )
     parser.add_argument("--parity", type=ParityOptions, default=ParityOptions())
+    return parser
+
+
+def fit_parser() -> ArgumentParser:
+    """The parser of ``python -m train fit``."""
+    parser = training_parser(
+        "Train one GPT; run the same command again to go on from its last checkpoint."
+    )
+    parser.add_argument("--insight", type=InsightOptions, default=InsightOptions())
     return parser
 
 
@@ -114,6 +121,7 @@ def fit(config: Namespace) -> None:
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is saved.
     """
     check(config)
+    insight = Insight(InsightOptions(**config.insight.as_dict()))
     folder = RUNS / config.name / "checkpoints"
     last = folder / "last.ckpt"
     stop = StopAtCtrlC()
@@ -122,8 +130,8 @@ def fit(config: Namespace) -> None:
     )
     trainer, module, data = build(
         config,
-        callbacks=[best, stop, *progress(config.name)],
-        logger=CSVLogger(RUNS, name=config.name),
+        callbacks=[best, stop, insight, *progress(config.name)],
+        logger=loggers(config.name),
         enable_model_summary=False,
     )
     if last.exists():
