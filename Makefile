@@ -1,6 +1,8 @@
 # Two commands: `make demo` and `make test`. Both set up .venv first, with the tested versions of constraints.txt.
 #   make demo     train the demo GPT with flash and with standard attention, and say where the report is
 #   make test     every test that needs no GPU
+#   make docs     the site, in build/docs/index.html
+#   make notebooks   run the chapter's notebooks and write what comes out into them
 #   make lint     ruff and pyright
 #   make bench    attention against its peers on this CPU, and the compile ledger of the kernels for GPUs
 #   make gpu      everything that needs a CUDA GPU: tests, memory check, benchmark, training proof; OUT=folder
@@ -13,13 +15,19 @@ RUN := $(VENV)/bin/python
 # Waiting OpenMP threads sleep instead of spinning: several times faster where other processes want the cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test docs notebooks lint bench gpu clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m train parity --config configs/parity_cpu.yaml
 
-test: $(VENV)/.installed
+test: $(VENV)/.docs
 	$(RUN) -m pytest -n auto --dist worksteal
+
+docs: $(VENV)/.docs
+	$(RUN) -m sphinx -q -W --keep-going docs build/docs
+
+notebooks: $(VENV)/.docs
+	$(RUN) docs/notebooks.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -43,6 +51,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flashlayer needs Python 3.11 or newer, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,test,hf]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	touch $@
 
 clean:

@@ -78,7 +78,7 @@ def ring_attention(
     out: nothing is sent for it. Memory per rank is that of its shard, of the keys of two hops and,
     in the backward pass, of their gradients: O(S / N).
 
-    Traffic: with N ranks, S positions a rank and h hops (h = N but for windows) each rank sends
+    Traffic: with N ranks, S positions a rank and h hops (h = N but for windows) each rank sends::
 
         forward    (h - 1) * B * Hkv * S * (D + Dv) elements of key's dtype
         backward   the same, and h times B * Hkv * S * (D + Dv) elements of the gradients' sums,
@@ -120,8 +120,8 @@ def ring_attention(
             the placement.
 
     Sources: Liu, Zaharia & Abbeel, "Ring Attention with Blockwise Transformers" (arXiv 2310.01889),
-        section 3; Brandon et al., "Striped Attention" (arXiv 2311.09431), for the imbalance of
-        causal work and its cure by placement.
+    section 3; Brandon et al., "Striped Attention" (arXiv 2311.09431), for the imbalance of causal
+    work and its cure by placement.
 
     Example:
         >>> q, k, v = (shard_sequence(x, dim=2, placement="zigzag") for x in (q, k, v))
@@ -164,7 +164,7 @@ def ulysses_attention(
     An all-to-all exchange gives each rank the whole sequence of ``H / N`` query and ``Hkv / N`` kv
     heads; it attends on its own, and a second exchange brings the outputs back.
 
-    Traffic: with N ranks and S positions a rank, each rank sends
+    Traffic: with N ranks and S positions a rank, each rank sends::
 
         forward    (N - 1) / N * B * S * ((H + Hkv) * D + (Hkv + H) * Dv) elements of query's dtype,
                    and with ``return_lse`` (N - 1) / N * B * S * H of lse's

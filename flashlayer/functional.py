@@ -41,7 +41,7 @@ def flash_attention(
     r"""Exact softmax attention that never stores the ``Sq x Sk`` matrix.
 
     For every batch entry and query head ``h``, with kv head ``h // (H // Hkv)``, over the keys j
-    that query i sees:
+    that query i sees::
 
         score[i, j] = softcap(scale * q[i] . k[j]) - slope * |i + offset - j| + mask[i, j]
         lse[i]      = log(sum_j exp(score[i, j]) + exp(sink))

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 class FlashAttention(nn.Module):
     r"""Multi-head attention over ``(B, S, E)`` by way of :func:`flash_attention`.
 
-        q = x W_q        k, v = (context or x) W_k, (context or x) W_v        y =
-        concat_h(attention_h(q, k, v)) W_o
+    ::
+
+        q, k, v = x W_q, (context or x) W_k, (context or x) W_v
+        y = concat_h(attention_h(q, k, v)) W_o
 
     Args:
         embed_dim: ``E``, size of the input and output features.

@@ -1,11 +1,11 @@
 r"""The algorithm itself: softmax-weighted averages, one block of keys at a time.
 
-Softmax attention needs, for one query with scores :math:`s_j` and values :math:`v_j`,
+Softmax attention needs, for one query with scores :math:`s_j` and values :math:`v_j`::
 
     m = max_j s_j        l = sum_j exp(s_j - m)        o = sum_j exp(s_j - m) v_j        out = o / l
 
 which looks like three passes over the keys. It takes one, because the triple ``(m, l, o)`` of a set
-of keys can be computed from the triples of any two parts of it: with ``m = max(m_a, m_b)``,
+of keys can be computed from the triples of any two parts of it: with ``m = max(m_a, m_b)``::
 
     l = exp(m_a - m) l_a + exp(m_b - m) l_b        o = exp(m_a - m) o_a + exp(m_b - m) o_b
 
@@ -14,10 +14,10 @@ commutative, and the empty set ``(-inf, 0, 0)`` is its neutral element, so block
 order, in any grouping, from any device.
 
 Sources: Milakov & Gimelshein, "Online normalizer calculation for softmax" (arXiv 1805.02867),
-    section 3, for ``m`` and
-``l``; Dao, "FlashAttention-2" (arXiv 2307.08691), section 3.1, for ``o`` left unnormalised until
-the end and for ``lse = m + log(l)``, all that the backward pass needs to recompute every
-probability as ``exp(s_j - lse)``.
+section 3, for ``m`` and ``l``; Dao, "FlashAttention-2" (arXiv 2307.08691), section 3.1, for ``o``
+left unnormalised until the end and for ``lse = m + log(l)``, all that the backward pass needs to
+recompute every probability as ``exp(s_j - lse)``.
+The chapter in ``docs/chapter`` derives all of it.
 
 Example:
     >>> scores, value = torch.randn(4, 100), torch.randn(100, 8)

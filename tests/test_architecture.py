@@ -1,8 +1,10 @@
 """The house plan, read off the imports."""
 
 import ast
+import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -72,14 +74,23 @@ def test_arrows(path: Path) -> None:
     assert imports(path) <= allowed
 
 
-@pytest.mark.parametrize("folder", ["train", "benchmarks"])
+def python_in(folder: Path) -> Iterator[tuple[Path, str]]:
+    """The source of every Python file and notebook."""
+    for path in folder.rglob("*.py"):
+        yield path, path.read_text()
+    for path in folder.rglob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        yield path, "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+
+
+@pytest.mark.parametrize("folder", ["train", "benchmarks", "docs"])
 def test_outside_the_package_only_public_names_are_used(folder: str) -> None:
     import flashlayer
 
     public = {f"flashlayer.{name}" for name in (*flashlayer.__all__, "__version__")}
     public |= {"flashlayer", "flashlayer.online_softmax"}
-    for path in (ROOT / folder).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path, source in python_in(ROOT / folder):
+        for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Import):
                 used = {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):

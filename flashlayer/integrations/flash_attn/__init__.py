@@ -1,7 +1,7 @@
 """The interface of ``flash_attn`` 2.8, computed by flashlayer, on any device and in any dtype.
 
 Names, signatures, layouts ``(B, S, H, D)`` and return values are those of the package, so code that
-was written for it runs unchanged after either of
+was written for it runs unchanged after either of::
 
     sys.modules["flash_attn"] = flashlayer.integrations.flash_attn
     flashlayer.integrations.flash_attn.install()

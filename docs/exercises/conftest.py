@@ -1,0 +1,31 @@
+"""Which answers the tests of the exercises are put to: ``--answers FOLDER``, by default yours."""
+
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def load_answers(folder: Path, exercise: str) -> ModuleType:
+    """The module ``exercise`` of a folder."""
+    spec = spec_from_file_location(f"answers_{exercise}", folder / f"{exercise}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option."""
+    parser.addoption("--answers", type=Path, default=HERE, help="folder of the files filled in")
+
+
+@pytest.fixture(scope="module")
+def answers(request: pytest.FixtureRequest) -> ModuleType:
+    """The functions that were filled in: of test_exercise_1.py those of exercise_1.py."""
+    exercise = request.path.stem.removeprefix("test_")
+    return load_answers(request.config.getoption("answers"), exercise)
