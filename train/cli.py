@@ -3,32 +3,40 @@
 import shlex
 import signal
 import sys
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import Tokenizer
 
-from train import UsageError
+from train import RunError, UsageError
+from train.checkpoint import (
+    CheckpointOptions,
+    Checkpoints,
+    WholeCheckpointIO,
+    candidates,
+    last_good,
+    read_checkpoint,
+)
 from train.config import RUNS, build, check, quiet, training_parser
 from train.data import END_OF_DOCUMENT, TextData
-from train.insight import Insight, InsightOptions, loggers
+from train.insight import Insight, InsightOptions, boards
 from train.lit import GPTModule
+from train.metrics import MetricsFile
 from train.model import GPTConfig
 from train.parity import ParityOptions, run_parity
 from train.progress import progress
+from train.stop import StopAtNonFinite, StopAtSignal, Stopped
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0 done, 1 the verdict is fail, 2 a mistake in the request, 130 Ctrl-C.
+        The exit status: 0 done, 1 the verdict is fail, 2 a mistake in the request, 3 a run that
+        could not go on, 130 Ctrl-C, 143 SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     quiet()
@@ -45,9 +53,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (ArgumentError, UsageError) as error:
         print(f"error: {_sentence(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except RunError as error:
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        return 3
+    except (KeyboardInterrupt, Stopped) as stop:
         print("interrupted", file=sys.stderr)
-        return 130
+        return 128 + getattr(stop, "signal", signal.SIGINT)
     return 0
 
 
@@ -64,7 +75,6 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m train", description=__doc__, exit_on_error=False)
     commands = parser.add_subcommands(required=True)
     parity = parity_parser()
-    fitting = fit_parser()
     sampling = ArgumentParser(
         description="Continue a prompt with a trained GPT.", exit_on_error=False
     )
@@ -72,7 +82,7 @@ def make_parser() -> ArgumentParser:
     commands.add_subcommand(
         "parity", parity, help="train with several attentions and judge whether they agree"
     )
-    commands.add_subcommand("fit", fitting, help="train one GPT, with checkpoints")
+    commands.add_subcommand("fit", fit_parser(), help="train one GPT, with checkpoints")
     commands.add_subcommand("sample", sampling, help="continue a prompt with a trained GPT")
     return parser
 
@@ -89,64 +99,60 @@ def parity_parser() -> ArgumentParser:
 def fit_parser() -> ArgumentParser:
     """The parser of ``python -m train fit``."""
     parser = training_parser(
-        "Train one GPT; run the same command again to go on from its last checkpoint."
+        "Train one GPT; run the same command again to go on from its last good checkpoint."
     )
     parser.add_argument("--insight", type=InsightOptions, default=InsightOptions())
+    parser.add_argument("--checkpoint", type=CheckpointOptions, default=CheckpointOptions())
     return parser
 
 
-class StopAtCtrlC(L.Callback):
-    """Lets Ctrl-C end training between two steps: inside one, an update could be half made."""
-
-    asked = False
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take Ctrl-C over; a second one stops at once."""
-
-        def stop(*_: Any) -> None:
-            self.asked = trainer.should_stop = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        signal.signal(signal.SIGINT, stop)
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give Ctrl-C back."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def fit(config: Namespace) -> None:
-    """Train one GPT into ``runs/<name>/checkpoints/``, from ``last.ckpt`` on if there is one.
+    """Train one GPT into ``runs/<name>/``, from its last good checkpoint on if there is one.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C, once the checkpoint is saved.
+        Stopped: after Ctrl-C or SIGTERM, once the checkpoint is saved.
+        RunError: the run can't go on; its last good checkpoint is as it was.
     """
     check(config)
     insight = Insight(InsightOptions(**config.insight.as_dict()))
     folder = RUNS / config.name / "checkpoints"
-    last = folder / "last.ckpt"
-    stop = StopAtCtrlC()
-    best = ModelCheckpoint(
-        folder, filename="best", monitor="val_loss", save_last=True, enable_version_counter=False
-    )
+    metrics, stop = MetricsFile(RUNS / config.name), StopAtSignal()
     trainer, module, data = build(
         config,
-        callbacks=[best, stop, insight, *progress(config.name)],
-        logger=loggers(config.name),
+        callbacks=[
+            stop,
+            Checkpoints(folder, CheckpointOptions(**config.checkpoint.as_dict())),
+            StopAtNonFinite(config.trainer.log_every_n_steps or 50),
+            insight,
+            *progress(config.name),
+        ],
+        logger=[metrics, *boards(config.name)],
+        plugins=[WholeCheckpointIO()],
         enable_model_summary=False,
     )
-    if last.exists():
-        _require_same_run(last, module, data)
-    trainer.fit(module, data, ckpt_path=last if last.exists() else None)
-    trainer.save_checkpoint(last)
-    if stop.asked:
-        print(f"stopped at step {trainer.global_step}: the same command goes on from {last}")
-        raise KeyboardInterrupt
-    print(f"trained {trainer.global_step} steps: {last}")
+    found = last_good(folder)
+    if found:
+        _require_same_run(*found, module, data)
+    metrics.cut(found[1]["global_step"] if found else 0)
+    try:
+        with stop:
+            trainer.fit(module, data, ckpt_path=found[0] if found else None, weights_only=True)
+    except Stopped as stopped:
+        if not stopped.at_once and trainer.global_step:
+            print(
+                f"stopped at step {trainer.global_step}: the same command goes on from "
+                f"{folder / 'last.ckpt'}"
+            )
+        raise
+    except RunError as error:
+        last = next(iter(candidates(folder)), None)
+        left = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+        raise RunError(f"{error}; {left}") from error
+    print(f"trained {trainer.global_step} steps: {folder / 'last.ckpt'}")
 
 
-def _require_same_run(checkpoint: Path, module: GPTModule, data: TextData) -> None:
+def _require_same_run(path: Path, saved: dict[str, Any], module: GPTModule, data: TextData) -> None:
     """Refuse to go on with other options than the checkpoint's: that run would be neither."""
-    saved = _load_checkpoint(checkpoint)
     for part, now in (
         ("hyper_parameters", module.hparams),
         ("datamodule_hyper_parameters", data.hparams),
@@ -154,20 +160,9 @@ def _require_same_run(checkpoint: Path, module: GPTModule, data: TextData) -> No
         changed = [name for name, value in now.items() if saved[part].get(name) != value]
         if changed:
             raise UsageError(
-                f"{checkpoint} was made with another {changed[0]} ({saved[part].get(changed[0])}, "
+                f"{path} was made with another {changed[0]} ({saved[part].get(changed[0])}, "
                 f"now {now[changed[0]]}): choose another --name, or delete it to start anew"
             )
-
-
-def _load_checkpoint(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UsageError(f"there is no checkpoint {path}")
-    if not zipfile.is_zipfile(path):
-        raise UsageError(f"{path} is not a checkpoint, or not a whole one")
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    if "TextData" not in loaded:
-        raise UsageError(f"{path} is not a checkpoint of python -m train fit")
-    return loaded
 
 
 def sample(
@@ -195,7 +190,7 @@ def sample(
     """
     if count < 1 or temperature <= 0 or top_k < 1:
         raise UsageError("count and top_k must be at least 1 and temperature above 0")
-    saved = _load_checkpoint(checkpoint)
+    saved = read_checkpoint(checkpoint)
     shape: GPTConfig = replace(saved["hyper_parameters"]["gpt"], attention=attention)
     tokenizer = Tokenizer.from_str(saved["TextData"]["tokenizer"])
     ids = tokenizer.encode(prompt).ids or [tokenizer.token_to_id(END_OF_DOCUMENT)]
@@ -203,7 +198,9 @@ def sample(
         raise UsageError(
             f"the prompt has {len(ids)} tokens and the model's context is {shape.context}"
         )
-    model = GPTModule.load_from_checkpoint(checkpoint, map_location="cpu", gpt=shape).model.eval()
+    module = GPTModule(**(saved["hyper_parameters"] | {"gpt": shape}))
+    module.load_state_dict(saved["state_dict"])
+    model = module.model.eval()
     generator = torch.Generator().manual_seed(seed)
     tokens = model.generate(
         torch.tensor([ids]), count, temperature=temperature, top_k=top_k, generator=generator

@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
 from flashlayer import flash_attention
@@ -44,13 +44,11 @@ class InsightOptions:
             raise UsageError(f"insight.every must be at least 1, not {self.every}")
 
 
-def loggers(name: str) -> list[Logger]:
-    """CSV and, where it is installed, TensorBoard, side by side in ``runs/<name>/version_<n>``."""
-    csv = CSVLogger(RUNS, name=name)
+def boards(name: str) -> list[Logger]:
+    """TensorBoard's logger, where it is installed, in ``runs/<name>/tensorboard``."""
     if find_spec("tensorboard") is None:
-        return [csv]
-    board = TensorBoardLogger(RUNS, name=name, version=csv.version, default_hp_metric=False)
-    return [csv, board]
+        return []
+    return [TensorBoardLogger(RUNS, name=name, version="tensorboard", default_hp_metric=False)]
 
 
 class Insight(L.Callback):

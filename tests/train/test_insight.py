@@ -19,7 +19,7 @@ from train.lit import GPTModule
 from train.measure import Yardstick
 from train.model import GPT, GPTConfig
 
-VERSION = Path("runs/tiny/version_0")
+RUN = Path("runs/tiny")
 SHAPE = GPTConfig(vocab_size=50, context=24, n_layer=2, n_head=2, n_embd=16)
 
 
@@ -74,7 +74,8 @@ def test_model_flops_are_those_that_pytorch_counts_but_for_the_hidden_keys() -> 
 
 def rows() -> list[dict[str, float]]:
     """The CSV file, without what a row leaves empty."""
-    with (VERSION / "metrics.csv").open() as file:
+    (path,) = RUN.rglob("metrics.csv")
+    with path.open() as file:
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
@@ -143,7 +144,7 @@ def check_attention_rows(found: list[dict[str, float]]) -> None:
     tags = [f"{name}/layer_{i}" for name in ("attention_entropy", "max_logit") for i in (0, 1)]
     attention = [row for row in found if tags[0] in row]
     assert [row["step"] for row in attention] == [4, 9]
-    board = EventAccumulator(str(VERSION)).Reload()
+    board = EventAccumulator(str(RUN / "tensorboard")).Reload()
     for tag in (*tags, "train_loss", "mfu", "learning_rate"):
         written = [(row["step"], row[tag]) for row in found if tag in row]
         assert [(e.step, pytest.approx(e.value)) for e in board.Scalars(tag)] == written
@@ -156,8 +157,10 @@ def test_without_tensorboard_there_is_the_csv_file(
     fit_arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(insight, "find_spec", lambda name: None)
-    assert cli.main([*fit_arguments, "--trainer.max_steps", "1"]) == 0
-    assert not list(VERSION.glob("events*"))
+    options = ["--trainer.max_steps", "1", "--trainer.log_every_n_steps", "1"]
+    assert cli.main([*fit_arguments, *options]) == 0
+    assert not (RUN / "tensorboard").exists()
+    assert rows()
 
 
 def test_the_dtype_of_the_yardstick_is_that_of_the_products(fit_arguments: list[str]) -> None:

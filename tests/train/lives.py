@@ -1,0 +1,151 @@
+"""A run that is killed again and again, each life in a process of its own."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import os
+import signal
+import sys
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from train.lit import GPTModule
+from train.metrics import MetricsFile
+
+ROOT = Path(__file__).parents[2]
+TIME_LIMIT = 120.0
+
+# A server that has imported everything once: a life begins in milliseconds, not seconds.
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.train.lives", "train.cli"])
+
+
+def live(arguments: list[str], where: str = "", count: int = 0) -> tuple[int, str]:
+    """Run ``python -m train`` with ``arguments``; SIGKILL at the ``count``-th passage of ``where``.
+
+    Returns:
+        The exit status (negative: the signal that ended it), and all that was printed.
+    """
+    output = Path("output.txt")
+    process = CONTEXT.Process(target=_life, args=(arguments, where, count, output, Path.cwd()))
+    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # for the server, at its first use
+        process.start()
+    process.join(TIME_LIMIT)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        raise TimeoutError(output.read_text())
+    assert process.exitcode is not None
+    return process.exitcode, output.read_text()
+
+
+def _life(arguments: list[str], where: str, count: int, output: Path, folder: Path) -> None:
+    from train.cli import main
+
+    os.chdir(folder)
+    sys.stdout = sys.stderr = output.open("w", buffering=1)
+    torch.set_num_threads(1)
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = folder / "datasets"
+    if where:
+        DEATHS[where](count)
+    status = main(arguments)
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _at(target: Any, name: str, count: int, *, after: bool = False) -> None:
+    """Die before or after the ``count``-th call of a method."""
+    method, calls = getattr(target, name), 0
+
+    @functools.wraps(method)
+    def call(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count and not after:
+            _die()
+        result = method(*args, **options)
+        if calls == count:
+            _die()
+        return result
+
+    mock.patch.object(target, name, call).start()
+
+
+def _in_a_write(count: int) -> None:
+    """Die when half of the ``count``-th checkpoint is on the disk."""
+    save, calls = torch.save, 0
+
+    def half(checkpoint: Any, file: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls < count:
+            return save(checkpoint, file)
+        whole = io.BytesIO()
+        save(checkpoint, whole)
+        file.write(whole.getvalue()[: whole.tell() // 2])
+        file.flush()
+        return _die()
+
+    mock.patch("torch.save", half).start()
+
+
+def _in_a_row(count: int) -> None:
+    """Die when half of the ``count``-th row of the metrics is on the disk."""
+    lines, calls = MetricsFile._lines, 0
+
+    def half(self: MetricsFile, rows: list[dict]) -> str:
+        nonlocal calls
+        calls += 1
+        text = lines(self, rows)
+        if calls == count and rows:
+            with self.path.open("a", newline="") as file:
+                file.write(text[: len(text) // 2])
+            _die()
+        return text
+
+    mock.patch.object(MetricsFile, "_lines", half).start()
+
+
+DEATHS = {
+    "before a batch": lambda count: _at(GPTModule, "on_train_batch_start", count),
+    "in a batch": lambda count: _at(GPTModule, "training_step", count, after=True),
+    "after an update": lambda count: _at(torch.optim.AdamW, "step", count, after=True),
+    "in a validation": lambda count: _at(GPTModule, "validation_step", count),
+    "in a checkpoint": _in_a_write,
+    "before a checkpoint has its name": lambda count: _at(os, "fsync", count),
+    "before old checkpoints go": lambda count: _at(
+        sys.modules["train.checkpoint"].Checkpoints, "_prune", count
+    ),
+    "in a row of the metrics": _in_a_row,
+}
+
+
+def curve(run: Path) -> dict[tuple[str, int], str]:
+    """Every loss and gradient norm by name and step, as written; one that is there twice fails."""
+    found: dict[tuple[str, int], str] = {}
+    with (run / "metrics.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name in ("train_loss", "val_loss", "grad_norm"):
+                if row.get(name):
+                    key = name, int(row["step"])
+                    assert key not in found, f"{key} is there twice"
+                    found[key] = row[name]
+    return found
+
+
+def state(run: Path) -> dict[str, Any]:
+    """What the run's last checkpoint holds of the model and the optimiser."""
+    saved = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    return {name: saved[name] for name in ("global_step", "state_dict", "optimizer_states")}

@@ -1,0 +1,240 @@
+"""What ends a run before its last step: a signal, or a number that is none."""
+
+import math
+import signal
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from train import RunError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(BaseException):
+    """Somebody asked the run to stop; like KeyboardInterrupt no error.
+
+    Attributes:
+        signal: how.
+        at_once: whether they asked twice.
+    """
+
+    def __init__(self, signum: int, *, at_once: bool) -> None:
+        """Keep what a shell would say of the signal."""
+        super().__init__()
+        self.signal, self.at_once = signal.Signals(signum), at_once
+
+
+class StopAtSignal(L.Callback):
+    """Lets Ctrl-C or SIGTERM end training between two steps: inside one, an update is half made.
+
+    A context manager around ``fit``, and a callback in it that raises :class:`Stopped` on every
+    rank at the same step, whichever of them got the signal. A second signal stops at once.
+    """
+
+    asked: int | None = None
+
+    def __enter__(self) -> None:
+        """Take the signals over."""
+        self.before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+        self._take_over()
+
+    def __exit__(self, *_: Any) -> None:
+        """Give them back."""
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take them over again, from Lightning.
+
+        Among several processes its handler communicates, perhaps inside another communication.
+        """
+        self._take_over()
+
+    on_train_start = on_sanity_check_start
+
+    def _take_over(self) -> None:
+        for signum in SIGNALS:
+            signal.signal(signum, self._note)
+
+    def _note(self, signum: int, _: Any) -> None:
+        if self.asked is not None:
+            raise Stopped(signum, at_once=True)
+        self.asked = signum
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop here if any rank was asked to."""
+        if trainer.strategy.reduce_boolean_decision(self.asked is not None, all=False):
+            raise Stopped(self.asked or signal.SIGTERM, at_once=False)
+
+
+class StopAtNonFinite(L.Callback):
+    """Ends a run whose loss or gradient is NaN or infinite before the update that would spread it.
+
+    The loss and the largest entry of every gradient are gathered in one vector on the device, and
+    the vector of the first bad step stays there until it is looked at. On the CPU a look is free
+    and happens at every step, so that a bad update is never made. On a GPU it would wait for the
+    backward pass, so that it happens every ``every`` steps, best where the logger waits anyway, and
+    before a checkpoint is written. The search for the culprit begins after that.
+    """
+
+    def __init__(self, every: int) -> None:
+        """Look every ``every`` steps where a look is not free."""
+        self.every = every
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing is bad yet."""
+        self.names: list[str] = []
+        self.batches: list[Any] = []
+        self.losses: list[Tensor] = []
+        self.first_bad: Tensor | None = None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the batches of this step; the search runs them again."""
+        self.batches.append(batch)
+
+    def on_before_backward(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
+    ) -> None:
+        """Keep the loss."""
+        self.losses.append(loss.detach())
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Look at this step's numbers, or hold them until it is time to look."""
+        # With fp16's scaler an infinite gradient is a normal event: it skips the step.
+        gradients = _local_gradients(pl_module) if getattr(trainer, "scaler", None) is None else {}
+        self.names = list(gradients)
+        loss = torch.stack(self.losses).sum().float()
+        # One launch for all, as in torch's own clip_grad_norm_.
+        largest = torch._foreach_norm(  # pyright: ignore[reportPrivateImportUsage]
+            list(gradients.values()), torch.inf
+        )
+        numbers = torch.stack([loss, *(norm.float() for norm in largest)])
+        if self.first_bad is None:
+            self.first_bad = numbers
+            self.finite_steps, self.looked_at = torch.zeros_like(loss), trainer.global_step
+        else:
+            self.first_bad = torch.where(self.first_bad.isfinite().all(), numbers, self.first_bad)
+        self.finite_steps += self.first_bad.isfinite().all()
+        on_cpu = pl_module.device.type == "cpu"
+        if on_cpu or (trainer.global_step + 1) % self.every == 0:
+            self.look(trainer, pl_module)
+        self.batches, self.losses = [], []
+
+    def look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Read what was gathered since the last look; called on every rank.
+
+        Raises:
+            RunError: something in it is not finite on one of them.
+        """
+        if self.first_bad is None:
+            return
+        loss, *largest = self.first_bad.tolist()
+        step = self.looked_at + int(self.finite_steps.item()) + 1
+        self.first_bad = None
+        fine = all(math.isfinite(number) for number in (loss, *largest))
+        if trainer.strategy.reduce_boolean_decision(fine):
+            return
+        bad = {
+            name
+            for name, number in zip(self.names, largest, strict=True)
+            if not math.isfinite(number)
+        }
+        # After an update with a NaN every weight is one, and a forward pass tells nothing more.
+        batches = self.batches if step == trainer.global_step + 1 else []
+        raise RunError(_diagnosis(trainer, pl_module, step, loss, bad, batches))
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let no poisoned state replace a good one."""
+        self.look(trainer, pl_module)
+        weights = checkpoint["state_dict"]  # empty where another rank holds the whole of it
+        finite = torch.tensor([bool(weight.isfinite().all()) for weight in weights.values()])
+        if not trainer.strategy.reduce_boolean_decision(bool(finite.all())):
+            bad = [name for name, fine in zip(weights, finite, strict=True) if not fine]
+            first = f"{_module_of(bad[0])} has" if bad else "another rank has"
+            raise RunError(f"after step {trainer.global_step} {first} weights that are not finite")
+
+
+def _local_gradients(module: nn.Module) -> dict[str, Tensor]:
+    """What this rank holds of every gradient, in forward order."""
+    gradients = {
+        name: parameter.grad
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
+    local = {
+        name: grad.to_local() if isinstance(grad, DTensor) else grad
+        for name, grad in gradients.items()
+    }
+    return {name: grad for name, grad in local.items() if grad.numel()}
+
+
+def _diagnosis(
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    step: int,
+    loss: float,
+    bad: set[str],
+    batches: list[Any],
+) -> str:
+    """One sentence: what is not finite at which step, and where it came from."""
+    if trainer.world_size > 1:
+        found: list[Any] = [None] * trainer.world_size
+        dist.all_gather_object(found, (step, loss, bad))
+        step = min(other for other, _, _ in found)
+        loss = next((other for _, other, _ in found if not math.isfinite(other)), loss)
+        bad = set().union(*(names for _, _, names in found))
+    what = "gradient is not finite" if math.isfinite(loss) else f"loss is {loss}"
+    clues = []
+    # A parameter's place in the module is its place in the forward pass.
+    modules = [_module_of(name) for name, _ in pl_module.named_parameters() if name in bad]
+    if modules:
+        clues.append(f"the first module with a non-finite gradient is {modules[0]}")
+        if modules[-1] != modules[0]:
+            clues.append(f"the backward pass, from the last to the first, began with {modules[-1]}")
+    culprit = _first_in_forward_pass(trainer, pl_module, batches)
+    if culprit:
+        clues.append(f"in the forward pass {culprit}")
+    return f"the {what} at step {step}: {'; '.join(clues)}"
+
+
+def _first_in_forward_pass(
+    trainer: L.Trainer, pl_module: L.LightningModule, batches: list[Any]
+) -> str | None:
+    """Which module is the first with weights or an output that are not finite, of ``batches``."""
+    found: list[str] = []
+
+    def check(name: str, module: nn.Module, _: Any, output: Any) -> None:
+        weights = all(p.isfinite().all() for p in module.parameters(recurse=False))
+        if not weights:
+            found.append(f"{name} is the first with weights that are not finite")
+        elif isinstance(output, Tensor) and not output.isfinite().all():
+            found.append(f"{name} is the first with an output that is not finite")
+
+    hooks = [
+        module.register_forward_hook(partial(check, name))
+        for name, module in pl_module.named_modules()
+    ]
+    with torch.no_grad(), trainer.precision_plugin.train_step_context():
+        for batch in batches:
+            pl_module.training_step(batch)
+    for hook in hooks:
+        hook.remove()
+    return found[0] if found else None
+
+
+def _module_of(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
