@@ -7,7 +7,7 @@ gradients in flight are left out, and the run that resumes computes them again.
 
 import pickle
 import re
-import warnings
+import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,17 @@ from train.metrics import MetricsFile
 from train.stop import Stopped
 
 LINKS = ("last.ckpt", "best.ckpt")
-# What only fit writes: the tokenizer, both sets of options, and where the run was.
-PARTS = {"TextData", "hyper_parameters", "datamodule_hyper_parameters", "global_step", "callbacks"}
+# What fit writes and others don't, or not all of it.
+PARTS = {
+    "global_step": int,
+    "state_dict": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "callbacks": dict,
+    "hyper_parameters": dict,
+    "datamodule_hyper_parameters": dict,
+    "TextData": dict,
+}
 
 
 class BadCheckpoint(UsageError):
@@ -76,8 +85,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         BadCheckpoint: it isn't there, isn't whole, isn't what was written, isn't ``fit``'s.
     """
-    if not path.is_file():
+    if not path.exists():
         raise BadCheckpoint(f"there is no checkpoint {path}")
+    if not path.is_file():
+        raise BadCheckpoint(f"{path} is a folder, not a checkpoint of python -m train fit")
     if not path.stat().st_size:
         raise BadCheckpoint(f"{path} is empty")
     if not zipfile.is_zipfile(path):
@@ -98,7 +109,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     except Exception as error:
         raise BadCheckpoint(f"{path} is not a checkpoint of PyTorch: {error}") from error
-    if not isinstance(loaded, dict) or not loaded.keys() >= PARTS:
+    if not isinstance(loaded, dict) or any(
+        not isinstance(loaded.get(name), kind) for name, kind in PARTS.items()
+    ):
         raise BadCheckpoint(f"{path} is not a checkpoint of python -m train fit")
     return loaded
 
@@ -112,7 +125,7 @@ def last_good(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             return path, read_checkpoint(path)
         except BadCheckpoint as error:
-            _warn(f"skipped: {error}")
+            _warn(f"{error}: skipped")
     return None
 
 
@@ -133,7 +146,7 @@ def step_of(path: Path) -> int:
 
 @rank_zero_only
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
+    print(f"warning: {' '.join(message.split())}", file=sys.stderr)
 
 
 class Checkpoints(Checkpoint):

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from train import RunError, UsageError
 from train.checkpoint import (
+    BadCheckpoint,
     CheckpointOptions,
     Checkpoints,
     WholeCheckpointIO,
@@ -133,6 +134,7 @@ def fit(config: Namespace) -> None:
     found = last_good(folder)
     if found:
         _require_same_run(*found, module, data)
+        print(f"from step {found[1]['global_step']} on: {found[0]}")
     metrics.cut(found[1]["global_step"] if found else 0)
     try:
         with stop:
@@ -191,16 +193,21 @@ def sample(
     if count < 1 or temperature <= 0 or top_k < 1:
         raise UsageError("count and top_k must be at least 1 and temperature above 0")
     saved = read_checkpoint(checkpoint)
-    shape: GPTConfig = replace(saved["hyper_parameters"]["gpt"], attention=attention)
-    tokenizer = Tokenizer.from_str(saved["TextData"]["tokenizer"])
+    try:
+        shape: GPTConfig = replace(saved["hyper_parameters"]["gpt"], attention=attention)
+        tokenizer = Tokenizer.from_str(saved["TextData"]["tokenizer"])
+        module = GPTModule(**(saved["hyper_parameters"] | {"gpt": shape}))
+        module.load_state_dict(saved["state_dict"])
+    except UsageError:
+        raise
+    except Exception as error:  # the tokenizer's library has no kind of its own
+        raise BadCheckpoint(f"{checkpoint} does not hold what a GPT needs: {error}") from error
+    model = module.model.eval()
     ids = tokenizer.encode(prompt).ids or [tokenizer.token_to_id(END_OF_DOCUMENT)]
     if len(ids) > shape.context:
         raise UsageError(
             f"the prompt has {len(ids)} tokens and the model's context is {shape.context}"
         )
-    module = GPTModule(**(saved["hyper_parameters"] | {"gpt": shape}))
-    module.load_state_dict(saved["state_dict"])
-    model = module.model.eval()
     generator = torch.Generator().manual_seed(seed)
     tokens = model.generate(
         torch.tensor([ids]), count, temperature=temperature, top_k=top_k, generator=generator

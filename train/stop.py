@@ -91,6 +91,8 @@ class StopAtNonFinite(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Nothing is bad yet."""
+        if pl_module.device.type == "cpu":
+            self.every = 1
         self.names: list[str] = []
         self.batches: list[Any] = []
         self.losses: list[Tensor] = []
@@ -127,8 +129,7 @@ class StopAtNonFinite(L.Callback):
         else:
             self.first_bad = torch.where(self.first_bad.isfinite().all(), numbers, self.first_bad)
         self.finite_steps += self.first_bad.isfinite().all()
-        on_cpu = pl_module.device.type == "cpu"
-        if on_cpu or (trainer.global_step + 1) % self.every == 0:
+        if (trainer.global_step + 1) % self.every == 0:
             self.look(trainer, pl_module)
         self.batches, self.losses = [], []
 

@@ -105,8 +105,13 @@ def losses() -> dict[int, str]:
     return found
 
 
-def test_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_bit(
-    fit_arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_checkpoint_that_resumes_to_the_bit(
+    signum: signal.Signals,
+    status: int,
+    fit_arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = [*fit_arguments, "--trainer.log_every_n_steps", "1"]
     assert main(arguments) == 0
@@ -114,21 +119,39 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_bit(
     assert list(whole) == list(range(12))
     Path("runs").rename("uninterrupted")
 
-    def press_ctrl_c(self: GPTModule, batch: object, batch_idx: int) -> None:
+    def be_stopped(self: GPTModule, batch: object, batch_idx: int) -> None:
         if self.global_step == 7:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signum)
 
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(GPTModule, "on_train_batch_start", press_ctrl_c)
-        assert main(arguments) == 130
-    assert "stopped at step 8: the same command goes on" in capsys.readouterr().out
+        patch.setattr(GPTModule, "on_train_batch_start", be_stopped)
+        assert main(arguments) == status
+    printed = capsys.readouterr()
+    assert "stopped at step 8: the same command goes on" in printed.out
+    assert printed.err == "interrupted\n"
     assert torch.load(CHECKPOINT, weights_only=True)["global_step"] == 8
 
     assert main(arguments) == 0
+    assert "from step 8 on: " in capsys.readouterr().out
     assert losses() == whole
     resumed = torch.load(CHECKPOINT, weights_only=True)["state_dict"]
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+def test_a_second_signal_stops_at_once(
+    fit_arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def press_twice(self: GPTModule, batch: object, batch_idx: int) -> None:
+        if self.global_step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(GPTModule, "on_train_batch_start", press_twice)
+    assert main([*fit_arguments, "--checkpoint.every_n_steps", "5"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert torch.load(CHECKPOINT, weights_only=True)["global_step"] == 6  # the best so far
 
 
 def test_a_checkpoint_of_another_run_is_not_continued(
