@@ -6,6 +6,7 @@ import csv
 import functools
 import io
 import os
+import resource
 import signal
 import sys
 from multiprocessing import get_context
@@ -55,7 +56,7 @@ def _life(arguments: list[str], where: str, count: int, output: Path, folder: Pa
 
     datasets.config.HF_DATASETS_CACHE = folder / "datasets"
     if where:
-        DEATHS[where](count)
+        (DEATHS | FULL_DISKS)[where](count)
     status = main(arguments)
     sys.stdout.flush()
     os._exit(status)
@@ -101,6 +102,42 @@ def _in_a_write(count: int) -> None:
     mock.patch("torch.save", half).start()
 
 
+def _disk_full(size: int) -> None:
+    """No file may grow past ``size`` bytes from here on: the system refuses, nobody pretends."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def _no_room_for_a_write(count: int) -> None:
+    """The disk is full when half of the ``count``-th checkpoint is on it."""
+    save, calls = torch.save, 0
+
+    def late(checkpoint: Any, file: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            whole = io.BytesIO()
+            save(checkpoint, whole)
+            _disk_full(whole.tell() // 2)
+        save(checkpoint, file)
+
+    mock.patch("torch.save", late).start()
+
+
+def _no_room_for_a_row(count: int) -> None:
+    """The disk is full when half of the ``count``-th row of the metrics is on it."""
+    lines, calls = MetricsFile._lines, 0
+
+    def late(self: MetricsFile, rows: list[dict]) -> str:
+        nonlocal calls
+        calls += 1
+        text = lines(self, rows)
+        if calls == count and rows:
+            _disk_full(self.path.stat().st_size + len(text) // 2)
+        return text
+
+    mock.patch.object(MetricsFile, "_lines", late).start()
+
+
 def _in_a_row(count: int) -> None:
     """Die when half of the ``count``-th row of the metrics is on the disk."""
     lines, calls = MetricsFile._lines, 0
@@ -130,6 +167,10 @@ DEATHS = {
     ),
     "in a row of the metrics": _in_a_row,
 }
+
+
+# Not deaths: the run ends by itself, with a sentence.
+FULL_DISKS = {"checkpoints": _no_room_for_a_write, "metrics.csv": _no_room_for_a_row}
 
 
 def curve(run: Path) -> dict[tuple[str, int], str]:

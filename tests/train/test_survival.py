@@ -1,21 +1,30 @@
 """A run survives being killed: the curve and the weights are those of a run that never was."""
 
+import os
 import random
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.train.lives import DEATHS, curve, live, state
+from tests.train.lives import DEATHS, FULL_DISKS, ROOT, curve, live, state
+from train.checkpoint import candidates, read_checkpoint, step_of
 
 SEED = 20261124
 RUN = Path("runs/tiny")
 
 
 @pytest.fixture
-def arguments(fit_arguments: list[str]) -> list[str]:
+def arguments(fit_arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Two batches a step; some validations and some deaths fall between the two."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(Path("datasets").absolute()))
     return [
         *fit_arguments,
         "--trainer.max_steps=30",
@@ -47,4 +56,70 @@ def test_killed_wherever_it_hurts_it_is_the_same_run(arguments: list[str]) -> No
         assert status == -signal.SIGKILL, printed
     status, printed = live(arguments)
     assert status == 0, printed
+    assert_the_same_run(RUN, whole)
+
+
+def test_killed_from_outside_it_is_the_same_run(arguments: list[str]) -> None:
+    """The command as a user gives it, killed at no particular place."""
+    status, printed = live(arguments)
+    assert status == 0, printed
+    whole = RUN.rename("whole")
+
+    rows = random.Random(SEED).randint(10, 40)
+    print(f"seed {SEED}: killed after {rows} rows of metrics")
+    with started(arguments) as process:
+        while len(metrics()) < rows and process.poll() is None:
+            time.sleep(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    with started(arguments) as process:
+        printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    assert "from step " in printed
+    assert_the_same_run(RUN, whole)
+
+
+@contextmanager
+def started(arguments: list[str]) -> Iterator[subprocess.Popen]:
+    """``python -m train``, which does not outlive the block."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
+
+
+def metrics() -> list[str]:
+    path = RUN / "metrics.csv"
+    return path.read_text().splitlines()[1:] if path.exists() else []
+
+
+@pytest.mark.parametrize("what", FULL_DISKS)
+def test_a_full_disk_is_told_and_spoils_nothing(what: str, arguments: list[str]) -> None:
+    status, printed = live(arguments)
+    assert status == 0, printed
+    whole = RUN.rename("whole")
+
+    status, printed = live(arguments, what, 8)
+    assert status == 3, printed
+    last = printed.splitlines()[-1]
+    newest = candidates(RUN / "checkpoints")[0]
+    assert last.startswith(f"error: cannot write {RUN / what}")
+    assert last.endswith(f": File too large; the last checkpoint is {newest}")
+    assert "Traceback" not in printed
+    read_checkpoint(newest)
+    assert not list(RUN.rglob("*.part"))
+
+    status, printed = live(arguments)
+    assert status == 0, printed
+    assert f"from step {step_of(newest)} on: {newest}" in printed
     assert_the_same_run(RUN, whole)
