@@ -42,7 +42,7 @@ INCLUDED = {
 # The page shows the committed outputs; tests/docs/test_notebooks.py holds them to the code.
 nb_execution_mode = "off"
 nb_merge_streams = True
-myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_enable_extensions = ["dollarmath", "colon_fence", "tasklist"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
