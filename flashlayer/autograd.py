@@ -7,17 +7,28 @@ tangent is one more tensor of the primal's size, so memory stays O(Sq + Sk).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flashlayer.spec import AttentionExtras, AttentionSpec, Backend, Problem
+from flashlayer.spec import NO_EXTRAS, AttentionExtras, AttentionSpec, Backend, Problem
 
 # Gradients, tangents and saved tensors: a Tensor, or None where an option is off.
 Tensors = tuple[Any, ...]
+
+
+# Not a tuple, which torch.func would take apart; not frozen, which costs as much as the rest of it.
+@dataclass(slots=True)
+class Call:
+    """What the Functions need besides tensors."""
+
+    backend: Backend
+    tiled: Backend  # what tangents are pushed through
+    spec: AttentionSpec
 
 
 def attend(backend: Backend, tiled: Backend, problem: Problem) -> tuple[Tensor, Tensor]:
@@ -31,11 +42,12 @@ def attend(backend: Backend, tiled: Backend, problem: Problem) -> tuple[Tensor, 
             ``torch.compile``.
     """
     q, k, v, spec, extras = problem
-    leaves = (q, k, v, *extras)
+    # Options that are off are no arguments: a short call feels each of them.
+    leaves = (q, k, v) if extras is NO_EXTRAS else (q, k, v, *extras)
     compiling = torch.compiler.is_compiling()
     if _is_transformed():
         if not compiling:
-            return TransformableAttention.apply(backend, tiled, spec, *leaves)
+            return TransformableAttention.apply(Call(backend, tiled, spec), *leaves)
         # Dynamo's Function drops tangents without a word; PyTorch's own operations keep them.
         if extras.cu_seqlens_q is not None:
             raise NotImplementedError(
@@ -43,16 +55,19 @@ def attend(backend: Backend, tiled: Backend, problem: Problem) -> tuple[Tensor, 
                 "torch.compile: use backend='standard' there"
             )
         return tiled.forward(q, k, v, spec, extras)
-    tracked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
-    if not tracked:
+    tracked = q.requires_grad or k.requires_grad or v.requires_grad
+    if extras is not NO_EXTRAS:
+        tracked = tracked or any(x is not None and x.requires_grad for x in extras)
+    if not (tracked and torch.is_grad_enabled()):
         return backend.forward(q, k, v, spec, extras)
+    call = Call(backend, tiled, spec)
     if compiling:
         # Dynamo refuses one tensor in two places.
         k, v = k.view_as(k), v.view_as(v)
         if extras.cu_seqlens_k is not None:
             extras = extras._replace(cu_seqlens_k=extras.cu_seqlens_k.view_as(extras.cu_seqlens_k))
-        return FlashAttentionFunction.apply(backend, tiled, spec, q, k, v, *extras)
-    return TransformableAttention.apply_untransformed(backend, tiled, spec, *leaves)
+        return FlashAttentionFunction.apply(call, q, k, v, *extras)
+    return _apply_untransformed(call, *leaves)
 
 
 def _is_transformed() -> bool:
@@ -61,24 +76,21 @@ def _is_transformed() -> bool:
 
 
 class FlashAttentionFunction(torch.autograd.Function):
-    """``apply(backend, tiled, spec, q, k, v, *extras) -> (o, lse)``, once differentiable.
+    """``apply(call, q, k, v, *extras) -> (o, lse)``, once differentiable.
 
     Only q, k, v, the extras, o and lse are kept for the backward pass, nothing of size Sq x Sk.
     """
 
     @staticmethod
-    def forward(
-        backend: Backend, tiled: Backend, spec: AttentionSpec, *tensors: Any
-    ) -> tuple[Tensor, Tensor]:
+    def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, *extras: Any) -> tuple[Tensor, Tensor]:
         """Call the backend."""
-        q, k, v, *extras = tensors
-        return backend.forward(q, k, v, spec, AttentionExtras(*extras))
+        return call.backend.forward(q, k, v, call.spec, _as_extras(extras))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         """Keep what the derivatives need."""
-        ctx.backend, ctx.tiled, ctx.spec, *tensors = inputs
-        ctx.save_for_backward(*tensors, *output)
+        ctx.call = inputs[0]
+        ctx.save_for_backward(*inputs[1:], *output)
         # An unused output's gradient stays None: most calls have no dlse, and pay nothing for it.
         ctx.set_materialize_grads(False)
 
@@ -88,28 +100,20 @@ class FlashAttentionFunction(torch.autograd.Function):
         q, k, v, *extras, o, lse = ctx.saved_tensors
         if do is None:
             do = torch.zeros_like(o)
-        grads = ctx.backend.backward(do, dlse, q, k, v, o, lse, ctx.spec, AttentionExtras(*extras))
-        return None, None, None, *_by_input(grads)
+        call = ctx.call
+        grads = call.backend.backward(do, dlse, q, k, v, o, lse, call.spec, _as_extras(extras))
+        return None, *_by_input(grads, extras)
 
 
 class TransformableAttention(FlashAttentionFunction):
-    """The same with every transform of ``torch.func``: twice differentiable, jvp, vmap.
-
-    ``tiled`` is the backend that tangents are pushed through.
-    """
-
-    @classmethod
-    def apply_untransformed(cls, *args: Any) -> tuple[Tensor, Tensor]:
-        """``apply`` without its preparations for ``torch.func``, half the time of a short call."""
-        untransformed: Any = super(torch.autograd.Function, cls)
-        return untransformed.apply(*args)
+    """The same with every transform of ``torch.func``: twice differentiable, jvp, vmap."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         """Keep the inputs for forward mode as well."""
         FlashAttentionFunction.setup_context(ctx, inputs, output)
         if _is_transformed():
-            ctx.save_for_forward(*inputs[3:])
+            ctx.save_for_forward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Tensors:
@@ -119,17 +123,13 @@ class TransformableAttention(FlashAttentionFunction):
         *tensors, o, lse = ctx.saved_tensors
         if do is None:
             do = torch.zeros_like(o)
-        grads = FlashAttentionBackward.apply(
-            ctx.backend, ctx.tiled, ctx.spec, do, dlse, o.detach(), lse.detach(), *tensors
-        )
-        return None, None, None, *_by_input(grads)
+        grads = FlashAttentionBackward.apply(ctx.call, do, dlse, o.detach(), lse.detach(), *tensors)
+        return None, *_by_input(grads, tensors[3:])
 
     @staticmethod
-    def jvp(
-        ctx: Any, _backend: None, _tiled: None, _spec: None, *tangents: Tensor | None
-    ) -> Tensors:
+    def jvp(ctx: Any, _call: None, *tangents: Tensor | None) -> Tensors:
         """Push the tangents of q, k, v and the extras through the tiled forward."""
-        return _push(_tiled_forward(ctx.tiled, ctx.spec), ctx.saved_tensors, tangents)
+        return _push(_tiled_forward(ctx.call), ctx.saved_tensors, tangents)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensors, tuple[int | None, ...]]:
@@ -137,8 +137,12 @@ class TransformableAttention(FlashAttentionFunction):
         return _map(TransformableAttention, info.batch_size, in_dims, args)
 
 
+# ``apply`` without its preparations for ``torch.func``: half the time of a short call.
+_apply_untransformed: Any = super(torch.autograd.Function, TransformableAttention).apply
+
+
 class FlashAttentionBackward(torch.autograd.Function):
-    """``apply(backend, tiled, spec, do, dlse, o, lse, q, k, v, *extras) -> gradients``.
+    """``apply(call, do, dlse, o, lse, q, k, v, *extras) -> gradients``.
 
     The gradients are those of q, k, v, the mask and the sinks. With ``L = <do, o> + <dlse, lse>``
     they are the gradient of L, so cotangents ``u`` of them ask for the gradient of ``<u, grad L>``:
@@ -148,9 +152,7 @@ class FlashAttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        backend: Backend,
-        tiled: Backend,
-        spec: AttentionSpec,
+        call: Call,
         do: Tensor,
         dlse: Tensor | None,
         o: Tensor,
@@ -159,12 +161,12 @@ class FlashAttentionBackward(torch.autograd.Function):
     ) -> Tensors:
         """Call the backend."""
         q, k, v, *extras = tensors
-        return backend.backward(do, dlse, q, k, v, o, lse, spec, AttentionExtras(*extras))
+        return call.backend.backward(do, dlse, q, k, v, o, lse, call.spec, _as_extras(extras))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
         """Keep the inputs; o and lse are functions of the rest and are computed anew."""
-        _, ctx.tiled, ctx.spec, do, dlse, _, _, *tensors = inputs
+        ctx.call, do, dlse, _, _, *tensors = inputs
         ctx.save_for_backward(do, dlse, *tensors)
         ctx.save_for_forward(do, dlse, *tensors)
         ctx.set_materialize_grads(False)
@@ -174,20 +176,18 @@ class FlashAttentionBackward(torch.autograd.Function):
         """The Hessian times the cotangents."""
         do, dlse, *tensors = ctx.saved_tensors
         second = FlashAttentionSecond.apply(
-            ctx.tiled, ctx.spec, do, dlse, len(tensors), *tensors, *_by_input(cotangents)
+            ctx.call, do, dlse, *tensors, *_by_input(cotangents, tensors[3:])
         )
         d_do, d_dlse, *grads = second
-        return None, None, None, d_do, d_dlse if dlse is not None else None, None, None, *grads
+        return None, d_do, d_dlse if dlse is not None else None, None, None, *grads
 
     @staticmethod
-    def jvp(
-        ctx: Any, _backend: None, _tiled: None, _spec: None, *tangents: Tensor | None
-    ) -> Tensors:
+    def jvp(ctx: Any, _call: None, *tangents: Tensor | None) -> Tensors:
         """Push the tangents through the tiled forward and backward; forward over reverse mode."""
         do_tangent, dlse_tangent, _, _, *rest = tangents
         do, dlse, *tensors = ctx.saved_tensors
         return _push(
-            _tiled_gradient(ctx.tiled, ctx.spec),
+            _tiled_gradient(ctx.call),
             (do, dlse, *tensors),
             (do_tangent, dlse_tangent, *rest),
         )
@@ -199,22 +199,16 @@ class FlashAttentionBackward(torch.autograd.Function):
 
 
 class FlashAttentionSecond(torch.autograd.Function):
-    """``apply(tiled, spec, do, dlse, n, *primals, *cotangents)``; has no derivative of its own."""
+    """``apply(call, do, dlse, *primals, *cotangents)``; has no derivative of its own."""
 
     @staticmethod
-    def forward(
-        tiled: Backend,
-        spec: AttentionSpec,
-        do: Tensor,
-        dlse: Tensor | None,
-        count: int,
-        *tensors: Any,
-    ) -> Tensors:
+    def forward(call: Call, do: Tensor, dlse: Tensor | None, *tensors: Any) -> Tensors:
         """Tangents of (o, lse) and of the gradients, in the direction of the cotangents."""
-        primals, direction = tensors[:count], tensors[count:]
-        d_do, d_dlse = _push(_tiled_forward(tiled, spec), primals, direction)
-        grads = _push(_tiled_gradient(tiled, spec), (do, dlse, *primals), (None, None, *direction))
-        return d_do, d_dlse, *_by_input(grads)
+        half = len(tensors) // 2
+        primals, direction = tensors[:half], tensors[half:]
+        d_do, d_dlse = _push(_tiled_forward(call), primals, direction)
+        grads = _push(_tiled_gradient(call), (do, dlse, *primals), (None, None, *direction))
+        return d_do, d_dlse, *_by_input(grads, primals[3:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
@@ -235,25 +229,32 @@ class FlashAttentionSecond(torch.autograd.Function):
         return _map(FlashAttentionSecond, info.batch_size, in_dims, args)
 
 
-def _by_input(grads: Tensors) -> Tensors:
+def _as_extras(extras: Sequence[Any]) -> AttentionExtras:
+    """The extras among a Function's arguments, which are none where all are off."""
+    return AttentionExtras(*extras) if extras else NO_EXTRAS
+
+
+def _by_input(grads: Tensors, extras: Sequence[Any]) -> Tensors:
     """From (dq, dk, dv, d_mask, d_sinks) to one for each of q, k, v and the extras, in order."""
     dq, dk, dv, d_mask, d_sinks = grads
-    extras = AttentionExtras(attn_mask=d_mask, sinks=d_sinks)
-    return dq, dk, dv, *extras
+    if not extras:
+        return dq, dk, dv
+    return dq, dk, dv, *AttentionExtras(attn_mask=d_mask, sinks=d_sinks)
 
 
-def _tiled_forward(tiled: Backend, spec: AttentionSpec) -> Callable[..., Tensors]:
+def _tiled_forward(call: Call) -> Callable[..., Tensors]:
     def forward(q: Tensor, k: Tensor, v: Tensor, *extras: Tensor | None) -> Tensors:
-        return tiled.forward(q, k, v, spec, AttentionExtras(*extras))
+        return call.tiled.forward(q, k, v, call.spec, _as_extras(extras))
 
     return forward
 
 
-def _tiled_gradient(tiled: Backend, spec: AttentionSpec) -> Callable[..., Tensors]:
+def _tiled_gradient(call: Call) -> Callable[..., Tensors]:
     def gradient(do: Tensor, dlse: Tensor | None, *tensors: Any) -> Tensors:
-        q, k, v, *extras = tensors
-        o, lse = tiled.forward(q, k, v, spec, AttentionExtras(*extras))
-        return tiled.backward(do, dlse, q, k, v, o, lse, spec, AttentionExtras(*extras))
+        q, k, v, *rest = tensors
+        extras = _as_extras(rest)
+        o, lse = call.tiled.forward(q, k, v, call.spec, extras)
+        return call.tiled.backward(do, dlse, q, k, v, o, lse, call.spec, extras)
 
     return gradient
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashlayer import backends, philox
 from flashlayer.autograd import attend
-from flashlayer.spec import AttentionExtras, AttentionSpec, Diagonal, Problem
+from flashlayer.spec import NO_EXTRAS, AttentionExtras, AttentionSpec, Diagonal, Problem
 
 WindowSize = tuple[int | None, int | None]
 
@@ -102,6 +102,18 @@ def flash_attention(
         >>> out.shape, lse.shape
         (torch.Size([2, 8, 1024, 64]), torch.Size([2, 8, 1024]))
     """
+    signature = None
+    if (
+        window_size == (None, None)
+        and attn_mask is alibi_slopes is sinks is dropout_seed is None
+        and type(dropout_p) is float
+        and dropout_p == 0.0
+    ):
+        signature = _signature(query, key, value, causal, diagonal, scale, softcap, backend)
+        plan = _PLANS.get(signature)
+        if plan is not None:
+            problem = Problem(query, key, value, plan.spec, NO_EXTRAS)
+            return _compute(plan.backend, problem, return_lse)
     problem = build_problem(
         query,
         key,
@@ -117,8 +129,12 @@ def flash_attention(
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
     )
-    out, lse = _attend(problem, backend, return_lse)
-    return (out, lse) if return_lse else out
+    chosen = backends.select(backend, problem)
+    if signature is not None and problem.query is query:
+        if len(_PLANS) >= PLANS_MAX:
+            _PLANS.clear()
+        _PLANS[signature] = Plan(problem.spec, chosen)
+    return _compute(chosen, problem, return_lse)
 
 
 def flash_attention_varlen(
@@ -213,7 +229,7 @@ def flash_attention_varlen(
         dropout_seed=dropout_seed,
         packing=Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
     )
-    out, lse = _attend(problem, backend, return_lse)
+    out, lse = _attend(backends.select(backend, problem), problem, return_lse)
     out = out.squeeze(0).transpose(0, 1)
     return (out, lse.squeeze(0)) if return_lse else out
 
@@ -303,11 +319,77 @@ class Packing(NamedTuple):
     max_seqlen_k: int | None
 
 
-def _attend(problem: Problem, backend: str, return_lse: bool) -> tuple[Tensor, Any]:
-    chosen = backends.select(backend, problem)
-    if chosen.backward is None:
-        return chosen.forward(*problem, return_lse)
-    out, lse = attend(chosen, backends.tiled, problem)
+class Plan(NamedTuple):
+    """What a call came to: its resolved options and the backend chosen for it."""
+
+    spec: AttentionSpec
+    backend: Any
+
+
+# Plans of calls whose options bring no tensors along, by their signature: such a call is checked
+# when it is new, and a short one takes half the time when it is not. Generation makes a signature a
+# token, so their number is bounded.
+PLANS_MAX = 4096
+_PLANS: dict[Any, Plan] = {}
+
+
+def _signature(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    diagonal: Diagonal,
+    scale: float | None,
+    softcap: float | None,
+    backend: str,
+) -> tuple | None:
+    """All that the checks of a call and the choice of its backend depend on; None if that is more.
+
+    Of equal numbers some are of a wrong type (True equals 1.0), so those have to be floats.
+    """
+    if torch.compiler.is_compiling() or not (
+        type(query) is type(key) is type(value) is Tensor
+        and (scale is None or type(scale) is float)
+        and (softcap is None or type(softcap) is float)
+        and type(backend) is type(diagonal) is str
+    ):
+        return None
+    device = query.device
+    autocast = torch._C._is_any_autocast_enabled() and (
+        torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    )
+    tracked = torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad
+    )
+    return (
+        query.shape,
+        key.shape,
+        value.shape,
+        query.dtype,
+        key.dtype,
+        value.dtype,
+        device,
+        key.device,
+        value.device,
+        bool(causal),
+        diagonal,
+        scale,
+        softcap,
+        backend,
+        autocast,
+        tracked,
+    )
+
+
+def _compute(backend: Any, problem: Problem, return_lse: bool) -> Any:
+    out, lse = _attend(backend, problem, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def _attend(backend: Any, problem: Problem, return_lse: bool) -> tuple[Tensor, Any]:
+    if backend.backward is None:
+        return backend.forward(*problem, return_lse)
+    out, lse = attend(backend, backends.tiled, problem)
     # Only who asks for it pays for its layout.
     return out, lse.contiguous() if return_lse else None
 

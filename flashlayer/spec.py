@@ -160,6 +160,9 @@ class AttentionExtras(NamedTuple):
         return -weighted.sum(dim=(0, 2)).to(self.sinks.dtype)
 
 
+NO_EXTRAS = AttentionExtras()
+
+
 def flatten(spec: AttentionSpec, extras: AttentionExtras) -> tuple:
     """Spec and extras as the schema of a custom op can carry them, one value after the other.
 

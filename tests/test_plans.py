@@ -1,0 +1,132 @@
+"""A call like an earlier one is not checked again; whatever makes it another call is seen."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashlayer import flash_attention, functional
+
+
+@pytest.fixture(autouse=True)
+def no_plans(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
+    plans: dict[Any, Any] = {}
+    monkeypatch.setattr(functional, "_PLANS", plans)
+    return plans
+
+
+def test_the_second_call_is_not_checked(
+    no_plans: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q = torch.randn(1, 2, 9, 8)
+    first = flash_attention(q, q, q, causal=True)
+    assert len(no_plans) == 1
+    monkeypatch.setattr(functional, "build_problem", pytest.fail)
+    assert torch.equal(
+        torch.as_tensor(flash_attention(q, q, q, causal=True)), torch.as_tensor(first)
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"causal": False},
+        {"scale": 0.5},
+        {"softcap": 2.0},
+        {"diagonal": "top_left"},
+        {"backend": "tiled"},
+        {"window_size": (2, None)},
+        {"attn_mask": torch.rand(9, 12)},
+        {"sinks": torch.rand(2)},
+        {"alibi_slopes": torch.rand(2)},
+    ],
+    ids=str,
+)
+def test_another_option_is_another_call(change: dict[str, Any]) -> None:
+    q, k, v = (torch.randn(1, 2, seqlen, 8) for seqlen in (9, 12, 12))
+    call: dict[str, Any] = {"causal": True}
+    for _ in range(2):
+        flash_attention(q, k, v, **call)
+        out = torch.as_tensor(flash_attention(q, k, v, **call | change))
+        options = call | change | {"backend": "standard"}
+        torch.testing.assert_close(out, torch.as_tensor(flash_attention(q, k, v, **options)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scale": True},
+        {"softcap": True},
+        {"dropout_p": False},
+        {"window_size": (True, None)},
+        {"diagonal": "left"},
+        {"backend": "fastest"},
+        {"backend": ["auto"]},
+        {"key": torch.randn(1, 2, 9, 7)},
+        {"key": torch.randn(1, 2, 9, 8, dtype=torch.float64)},
+        {"value": torch.randn(1, 2, 8, 8)},
+        {"value": torch.randn(1, 2, 9, 8, device="meta")},
+        {"key": [1.0]},
+    ],
+    ids=str,
+)
+def test_a_mistake_is_told_after_a_call_that_equals_it(change: dict[str, Any]) -> None:
+    """True equals 1.0, so the calls before it have the same signature but for the type."""
+    q = torch.randn(1, 2, 9, 8)
+    call: dict[str, Any] = {"query": q, "key": q, "value": q}
+    flash_attention(**call)
+    for option in ("scale", "softcap"):
+        flash_attention(**call, **{option: 1.0})
+    flash_attention(**call, window_size=(1, None))
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError)):
+            flash_attention(**call | change)
+
+
+def test_autocast_is_seen() -> None:
+    q = torch.randn(1, 2, 9, 8)
+    dtypes = []
+    for _ in range(2):
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                dtypes.append(torch.as_tensor(flash_attention(q, q, q)).dtype)
+                half = q.bfloat16()
+                dtypes.append(torch.as_tensor(flash_attention(half, half, half)).dtype)
+    assert dtypes == 2 * [torch.float32, torch.bfloat16, torch.bfloat16, torch.bfloat16]
+
+
+def test_what_is_tracked_is_seen() -> None:
+    """auto takes another backend for gradients in fp16."""
+    q = torch.randn(1, 1, 9, 8, dtype=torch.float16)
+    tracked = q.clone().requires_grad_()
+    for _ in range(2):
+        assert not torch.as_tensor(flash_attention(q, q, q)).requires_grad
+        (gradient,) = torch.autograd.grad(
+            torch.as_tensor(flash_attention(tracked, q, q)).sum(), tracked
+        )
+        assert gradient.isfinite().all()
+    backends = {plan.backend.name for plan in functional._PLANS.values()}
+    assert backends == {"aten", "tiled"}
+
+
+def test_transforms_work_on_a_planned_call() -> None:
+    q = torch.randn(3, 1, 2, 9, 8)
+
+    def attend(x: Tensor) -> Tensor:
+        return torch.as_tensor(flash_attention(x, x, x, causal=True))
+
+    expected = torch.stack([attend(x) for x in q])
+    torch.testing.assert_close(torch.vmap(attend)(q), expected)
+    out, tangent = torch.func.jvp(attend, (q[0],), (q[0],))
+    torch.testing.assert_close(out, expected[0])
+    assert tangent.count_nonzero() > 0
+
+
+def test_their_number_is_bounded(no_plans: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "PLANS_MAX", 3)
+    q = torch.randn(1, 1, 1, 8)
+    for keys in range(1, 10):
+        k = torch.randn(1, 1, keys, 8)
+        flash_attention(q, k, k)
+        assert len(no_plans) <= 3
