@@ -4,10 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from flashlayer import available_backends, flash_attention, flash_attention_varlen
 from flashlayer.backends import aten
+from flashlayer.spec import AttentionSpec
 from tests.tolerance import assert_matches_standard
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -29,6 +32,11 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "right_alone": {"window_size": (None, 40)},
     "left_alone": {"window_size": (40, None)},
     "diagonal_alone": {"window_size": (0, 0)},
+    # Several triangles, and a ragged end of their own.
+    "triangles": {"window_size": (64, 0)},
+    "triangles_ahead": {"window_size": (0, 33)},
+    "triangles_both_sides": {"window_size": (20, 29)},
+    "one_pair_of_triangles": {"window_size": (101, 40)},
 }
 
 
@@ -38,6 +46,31 @@ def test_window(name: str, dtype: torch.dtype) -> None:
     """Over several blocks of queries, the last of them shorter."""
     q, k, v = qkv(2, 4, 2, 2 * aten.WINDOW_BLOCK_MIN + 37, dtype)
     assert_matches_standard(q, k, v, backend="aten", with_noise=True, **WINDOWS[name])
+
+
+@given(st.integers(1, 400), st.integers(0, 150), st.integers(0, 150))
+def test_the_parts_of_a_window_hold_every_pair_once(length: int, left: int, right: int) -> None:
+    """Each part's rows, causal triangle and mask written out, against the band."""
+    q = torch.zeros(1, 1, length, 1)
+    band = AttentionSpec(1.0, left, right, diagonal="top_left")
+    position = torch.arange(length).view(1, 1, -1, 1)
+    count = torch.zeros(length, length)
+    for part in aten._parts(q, q, band, None, None, None):
+        for rows, keys in zip(part.queries(position), part.keys(position), strict=True):
+            seen = torch.ones(rows.shape[1], keys.shape[1])
+            seen = seen.tril() if part.causal else seen
+            seen = seen if part.band is None else seen * (part.band == 0)
+            count[rows.flatten()[:, None], keys.flatten()] += seen
+    assert torch.equal(count > 0, band.visible(0, length, 0, length, length, length, q.device))
+    assert count.max() <= 1
+
+
+def test_a_wide_window_needs_no_mask() -> None:
+    """But for the ragged end, whose queries it is cut into."""
+    q = torch.zeros(1, 1, 1024, 1)
+    band = AttentionSpec(1.0, 128, 0, diagonal="top_left")
+    parts = list(aten._parts(q, q, band, None, None, None))
+    assert [(part.blocks, part.band) for part in parts] == [(1, None), (7, None), (7, None)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -98,8 +131,13 @@ def test_padding_with_holes_is_gathered_but_not_under_causal() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seqlen_q", [1, 3, aten.FOLDED_ROWS_MAX])
 def test_a_group_of_heads_is_folded_into_rows(seqlen_q: int, dtype: torch.dtype) -> None:
-    q, k, v = (torch.randn(2, h, s, 16, dtype=dtype) for h, s in ((6, seqlen_q), (2, 90), (2, 90)))
-    assert_matches_standard(q, k, v, backend="aten", with_noise=True)
+    """Under and over the number of keys from which that pays in fp32."""
+    for keys in (90, aten.FOLDED_FP32_MIN // 64):
+        sizes = ((6, seqlen_q), (2, keys), (2, keys))
+        q, k, v = (torch.randn(2, heads, seqlen, 16, dtype=dtype) for heads, seqlen in sizes)
+        few_rows = 3 * seqlen_q <= aten.FOLDED_ROWS_MAX
+        assert aten._folds(q, k) == (few_rows and (dtype == torch.bfloat16 or keys > 90))
+        assert_matches_standard(q, k, v, backend="aten", with_noise=True)
 
 
 @pytest.mark.parametrize("option", ["window", "padding", "packed"])
@@ -119,8 +157,12 @@ def test_the_custom_ops_are_what_they_say(option: str) -> None:
     torch.library.opcheck(backward, arguments, test_utils=checks)
 
 
-def test_folded_results_pass_through_forward_mode_and_a_compiled_graph() -> None:
-    q, k, v = (torch.randn(1, h, s, 16) for h, s in ((4, 2), (2, 30), (2, 30)))
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_folded_results_pass_through_forward_mode_and_a_compiled_graph(
+    kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aten, "FOLDED_FP32_MIN", 0)
+    q, k, v = (torch.randn(1, h, s, 16) for h, s in ((4, 2), (kv_heads, 30), (kv_heads, 30)))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
         return flash_attention(q, k, v, return_lse=True, backend="aten")

@@ -5,10 +5,12 @@ silently wrong (a strided last dimension, a NaN in keys beyond the causal triang
 gradient (its LSE) it is put right here; what it can't do is refused.
 
 The kernel knows full and top-left causal attention. Packed sequences, padding masks and windows are
-several such problems, each a *part*: some queries, and the keys they see. What no part names costs
-nothing. The two entry points are custom ops, so a compiled graph holds them whole; outside of one
-the same functions are called as they are, since an op made in Python costs more than the kernel
-does on a short sequence.
+several such problems, each a *part*: some queries, and the keys they see. Parts of the same queries
+merge by their LSE. What no part names costs nothing.
+
+The two entry points are custom ops, so a compiled graph holds them whole; outside of one the same
+functions are called as they are, since an op made in Python costs more than the kernel does on a
+short sequence.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashlayer import online_softmax
 from flashlayer.spec import AttentionExtras, AttentionSpec, Problem
 
 name = "aten"
@@ -27,13 +30,21 @@ name = "aten"
 # Python's own binding of the operator takes 2 us less than the one in torch.ops.
 _FLASH: Any = vars(torch)["_scaled_dot_product_flash_attention_for_cpu"]
 
-# A window is cut into blocks of a quarter as many queries as it is wide, within these limits: wider
-# blocks meet more keys that they hide, narrower ones are more calls (benchmarks/NOTES.md).
+# A window that is as wide as this is cut into causal triangles, of its width: narrower ones are too
+# small for the kernel.
+TRIANGLE_MIN = 32
+
+# What is no triangle is cut into blocks of a quarter as many queries as the window is wide, within
+# these limits, with a mask: wider blocks meet more keys that they hide, narrower ones are more
+# calls (benchmarks/NOTES.md).
 WINDOW_BLOCK_MIN, WINDOW_BLOCK_MAX = 128, 512
 
 # With so few queries in a group of heads the kernel's time is that of reading keys and values, and
-# it reads them once for every head; the group as the rows of one head reads them once.
+# it reads them once for every head; the group as the rows of one head reads them once. In fp32 that
+# pays for its reshaping from so many numbers in the keys on; a bf16 product of few rows is slow at
+# any length (benchmarks/NOTES.md).
 FOLDED_ROWS_MAX = 64
+FOLDED_FP32_MIN = 2**18
 
 
 class Part(NamedTuple):
@@ -44,6 +55,29 @@ class Part(NamedTuple):
     k_rows: slice | Tensor  # a slice is a view, a tensor of indices gathers
     causal: bool = False
     band: Tensor | None = None  # (M, N): 0 where seen, else -inf
+    blocks: int = 1  # the rows are this many blocks, each of which sees its own keys only
+    is_flipped: bool = False  # last query and key first: the triangle over the diagonal is causal
+    merges: bool = False  # an earlier part had these queries
+
+    def queries(self, x: Tensor) -> Tensor:
+        """The rows of ``(B, H, Sq, ...)`` as the kernel gets them: ``(B * blocks, H, M, ...)``."""
+        return self._arranged(x[self.batch, :, self.q_rows])
+
+    def keys(self, x: Tensor) -> Tensor:
+        """The same of keys or values."""
+        return self._arranged(x[self.batch][:, :, self.k_rows])
+
+    def _arranged(self, x: Tensor) -> Tensor:
+        if self.blocks > 1:
+            x = x.unflatten(2, (self.blocks, -1)).movedim(2, 1).flatten(0, 1)
+        return x.flip(2) if self.is_flipped else x
+
+    def restored(self, x: Tensor) -> Tensor:
+        """What came of rows, in the order in which they are in the sequence."""
+        x = x.flip(2) if self.is_flipped else x
+        if self.blocks > 1:
+            x = x.unflatten(0, (-1, self.blocks)).movedim(1, 2).flatten(2, 3)
+        return x
 
 
 def refuses(problem: Problem) -> str | None:
@@ -146,17 +180,16 @@ def _forward(
     lse.fill_(-torch.inf)
     band = AttentionSpec(scale, window_left, window_right, diagonal="top_left")
     for part in _parts(q, k, band, attn_mask, cu_seqlens_q, cu_seqlens_k):
-        keys = slice(None), slice(None), part.k_rows
-        o_part, lse_part = _kernel(
-            q[part.batch, :, part.q_rows],
-            k[part.batch][keys],
-            v[part.batch][keys],
-            scale,
-            part.causal,
-            part.band,
+        results = _kernel(
+            part.queries(q), part.keys(k), part.keys(v), scale, part.causal, part.band
         )
-        o[part.batch, :, part.q_rows] = o_part
-        lse[part.batch, :, part.q_rows] = lse_part
+        o_part, lse_part = (part.restored(x) for x in results)
+        rows = part.batch, slice(None), part.q_rows
+        if part.merges:
+            before = online_softmax.state_of(o[rows], lse[rows])
+            state = online_softmax.merge(before, online_softmax.state_of(o_part, lse_part))
+            o_part, lse_part = online_softmax.finalize(state), online_softmax.lse(state)
+        o[rows], lse[rows] = o_part, lse_part
     return o, lse
 
 
@@ -180,29 +213,28 @@ def _backward(
         grads = _kernel_backward(do, dlse, q, k, v, o, lse, scale, window_right == 0)
         return _settled(grads[0]), _settled(grads[1]), _settled(grads[2])
     has_window = window_left is not None or window_right not in (None, 0)
-    # The blocks of a window share keys, whose gradients are summed in fp32 at the least.
+    # The parts of a window share rows, whose gradients are summed in fp32 at the least.
     dtype = torch.promote_types(k.dtype, torch.float32) if has_window else k.dtype
-    dq, dk, dv = _empty(q).zero_(), _empty(k, dtype).zero_(), _empty(v, dtype).zero_()
+    dq, dk, dv = (_empty(x, dtype).zero_() for x in (q, k, v))
     band = AttentionSpec(scale, window_left, window_right, diagonal="top_left")
     for part in _parts(q, k, band, attn_mask, cu_seqlens_q, cu_seqlens_k):
-        rows = part.batch, slice(None), part.q_rows
-        keys = slice(None), slice(None), part.k_rows
-        dq_part, dk_part, dv_part = _kernel_backward(
-            do[rows],
-            None if dlse is None else dlse[rows],
-            q[rows],
-            k[part.batch][keys],
-            v[part.batch][keys],
-            o[rows],
-            lse[rows],
+        grads = _kernel_backward(
+            part.queries(do),
+            None if dlse is None else part.queries(dlse),
+            part.queries(q),
+            part.keys(k),
+            part.keys(v),
+            part.queries(o),
+            part.queries(lse),
             scale,
             part.causal,
             part.band,
         )
-        dq[rows] = dq_part
-        dk[part.batch][keys] += dk_part
-        dv[part.batch][keys] += dv_part
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+        for whole, rows, grad in zip(
+            (dq, dk, dv), (part.q_rows, part.k_rows, part.k_rows), grads, strict=True
+        ):
+            whole[part.batch][:, :, rows] += part.restored(grad)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _parts(
@@ -226,7 +258,7 @@ def _parts(
     has_window = not causal and (band.window_left, band.window_right) != (None, None)
     for stretch in stretches:
         if has_window:
-            yield from _blocks(stretch, band)
+            yield from _window(stretch, band)
         else:
             yield stretch._replace(causal=causal)
 
@@ -254,9 +286,47 @@ def _unmasked(mask: Tensor, seqlen_q: int, causal: bool) -> Iterator[Part]:
             yield Part(batch, q_rows, k_rows)
 
 
-def _blocks(stretch: Part, band: AttentionSpec) -> Iterator[Part]:
-    """A square stretch cut into blocks of queries, each with the keys its windows reach."""
+def _window(stretch: Part, band: AttentionSpec) -> Iterator[Part]:
+    r"""A square stretch with a window as triangles, and in its corners as blocks with a mask.
+
+    ``n = left + right`` queries from ``start`` on see two triangles of ``n`` keys each, that which
+    begins at ``start - left`` on and over its diagonal, that which begins at ``start + right`` on
+    and under it, and together no key twice:
+
+        \ \      query i, key j:  start - left + i <= j < start + right    (over)
+         \ \                      start + right <= j <= start + right + i   (under)
+
+    So no score is computed that a mask would hide but those that the kernel's own tiles hold.
+    """
+    left, right = band.window_left, band.window_right
+    q_start, length = stretch.q_rows.start, stretch.q_rows.stop - stretch.q_rows.start
+    if left is None or right is None or left + right < TRIANGLE_MIN or 2 * (left + right) > length:
+        yield from _masked(stretch, band, 0, length)
+        return
+    size = left + right
+    count = (length - size) // size
+    stop = left + count * size
     # Slices both: windows and masks don't come together.
+    k_start = 0 if isinstance(stretch.k_rows, Tensor) else stretch.k_rows.start
+    if right == 0:  # no query of the first ones has a window that hides a key
+        rows, keys = (slice(start, start + left) for start in (q_start, k_start))
+        yield stretch._replace(q_rows=rows, k_rows=keys, causal=True)
+    else:
+        yield from _masked(stretch, band, 0, left)
+    for k_first, is_over in ((0, True), (size, False)):
+        yield stretch._replace(
+            q_rows=slice(q_start + left, q_start + stop),
+            k_rows=slice(k_start + k_first, k_start + k_first + count * size),
+            causal=True,
+            blocks=count,
+            is_flipped=is_over,
+            merges=not is_over,
+        )
+    yield from _masked(stretch, band, stop, length)
+
+
+def _masked(stretch: Part, band: AttentionSpec, first: int, end: int) -> Iterator[Part]:
+    """Queries of a square stretch cut into blocks, each with the keys its windows reach."""
     q_start, length = stretch.q_rows.start, stretch.q_rows.stop - stretch.q_rows.start
     k_start = 0 if isinstance(stretch.k_rows, Tensor) else stretch.k_rows.start
     reach = sum(min(side, length) for side in (band.window_left, band.window_right) if side)
@@ -264,18 +334,19 @@ def _blocks(stretch: Part, band: AttentionSpec) -> Iterator[Part]:
     while size < min(reach // 4, WINDOW_BLOCK_MAX):
         size *= 2
     seen: dict[tuple[int, int, int], Tensor] = {}  # all but the outermost blocks share their mask
-    for start in range(0, length, size):
-        stop = min(start + size, length)
+    for start in range(first, end, size):
+        stop = min(start + size, end)
         bounds = band.key_bounds(start, stop, length, length)
-        first, last = bounds.any_start, bounds.any_stop
-        shape = (stop - start, first - start, last - start)
+        key_start, key_stop = bounds.any_start, bounds.any_stop
+        shape = (stop - start, key_start - start, key_stop - start)
         if shape not in seen:
-            visible = band.visible(start, stop, first, last, length, length, torch.device("cpu"))
+            rows = start, stop, key_start, key_stop
+            visible = band.visible(*rows, length, length, torch.device("cpu"))
             zeros = torch.zeros(visible.shape, device=visible.device)  # whatever the default is
             seen[shape] = zeros.masked_fill_(~visible, -torch.inf)
         yield stretch._replace(
             q_rows=slice(q_start + start, q_start + stop),
-            k_rows=slice(k_start + first, k_start + last),
+            k_rows=slice(k_start + key_start, k_start + key_stop),
             band=seen[shape],
         )
 
@@ -291,17 +362,12 @@ def _kernel(
     """The kernel, with at least one query and one key."""
     if causal:
         k, v = _seen(k, q), _seen(v, q)
-    group_size = q.shape[1] // k.shape[1]
-    if (
-        group_size > 1
-        and not causal
-        and band is None
-        and group_size * q.shape[2] <= FOLDED_ROWS_MAX
-    ):
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if heads != kv_heads and not causal and band is None and _folds(q, k):
         o, lse = _kernel(q.reshape(*k.shape[:2], -1, q.shape[3]), k, v, scale, causal)
-        # Not views of o: forward-mode differentiation takes none for outputs.
-        o = torch.ops.aten._unsafe_view.default(o.contiguous(), q.shape)
-        return o, torch.ops.aten._unsafe_view.default(lse.contiguous(), q.shape[:3])
+        # Of one kv head a reshape is a view, which forward mode takes for no output.
+        reshape = torch.reshape if kv_heads > 1 else torch.ops.aten._unsafe_view.default
+        return reshape(o, q.shape), reshape(lse, q.shape[:3])
     return _FLASH(
         _unit_stride(q),
         _unit_stride(k),
@@ -310,6 +376,12 @@ def _kernel(
         attn_mask=band if band is None else band.to(q.dtype),
         scale=scale,
     )
+
+
+def _folds(q: Tensor, k: Tensor) -> bool:
+    """Whether a group of heads is better computed as the rows of one."""
+    few_rows = q.shape[1] // k.shape[1] * q.shape[2] <= FOLDED_ROWS_MAX
+    return few_rows and (q.dtype == torch.bfloat16 or k.numel() >= FOLDED_FP32_MIN)
 
 
 def _kernel_backward(
