@@ -138,7 +138,8 @@ class TransformableAttention(FlashAttentionFunction):
 
 
 # ``apply`` without its preparations for ``torch.func``: half the time of a short call.
-_apply_untransformed: Any = super(torch.autograd.Function, TransformableAttention).apply
+_untransformed: Any = super(torch.autograd.Function, TransformableAttention)
+_apply_untransformed = _untransformed.apply
 
 
 class FlashAttentionBackward(torch.autograd.Function):

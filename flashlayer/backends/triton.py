@@ -60,7 +60,9 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple[Tensor, Tensor]:
     """See :class:`flashlayer.spec.Backend`."""
-    return _forward(q, k, v, *flatten(spec, extras))
+    if _is_traced(q):
+        return _forward(q, k, v, *flatten(spec, extras))
+    return _run_forward(q, k, v, spec, extras)
 
 
 def backward(
@@ -75,16 +77,32 @@ def backward(
     extras: AttentionExtras,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """See :class:`flashlayer.spec.Backend`."""
+    tensors = (do, dlse, q, k, v, o, lse)
     wants_d_mask = extras.wants_mask_gradient(spec)
-    dq, dk, dv, d_mask, d_sinks = _backward(
-        do, dlse, q, k, v, o, lse, wants_d_mask, *flatten(spec, extras)
-    )
+    if _is_traced(q):
+        grads = _backward(*tensors, wants_d_mask, *flatten(spec, extras))
+    else:
+        grads = _run_backward(*tensors, wants_d_mask, spec, extras)
+    dq, dk, dv, d_mask, d_sinks = grads
     return (
         dq,
         dk,
         dv,
         d_mask if wants_d_mask else None,
         d_sinks if extras.sinks is not None else None,
+    )
+
+
+def _is_traced(q: Tensor) -> bool:
+    """Whether something other than the kernels looks at this call: a compiler, a mode, a subclass.
+
+    For that there are the ops. Elsewhere the same functions are called as they are: an op made in
+    Python takes the host 20 us more (benchmarks/NOTES.md).
+    """
+    return (
+        torch.compiler.is_compiling()
+        or type(q) is not Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
     )
 
 
@@ -124,22 +142,28 @@ def _forward(
         cu_seqlens_q,
         cu_seqlens_k,
     )
+    return _run_forward(q, k, v, spec, extras)
+
+
+@_forward.register_fake
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _new_results(q, v)
+
+
+def _run_forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
+) -> tuple[Tensor, Tensor]:
     o, lse = _new_results(q, v)
     if _needs_fp32(q):
-        wide_o, lse = forward(q.float(), k.float(), v.float(), spec, _in_fp32(extras))
+        wide_o, lse = _run_forward(q.float(), k.float(), v.float(), spec, _in_fp32(extras))
         return o.copy_(wide_o), lse
-    if cu_seqlens_q is not None:  # no program writes the tokens past the last sequence
+    if extras.cu_seqlens_q is not None:  # no program writes the tokens past the last sequence
         o.zero_()
         lse.fill_(-torch.inf)
     if o.numel() > 0:
         with _launching(q):
             launch_forward(q, k, v, o, lse, spec, extras)
     return o, lse
-
-
-@_forward.register_fake
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return _new_results(q, v)
 
 
 @torch.library.custom_op("flashlayer::triton_backward", mutates_args=())
@@ -183,27 +207,7 @@ def _backward(
         cu_seqlens_q,
         cu_seqlens_k,
     )
-    dq, dk, dv, d_mask, d_sinks = _new_gradients(q, k, v, wants_d_mask, attn_mask, sinks)
-    if _needs_fp32(q):
-        tensors = (x.float() for x in (q, k, v, o))
-        flat = flatten(spec, _in_fp32(extras))
-        wide = _backward(do.float(), dlse, *tensors, lse, wants_d_mask, *flat)
-        results = (dq, dk, dv, d_mask, d_sinks)
-        return tuple(x.copy_(y) for x, y in zip(results, wide, strict=True))  # type: ignore[return-value]
-    if cu_seqlens_q is not None or q.numel() == 0 or k.numel() == 0:
-        # Tokens past the last sequence, and problems without a pair of a query and a key.
-        for gradient in (dq, dk, dv, d_mask):
-            gradient.zero_()
-    delta = torch.empty_like(lse)
-    if lse.numel() > 0:
-        with _launching(q):
-            launch_backward(
-                do, dlse, q, k, v, o, lse, dq, dk, dv, delta, d_mask, wants_d_mask, spec, extras
-            )
-    gradient = extras.sinks_gradient(lse, delta)
-    if gradient is not None:
-        d_sinks.copy_(gradient)
-    return dq, dk, dv, d_mask, d_sinks
+    return _run_backward(do, dlse, q, k, v, o, lse, wants_d_mask, spec, extras)
 
 
 @_backward.register_fake
@@ -220,6 +224,43 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _, extras = unflatten(*options)
     return _new_gradients(q, k, v, wants_d_mask, extras.attn_mask, extras.sinks)
+
+
+def _run_backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    wants_d_mask: bool,
+    spec: AttentionSpec,
+    extras: AttentionExtras,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, d_mask, d_sinks = _new_gradients(
+        q, k, v, wants_d_mask, extras.attn_mask, extras.sinks
+    )
+    if _needs_fp32(q):
+        wide_do, wide_q, wide_k, wide_v, wide_o = (x.float() for x in (do, q, k, v, o))
+        tensors = (wide_do, dlse, wide_q, wide_k, wide_v, wide_o, lse)
+        wide = _run_backward(*tensors, wants_d_mask, spec, _in_fp32(extras))
+        results = (dq, dk, dv, d_mask, d_sinks)
+        return tuple(x.copy_(y) for x, y in zip(results, wide, strict=True))  # type: ignore[return-value]
+    if extras.cu_seqlens_q is not None or q.numel() == 0 or k.numel() == 0:
+        # Tokens past the last sequence, and problems without a pair of a query and a key.
+        for gradient in (dq, dk, dv, d_mask):
+            gradient.zero_()
+    delta = torch.empty_like(lse)
+    if lse.numel() > 0:
+        with _launching(q):
+            launch_backward(
+                do, dlse, q, k, v, o, lse, dq, dk, dv, delta, d_mask, wants_d_mask, spec, extras
+            )
+    gradient = extras.sinks_gradient(lse, delta)
+    if gradient is not None:
+        d_sinks.copy_(gradient)
+    return dq, dk, dv, d_mask, d_sinks
 
 
 def launch_forward(
