@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--peers", nargs="+", help=f"instead of the usual ones; also {', '.join(peers.FORCED)}"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="samples of each peer and cell")
+    parser.add_argument("--rounds", type=int, default=7, help="samples of each peer and cell")
     parser.add_argument(
         "--minutes", type=float, default=8.0, help="start no cell later than this; says which"
     )

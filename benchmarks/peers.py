@@ -23,6 +23,8 @@ from flashlayer import flash_attention, flash_attention_varlen
 Attend = Callable[[Tensor, Tensor, Tensor], Any]
 
 OURS, DEFAULT, STANDARD = "flashlayer", "sdpa", "standard"
+# SDPA once more, as a peer of its own: what tells it from SDPA is the scatter of the measurement.
+AGAIN = "sdpa-again"
 PINNED = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -69,8 +71,8 @@ def names(device: torch.device, suite: str) -> list[str]:
     """Peers that may be there; :func:`prepare` still refuses single cases."""
     if device.type != "cuda":
         # The CPU has FLASH, which is what the default takes, and MATH.
-        return [OURS, DEFAULT, "sdpa-math", STANDARD]
-    peers = [OURS, DEFAULT, *PINNED, STANDARD]
+        return [OURS, DEFAULT, AGAIN, "sdpa-math", STANDARD]
+    peers = [OURS, DEFAULT, AGAIN, *PINNED, STANDARD]
     if suite == "full":
         peers.append("flex")
     if importlib.util.find_spec("flash_attn") is not None:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from benchmarks.peers import OURS
+from benchmarks.peers import AGAIN, OURS
 from benchmarks.report import MIB, share_of_matmul
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
@@ -77,7 +77,7 @@ def _by_length(path: Path, panels: dict, value: Any, unit: str, title: str, *, l
         axes.set_visible(False)
     handles: dict[str, Any] = {}
     for axes, ((dtype, head_dim, causal), cells) in zip(grid.flat, panels.items(), strict=False):
-        for name in reversed(cells[0]["peers"]):
+        for name in reversed([name for name in cells[0]["peers"] if name != AGAIN]):
             points = [(cell["case"].seqlen, value(cell, name)) for cell in cells]
             points = [point for point in points if point[1] is not None]
             if points:

@@ -1,11 +1,12 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import attention, measure, peers
+from benchmarks import attention, measure, peers, report
 from benchmarks.__main__ import COMMANDS
 from benchmarks.__main__ import main as dispatch
 from benchmarks.cases import SUITES, Case, draw
@@ -40,6 +41,7 @@ def test_the_page_and_the_plots_are_there(results: Path) -> None:
     page = (results / "attention.md").read_text()
     for title in ("Length", "GQA", "Window", "Varlen", "Padding mask", "Decode", "Memory"):
         assert f"## {title}\n" in page
+    assert "`sdpa-again` is SDPA once more" in page
     for name in ("speed", "matmul_share", "memory"):
         assert (results / f"{name}.png").stat().st_size > 10_000
 
@@ -111,6 +113,16 @@ def test_a_line_is_fitted() -> None:
     assert fit["base_bytes"] == pytest.approx(100)
     assert fit["worst_residual"] == pytest.approx(0, abs=1e-9)
     assert 0.9 < fit["exponent"] < 1
+
+
+def test_the_scatter_is_what_tells_a_peer_from_itself() -> None:
+    def cell(sdpa: float, again: float) -> dict[str, Any]:
+        peers_ = {peers.DEFAULT: {"ratio": {"both": sdpa}}, peers.AGAIN: {"ratio": {"both": again}}}
+        return {"peers": peers_}
+
+    line = str(report.scatter_line([cell(1.0, 1.0), cell(0.5, 0.51), cell(2.0, 1.8)]))
+    assert "by 2.0% in the median of 3 numbers, by more than 3% in 1 of them and by 10%" in line
+    assert report.scatter_line([{"peers": {peers.DEFAULT: {"ratio": {"both": 1.0}}}}]) is None
 
 
 def test_an_unknown_command_is_answered_with_the_known_ones(
