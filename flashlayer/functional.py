@@ -130,7 +130,9 @@ def flash_attention(
         dropout_seed=dropout_seed,
     )
     chosen = backends.select(backend, problem)
-    if signature is not None and problem.query is query:
+    # A plan says nothing of casts, which autocast makes of some tensors.
+    uncast = problem.query is query and problem.key is key and problem.value is value
+    if signature is not None and uncast:
         if len(_PLANS) >= PLANS_MAX:
             _PLANS.clear()
         _PLANS[signature] = Plan(problem.spec, chosen)

@@ -96,6 +96,15 @@ def test_autocast_is_seen() -> None:
     assert dtypes == 2 * [torch.float32, torch.bfloat16, torch.bfloat16, torch.bfloat16]
 
 
+def test_a_key_that_autocast_casts_is_cast_every_time() -> None:
+    q = torch.randn(1, 2, 9, 8, dtype=torch.bfloat16)
+    k = torch.randn(1, 2, 9, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch.as_tensor(flash_attention(q, k.bfloat16(), q))
+        for _ in range(2):
+            assert torch.equal(torch.as_tensor(flash_attention(q, k, q)), expected)
+
+
 def test_what_is_tracked_is_seen() -> None:
     """auto takes another backend for gradients in fp16."""
     q = torch.randn(1, 1, 9, 8, dtype=torch.float16)
