@@ -42,6 +42,17 @@ MAY_OPEN = {
 }
 
 
+# What flashlayer.distributed offers to a user.
+DISTRIBUTED = {
+    "ring_attention",
+    "ulysses_attention",
+    "shard_sequence",
+    "unshard_sequence",
+    "position_ids",
+    "shard_lengths",
+}
+
+
 def room(path: Path) -> str:
     relative = path.relative_to(PACKAGE).with_suffix("").as_posix()
     if relative.startswith("kernels/"):
@@ -98,6 +109,7 @@ def test_outside_the_package_only_public_names_are_used(folder: str) -> None:
 
     public = {f"flashlayer.{name}" for name in (*flashlayer.__all__, "__version__")}
     public |= {"flashlayer", "flashlayer.online_softmax"}
+    public |= {f"flashlayer.distributed.{name}" for name in DISTRIBUTED}
     for path, source in python_in(ROOT / folder):
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Import):

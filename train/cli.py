@@ -21,7 +21,7 @@ from train.checkpoint import (
     last_good,
     read_checkpoint,
 )
-from train.config import RUNS, build, check, quiet, training_parser
+from train.config import RUNS, as_parallel, build, check, quiet, training_parser
 from train.data import END_OF_DOCUMENT, TextData
 from train.insight import Insight, InsightOptions, boards
 from train.lit import GPTModule
@@ -29,6 +29,7 @@ from train.metrics import MetricsFile
 from train.model import GPTConfig
 from train.parity import ParityOptions, run_parity
 from train.progress import progress
+from train.ranks import in_ranks
 from train.stop import StopAtNonFinite, StopAtSignal, Stopped
 
 
@@ -115,8 +116,19 @@ def fit(config: Namespace) -> None:
         RunError: the run can't go on; its last good checkpoint is as it was.
     """
     check(config)
-    insight = Insight(InsightOptions(**config.insight.as_dict()))
+    InsightOptions(**config.insight.as_dict())
+    CheckpointOptions(**config.checkpoint.as_dict())
     folder = RUNS / config.name / "checkpoints"
+    try:
+        in_ranks(as_parallel(config.parallel).ranks, fit_rank, config, folder)
+    except RunError as error:
+        last = next(iter(candidates(folder)), None)
+        left = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+        raise RunError(f"{error}; {left}") from error
+
+
+def fit_rank(config: Namespace, folder: Path) -> None:
+    """What each process of the run does, with its checkpoints in ``folder``."""
     metrics, stop = MetricsFile(RUNS / config.name), StopAtSignal()
     trainer, module, data = build(
         config,
@@ -124,7 +136,7 @@ def fit(config: Namespace) -> None:
             stop,
             Checkpoints(folder, CheckpointOptions(**config.checkpoint.as_dict())),
             StopAtNonFinite(config.trainer.log_every_n_steps or 50),
-            insight,
+            Insight(InsightOptions(**config.insight.as_dict())),
             *progress(config.name),
         ],
         logger=[metrics, *boards(config.name)],
@@ -146,10 +158,6 @@ def fit(config: Namespace) -> None:
                 f"{folder / 'last.ckpt'}"
             )
         raise
-    except RunError as error:
-        last = next(iter(candidates(folder)), None)
-        left = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
-        raise RunError(f"{error}; {left}") from error
     print(f"trained {trainer.global_step} steps: {folder / 'last.ckpt'}")
 
 

@@ -18,6 +18,7 @@ from train.config import RUNS
 from train.lit import GPTModule
 from train.measure import PeakMemory, Yardstick, synchronize
 from train.model import GPT, CausalSelfAttention
+from train.parallel import own_rows
 
 MATMULS = 10  # of which the fastest is the device's peak
 
@@ -102,7 +103,7 @@ class Insight(L.Callback):
         self, trainer: L.Trainer, pl_module: GPTModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch's tokens; at the end of a step, log what is due."""
-        self.tokens += batch["tokens"][:, 1:].numel() * _data_ranks(trainer)
+        self.tokens += batch["tokens"][:, 1:].numel()
         if trainer.global_step == self.step:  # gradients are still being accumulated
             return
         self.step = trainer.global_step
@@ -125,6 +126,7 @@ class Insight(L.Callback):
         module.log("peak_memory_bytes", peak, sync_dist=True, reduce_fx="max")
 
     def _log_attention(self, trainer: L.Trainer, module: GPTModule, tokens: Tensor) -> None:
+        tokens = module.model.part(own_rows(tokens, module.grid))
         precision = trainer.precision_plugin.forward_context()
         with torch.no_grad(), precision, watched(module.model) as layers:
             module.model(tokens)
@@ -155,11 +157,6 @@ def _compute_dtype(trainer: L.Trainer, module: GPTModule) -> torch.dtype:
         return torch.mm(some, some).dtype
 
 
-def _data_ranks(trainer: L.Trainer) -> int:
-    """Ranks that train on different batches."""
-    return (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
-
-
 def flops_per_token(model: GPT) -> int:
     """Model FLOPs of one training step per token, at sequences of the whole context.
 
@@ -188,9 +185,11 @@ def watched(model: GPT) -> Iterator[list[tuple[Tensor, Tensor]]]:
     layers = [layer for layer in model.modules() if isinstance(layer, CausalSelfAttention)]
     originals = [layer.attend for layer in layers]
 
+    across = flash_attention if model.shard is None else model.shard.attend
+
     def watch(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def watching(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            found.append(attention_statistics(q, k))
+            found.append(attention_statistics(q, k, across))
             return attend(q, k, v)
 
         return watching
@@ -206,7 +205,9 @@ def watched(model: GPT) -> Iterator[list[tuple[Tensor, Tensor]]]:
             layer.attend = original
 
 
-def attention_statistics(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def attention_statistics(
+    q: Tensor, k: Tensor, attend: Callable[..., Any] = flash_attention
+) -> tuple[Tensor, Tensor]:
     """Entropy and largest logit of causal attention, per query, without its matrix of scores.
 
     With scores ``s_j``, probabilities ``p_j = exp(s_j - lse)`` and their mean key ``sum p_j k_j``,
@@ -226,6 +227,7 @@ def attention_statistics(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         q: ``(B, H, S, D)``.
         k: ``(B, Hkv, S, D)``.
+        attend: flash attention, or what is called like it for a sequence that ranks share.
 
     Returns:
         ``entropy`` in nats, and the largest logit's bound, both ``(B, H, S)``.
@@ -233,8 +235,6 @@ def attention_statistics(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         q, k = (x if x.dtype == torch.float64 else x.float() for x in (q, k))
         scale = q.shape[-1] ** -0.5
-        mean_key, lse = flash_attention(q, k, k, causal=True, scale=scale, return_lse=True)
-        _, sharpened = flash_attention(
-            q, k, k, causal=True, scale=SHARPENED * scale, return_lse=True
-        )
+        mean_key, lse = attend(q, k, k, causal=True, scale=scale, return_lse=True)
+        _, sharpened = attend(q, k, k, causal=True, scale=SHARPENED * scale, return_lse=True)
     return lse - scale * (q * mean_key).sum(dim=-1), sharpened / SHARPENED

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flashlayer import flash_attention
 from train import UsageError
+from train.parallel import SequenceShard
 
 Attention = Callable[..., Any]  # q, k, v (B, H, S, D) -> out (B, H, S, D)
 
@@ -34,12 +36,17 @@ def control_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return mirrored.flip(2)
 
 
+# The attentions that are flashlayer's, and their backends.
+BACKENDS = {
+    "flash": "auto",
+    **{name: name for name in ("standard", "tiled", "aten", "triton")},
+}
+
 # Every attention a GPT can be built with: causal, by name.
 ATTENTIONS: dict[str, Attention] = {
-    "flash": partial(flash_attention, causal=True, backend="auto"),
     **{
-        name: partial(flash_attention, causal=True, backend=name)
-        for name in ("standard", "tiled", "aten", "triton")
+        name: partial(flash_attention, causal=True, backend=backend)
+        for name, backend in BACKENDS.items()
     },
     "control": control_attention,
     "sdpa": partial(F.scaled_dot_product_attention, is_causal=True),
@@ -129,6 +136,8 @@ class GPT(nn.Module):
         """Build the model; torch's generator draws its weights, alike for every attention."""
         super().__init__()
         self.config = config
+        self.shard: SequenceShard | None = None
+        self.recompute_blocks = False
         self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.positions = nn.Embedding(config.context, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -146,17 +155,42 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
+    def shard_sequences(self, shard: SequenceShard) -> None:
+        """From now on this rank computes its part of every sequence only."""
+        self.shard = shard
+        attend = partial(shard.attend, causal=True, backend=BACKENDS[self.config.attention])
+        for module in self.modules():
+            if isinstance(module, CausalSelfAttention):
+                module.attend = attend
+
     def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids ``(B, S)`` to logits ``(B, S, vocab_size)`` for the token that follows each."""
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]  # (B, S, C)
+        """Token ids ``(B, S)`` to logits ``(B, S, vocab_size)`` for the token that follows each.
+
+        With sharded sequences both are this rank's part.
+        """
+        x = self.tokens(tokens) + self._embedded_positions(tokens)  # (B, S, C)
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute_blocks else block(x)
         return self.head(self.norm(x))
 
+    def _embedded_positions(self, tokens: Tensor) -> Tensor:
+        """``(S, C)``."""
+        length = tokens.shape[1]
+        if self.shard is None:
+            return self.positions.weight[:length]
+        return self.positions(self.shard.positions(length, tokens.device))
+
     def loss(self, tokens: Tensor) -> Tensor:
-        """Mean cross-entropy, in nats, of predicting ``tokens[:, 1:]`` from ``tokens[:, :-1]``."""
-        logits = self(tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        """Mean cross-entropy, in nats, of predicting ``tokens[:, 1:]`` from ``tokens[:, :-1]``.
+
+        With sharded sequences the mean is over this rank's part, which is as long as every other's.
+        """
+        inputs, targets = self.part(tokens[:, :-1]), self.part(tokens[:, 1:])
+        return F.cross_entropy(self(inputs).flatten(0, 1), targets.flatten())
+
+    def part(self, tokens: Tensor) -> Tensor:
+        """``(B, T) -> (B, S)``: this rank's part of sequences that are sharded, else all."""
+        return tokens if self.shard is None else self.shard.take(tokens)
 
     @torch.inference_mode()
     def generate(

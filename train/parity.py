@@ -9,7 +9,7 @@ process, which makes its peak memory its own.
 import hashlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,8 +19,8 @@ from jsonargparse import Namespace
 from torch import Tensor
 
 from train import UsageError, report
-from train.config import RUNS, build, check
-from train.lit import GPTModule
+from train.config import RUNS, as_parallel, build, check, check_parallel
+from train.lit import GPTModule, whole
 from train.measure import (
     LayerStudy,
     PeakMemory,
@@ -31,7 +31,9 @@ from train.measure import (
     synchronize,
 )
 from train.model import GPTConfig
+from train.parallel import Parallel
 from train.progress import progress
+from train.ranks import in_ranks
 from train.verdict import CANDIDATE, CONTROL, REFERENCE, ArmRun, Rule, gap, judge
 
 WARM_UP_STEPS = 5  # not counted in an arm's tokens per second
@@ -53,6 +55,8 @@ class ParityOptions:
         rule: the verdict's thresholds.
         speed_rounds: training steps per arm, taken in turns, behind the ratio of their speeds.
         layer: the study of one attention layer alone.
+        layouts: arms that train on several processes, and how they are spread. They are judged as
+            ``flash`` is.
         note: a sentence for the top of the report.
     """
 
@@ -62,6 +66,7 @@ class ParityOptions:
     rule: Rule = field(default_factory=Rule)
     speed_rounds: int = 15
     layer: LayerStudy = field(default_factory=LayerStudy)
+    layouts: dict[str, Parallel] = field(default_factory=dict)
     note: str | None = None
 
 
@@ -113,11 +118,14 @@ class Recorder(L.Callback):
             self.rows[-1]["val_loss"] = loss
 
 
-def _digest(tensors: Any) -> str:
+def _digest(tensors: Iterable[Tensor]) -> str:
     """A fingerprint of the tensors' bytes."""
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        # A copy: FSDP can't free memory that numpy has seen.
+        copy = whole(tensor.detach()).cpu().clone(memory_format=torch.contiguous_format)
+        numbers = copy.view(torch.uint8).numpy()
+        digest.update(numbers.data)
     return digest.hexdigest()
 
 
@@ -126,7 +134,7 @@ def train_arm(config: Namespace, arm: str) -> ArmRun:
     begin = time.perf_counter()
     recorder = Recorder(arm)
     trainer, module, data = build(
-        _with_attention(config, config.parity.arms[arm]),
+        _of_arm(config, arm),
         callbacks=[recorder, *progress(arm)],
         num_sanity_val_steps=-1,
         logger=False,
@@ -157,8 +165,10 @@ def step_seconds(config: Namespace) -> dict[str, float]:
         accelerator=config.trainer.accelerator, devices=1, precision=config.trainer.precision
     )
     steps = {}
-    for arm, attention in config.parity.arms.items():
-        _, module, data = build(_with_attention(config, attention), callbacks=[], logger=False)
+    for arm in config.parity.arms:
+        if arm in config.parity.layouts:
+            continue
+        _, module, data = build(_of_arm(config, arm), callbacks=[], logger=False)
         data.setup()
         model, optimizer = fabric.setup(
             module.model, torch.optim.AdamW(module.parameter_groups(), lr=1e-4)
@@ -208,7 +218,11 @@ def run_parity(config: Namespace, command: str, *, isolate: bool = True) -> dict
 
     runs, arms = {}, {}
     for arm, attention in options.arms.items():
-        runs[arm] = call(train_arm, config, arm)
+        if arm in options.layouts:
+            ranks = as_parallel(options.layouts[arm]).ranks
+            runs[arm] = in_ranks(ranks, train_arm, config, arm)
+        else:
+            runs[arm] = call(train_arm, config, arm)
         arms[arm] = {"attention": attention, **_arm_summary(runs[arm])}
         print(report.arm_line(arm, arms[arm]), flush=True)
 
@@ -219,7 +233,7 @@ def run_parity(config: Namespace, command: str, *, isolate: bool = True) -> dict
         lengths.append(_layer_row(layer, options.arms, length, device, dtype, call))
         print(report.layer_line(lengths[-1]), flush=True)
 
-    checks = judge(runs, rule)
+    checks = judge(runs, rule, [CANDIDATE, *options.layouts])
     gaps = {arm: gap(run, runs[REFERENCE]) for arm, run in runs.items() if arm != REFERENCE}
     summary = {
         "name": config.name,
@@ -263,6 +277,18 @@ def _check(config: Namespace) -> None:
         )
     for attention in arms.values():
         GPTConfig(**config.model.gpt.as_dict() | {"attention": attention})
+    if as_parallel(config.parallel).ranks > 1:
+        raise UsageError("parallel must be left alone: parity.layouts spreads arms over processes")
+    for arm in config.parity.layouts:
+        if arm not in arms or arm in (REFERENCE, CANDIDATE, CONTROL):
+            raise UsageError(
+                f"parity.layouts.{arm} must be an arm of parity.arms besides {REFERENCE}, "
+                f"{CANDIDATE} and {CONTROL}, which train on one process"
+            )
+        try:
+            check_parallel(_of_arm(config, arm))
+        except UsageError as error:
+            raise UsageError(f"parity.layouts.{arm}: {error}") from error
     if (
         config.parity.speed_rounds < 1
         or config.parity.layer.rounds < 1
@@ -284,9 +310,11 @@ def _check(config: Namespace) -> None:
     check(config)
 
 
-def _with_attention(config: Namespace, attention: str) -> Namespace:
+def _of_arm(config: Namespace, arm: str) -> Namespace:
     changed = config.clone()
-    changed.model.gpt.attention = attention
+    changed.model.gpt.attention = config.parity.arms[arm]
+    if arm in config.parity.layouts:
+        changed.parallel = config.parity.layouts[arm]
     return changed
 
 

@@ -24,9 +24,9 @@ class Stopped(BaseException):
         at_once: whether they asked twice.
     """
 
-    def __init__(self, signum: int, *, at_once: bool) -> None:
-        """Keep what a shell would say of the signal."""
-        super().__init__()
+    def __init__(self, signum: int, at_once: bool) -> None:
+        """Keep what a shell would say of the signal; a pickle of it is what it was."""
+        super().__init__(signum, at_once)
         self.signal, self.at_once = signal.Signals(signum), at_once
 
 
@@ -71,8 +71,10 @@ class StopAtSignal(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Stop here if any rank was asked to."""
-        if trainer.strategy.reduce_boolean_decision(self.asked is not None, all=False):
-            raise Stopped(self.asked or signal.SIGTERM, at_once=False)
+        asked = torch.tensor(self.asked or 0, device=pl_module.device)
+        asked = int(trainer.strategy.reduce(asked, reduce_op="max"))
+        if asked:
+            raise Stopped(asked, at_once=False)
 
 
 class StopAtNonFinite(L.Callback):

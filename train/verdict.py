@@ -1,5 +1,6 @@
 """When two arms of the training proof agree: the gaps, the rule, the checks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,9 +105,11 @@ def gap(run: ArmRun, reference: ArmRun) -> dict[str, float]:
     }
 
 
-def judge(runs: dict[str, ArmRun], rule: Rule) -> list[dict[str, Any]]:
+def judge(
+    runs: dict[str, ArmRun], rule: Rule, candidates: Sequence[str] = (CANDIDATE,)
+) -> list[dict[str, Any]]:
     """Every check of the rule: its words, whether it passed, and what was found and allowed."""
-    flash, control = (gap(runs[arm], runs[REFERENCE]) for arm in (CANDIDATE, CONTROL))
+    control = gap(runs[CONTROL], runs[REFERENCE])
     fall = min(run.val_loss_fall() for run in runs.values())
     checks = [
         _same("initial weights are the same in all arms", [run.weights for run in runs.values()]),
@@ -122,17 +125,24 @@ def judge(runs: dict[str, ArmRun], rule: Rule) -> list[dict[str, Any]]:
             "bound": rule.min_fall,
         },
     ]
-    for key, words, bound in (
-        ("max", "largest loss gap", rule.loss_bound),
-        ("mean", "mean loss gap", rule.loss_bound),
-        ("grad_norm_max", "largest relative gradient-norm gap", rule.grad_norm_bound),
-        ("grad_norm_mean", "mean relative gradient-norm gap", rule.grad_norm_bound),
-    ):
-        allowed = bound(control[key])
-        # A gap that is not a number is not within any bound.
-        checks.append(
-            {"check": words, "passed": flash[key] <= allowed, "found": flash[key], "bound": allowed}
-        )
+    for arm in candidates:
+        found = gap(runs[arm], runs[REFERENCE])
+        for key, words, bound in (
+            ("max", "largest loss gap", rule.loss_bound),
+            ("mean", "mean loss gap", rule.loss_bound),
+            ("grad_norm_max", "largest relative gradient-norm gap", rule.grad_norm_bound),
+            ("grad_norm_mean", "mean relative gradient-norm gap", rule.grad_norm_bound),
+        ):
+            allowed = bound(control[key])
+            checks.append(
+                {
+                    "check": words if arm == CANDIDATE else f"{words} of {arm}",
+                    # A gap that is not a number is not within any bound.
+                    "passed": found[key] <= allowed,
+                    "found": found[key],
+                    "bound": allowed,
+                }
+            )
     return checks
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from train.cli import main
 from train.lit import GPTModule
@@ -40,7 +41,11 @@ def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--model.gpt.attention", "flush"], "unknown attention 'flush': choose one of"),
         (["--model.gpt.n_head", "5"], "n_embd (32) must be a multiple of n_head (5)"),
         (["--trainer.max_steps", "0"], "trainer.max_steps must be at least 1"),
-        (["--trainer.devices", "2"], "training uses one device"),
+        (["--trainer.devices", "2"], "(1 x 1 = 1)"),
+        (["--trainer.strategy", "ddp"], "parallel.shard say how a run is spread"),
+        (["--parallel.data", "0"], "parallel.data must be at least 1, not 0"),
+        (["--parallel.shards", "2"], "--parallel.shards"),
+        (["--parallel.shard", "true"], "parallel.shard needs more than one rank"),
         (["--trainer.precision", "7"], "trainer.precision"),
     ],
 )
@@ -63,6 +68,60 @@ def test_mistakes(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"data": 3}, "data.batch_size (4) must be a multiple of parallel.data (3)"),
+        ({"context": 3}, "model.gpt.context (32) must be a multiple of 6 for parallel.context 3"),
+        ({"context": 3, "placement": "contiguous"}, "must be a multiple of 3"),
+        ({"context": 4, "attention": "ulysses"}, "n_head (2) must be a multiple of parallel.conte"),
+        ({"context": 2, "attention": "star"}, "star"),
+        ({"context": 2, "data": 2.5}, "2.5"),
+    ],
+)
+def test_what_ranks_cannot_share(
+    options: dict[str, object],
+    words: str,
+    fit_arguments: list[str],
+    parity_arguments: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    on_the_line = [f"--parallel.{name}={value}" for name, value in options.items()]
+    assert words in told([*fit_arguments, *on_the_line], capsys)
+    spread = ["--parity.arms.spread", "flash"]
+    layouts = ["--parity.layouts", yaml.safe_dump({"spread": options})]
+    assert words in told([*parity_arguments, *spread, *layouts], capsys)
+
+
+@pytest.mark.parametrize("attention", ["standard", "control", "sdpa"])
+def test_what_cannot_attend_across_ranks(
+    attention: str, fit_arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--parallel.context", "2", "--model.gpt.attention", attention]
+    told_ = told([*fit_arguments, *options], capsys)
+    assert f"attention '{attention}' can't attend across ranks" in told_
+
+
+def test_devices_that_are_no_product_of_the_axes(
+    fit_arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--parallel.context", "2", "--parallel.data", "2", "--trainer.devices", "2"]
+    assert "(2 x 2 = 4), or be left out" in told([*fit_arguments, *options], capsys)
+
+
+def test_fewer_gpus_than_ranks(
+    fit_arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    arguments = [*fit_arguments, "--trainer.accelerator", "auto", "--parallel.data", "2"]
+    assert "is 2 and this machine has 1 GPU: set trainer.accelerator" in told(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--parallel.data", "2"], "parity.layouts spreads arms over processes"),
+        (["--parity.layouts", "{ddp: {data: 2}}"], "parity.layouts.ddp must be an arm"),
+        (["--parity.layouts", "{control: {data: 2}}"], "besides standard, flash and control"),
         (["--parity.arms", "{standard: standard, flash: flash}"], "parity.arms lacks control"),
         (["--parity.arms.flash", "flush"], "unknown attention 'flush'"),
         (["--parity.rule.bound", "1"], "--parity.rule.bound"),
