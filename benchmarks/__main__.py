@@ -4,7 +4,7 @@ import os
 import sys
 from importlib import import_module
 
-COMMANDS = {"attention": "benchmarks.attention", "codegen": "benchmarks.codegen"}
+COMMANDS = {name: f"benchmarks.{name}" for name in ("attention", "codegen", "training")}
 
 
 def main(argv: list[str]) -> int:

@@ -27,6 +27,7 @@ COLOURS = {
     "tiled": "#117733",
     "triton": "#882255",
 }
+PLAIN = FuncFormatter(lambda y, _: f"{y:,g}")
 MARKERS = dict(zip(COLOURS, "os^vD<xP*hp+", strict=True))
 
 
@@ -81,7 +82,7 @@ def _by_length(path: Path, panels: dict, value: Any, unit: str, title: str, *, l
             points = [(cell["case"].seqlen, value(cell, name)) for cell in cells]
             points = [point for point in points if point[1] is not None]
             if points:
-                handles[name] = _line(axes, name, points)
+                handles[name] = line(axes, name, points)
         batch_tokens = cells[0]["case"].batch * cells[0]["case"].seqlen
         axes.set_title(
             f"{dtype}, D = {head_dim}, {'causal' if causal else 'full'}, "
@@ -90,13 +91,13 @@ def _by_length(path: Path, panels: dict, value: Any, unit: str, title: str, *, l
         )
         if log:
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
-            axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
+            axes.yaxis.set_major_formatter(PLAIN)
+            axes.yaxis.set_minor_formatter(PLAIN)
             axes.tick_params(axis="y", which="minor", labelsize=7)
         else:
             axes.set_ylim(bottom=0)
         axes.set_ylabel(unit)
-        _lengths(axes, [cell["case"].seqlen for cell in cells])
+        lengths(axes, [cell["case"].seqlen for cell in cells])
     figure.suptitle(title, fontsize=14)
     order = [name for name in COLOURS if name in handles]
     figure.legend(
@@ -112,21 +113,22 @@ def _memory(path: Path, memory: dict[str, Any]) -> None:
     for row in memory["rows"]:
         points.setdefault(row["peer"], []).append((row["length"], row["extra_bytes"] / MIB))
     for name, its_points in points.items():
-        _line(axes, name, its_points).set_label(name)
+        line(axes, name, its_points).set_label(name)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
+    axes.yaxis.set_major_formatter(PLAIN)
     axes.set_ylabel("peak beyond the inputs (MiB)")
     case = memory["case"]
     axes.set_title(
         f"Memory of one forward + backward: {case.heads} heads of {case.head_dim}, causal, "
         f"{case.dtype}"
     )
-    _lengths(axes, sorted({length for its in points.values() for length, _ in its}))
+    lengths(axes, sorted({length for its in points.values() for length, _ in its}))
     axes.legend()
     figure.savefig(path)
 
 
-def _line(axes: Axes, name: str, points: list[tuple[int, float]]) -> Any:
+def line(axes: Axes, name: str, points: list[tuple[int, float]]) -> Any:
+    """The curve of one peer."""
     ours = name == OURS
     (line,) = axes.plot(
         *zip(*points, strict=True),
@@ -141,7 +143,8 @@ def _line(axes: Axes, name: str, points: list[tuple[int, float]]) -> Any:
     return line
 
 
-def _lengths(axes: Axes, lengths: list[int]) -> None:
+def lengths(axes: Axes, lengths: list[int]) -> None:
+    """The axis of the lengths."""
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(lengths))
     axes.xaxis.set_minor_locator(NullLocator())

@@ -107,13 +107,13 @@ def _table(group: str, cells: list[dict[str, Any]]) -> list[str]:
     names = [name for name in cells[0]["peers"] if name != OURS]
     names = [name for name in names if any("ratio" in cell["peers"][name] for cell in cells)]
     header = ["case", "dtype", "ms", *names, "of matmul", "error"]
-    lines = [f"## {group[0].upper()}{group[1:]}", "", _row(header), _row(["---"] * len(header))]
+    lines = [f"## {group[0].upper()}{group[1:]}", "", row(header), row(["---"] * len(header))]
     for cell in cells:
         case, ours = cell["case"], cell["peers"][OURS]
         phases = [phase for phase in PHASES if phase in ours]
         share = share_of_matmul(cell, OURS, phases[-1])
         lines.append(
-            _row(
+            row(
                 [
                     f"B={case.batch} {case.name}",
                     case.dtype,
@@ -139,7 +139,8 @@ def _ratios(result: dict[str, Any], phases: list[str]) -> str:
     return " / ".join(f"{result['ratio'][phase]:.2f}" for phase in phases)
 
 
-def _row(values: list[str]) -> str:
+def row(values: list[str]) -> str:
+    """A line of a table."""
     return "| " + " | ".join(values) + " |"
 
 
@@ -154,12 +155,12 @@ def _memory(memory: dict[str, Any]) -> list[str]:
         f"MiB beyond the inputs that one forward and backward needs at its peak: batch "
         f"{case.batch}, {case.heads} heads of {case.head_dim}, causal, {case.dtype}.",
         "",
-        _row(header),
-        _row(["---"] * len(header)),
+        row(header),
+        row(["---"] * len(header)),
     ]
     for length in lengths:
         values = (found.get((peer, length)) for peer in header[1:])
         lines.append(
-            _row([f"{length:,}", *("-" if v is None else f"{v / MIB:.1f}" for v in values)])
+            row([f"{length:,}", *("-" if v is None else f"{v / MIB:.1f}" for v in values)])
         )
     return [*lines, "", f"flashlayer's {fit_line(memory['fit'])}.", ""]
