@@ -4,8 +4,8 @@
 #   make docs     the site, in build/docs/index.html
 #   make notebooks   run the chapter's notebooks and write what comes out into them
 #   make lint     ruff and pyright
-#   make bench    attention against its peers on this CPU, and the compile ledger of the kernels for GPUs
-#   make gpu      everything that needs a CUDA GPU: tests, memory check, benchmark, training proof; OUT=folder
+#   make bench    attention and a training step against their peers on this CPU, and the compile ledger for GPUs
+#   make gpu      everything that needs a CUDA GPU: tests, memory check, benchmarks, training proof; OUT=folder
 # PYTHON=python3.12 make test   takes another interpreter
 
 PYTHON ?= python3
@@ -36,6 +36,7 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(RUN) -m benchmarks attention --device cpu --suite quick
+	$(RUN) -m benchmarks training --device cpu
 	$(RUN) -m benchmarks codegen --out runs
 
 # In the environment that has the CUDA build of torch: this one sets up none.
@@ -44,6 +45,7 @@ gpu:
 	python -m pytest -q -m gpu --record $(OUT)/correctness.json
 	compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest -q -m gpu tests/kernels/test_gpu.py -k "memory_check"
 	python -m benchmarks attention --device cuda --suite full --out $(OUT)
+	python -m benchmarks training --device cuda --out $(OUT)
 	python -m train parity --config configs/parity_gpu.yaml
 
 # The stamp is written last: an install that was interrupted starts again.

@@ -262,6 +262,8 @@ def draw(path: Path, results: dict[str, Any]) -> None:
     ):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(plots.PLAIN)
+        axes.yaxis.set_minor_formatter(plots.PLAIN)
+        axes.tick_params(axis="y", which="minor", labelsize=7)
         axes.set_ylabel(unit)
         axes.set_title(title)
         plots.lengths(axes, [cell["context"] for cell in results["cells"]])
