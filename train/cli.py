@@ -1,4 +1,4 @@
-"""``python -m train {parity,fit,sample}``: what each does, and how mistakes are told."""
+"""``python -m train {parity,fit,sample,compare}``: what each does, and how mistakes are told."""
 
 import shlex
 import signal
@@ -21,6 +21,7 @@ from train.checkpoint import (
     last_good,
     read_checkpoint,
 )
+from train.compare import compare
 from train.config import RUNS, as_parallel, build, check, quiet, training_parser
 from train.data import END_OF_DOCUMENT, TextData
 from train.insight import Insight, InsightOptions, boards
@@ -47,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         command = config.subcommand
         if command == "sample":
             print(sample(**config.sample.as_dict()))
+        elif command == "compare":
+            print(compare(**config.compare.as_dict()))
         elif command == "fit":
             fit(config.fit)
         else:
@@ -81,11 +84,21 @@ def make_parser() -> ArgumentParser:
         description="Continue a prompt with a trained GPT.", exit_on_error=False
     )
     sampling.add_function_arguments(sample)
+    comparing = ArgumentParser(
+        description="Lay the curves of several runs over each other.", exit_on_error=False
+    )
+    comparing.add_argument(
+        "runs", type=Path, nargs="+", help="folders of fit or parity runs, such as runs/a"
+    )
+    comparing.add_argument(
+        "--out", type=Path, default=Path("runs/compare"), help="folder for the table and plots"
+    )
     commands.add_subcommand(
         "parity", parity, help="train with several attentions and judge whether they agree"
     )
     commands.add_subcommand("fit", fit_parser(), help="train one GPT, with checkpoints")
     commands.add_subcommand("sample", sampling, help="continue a prompt with a trained GPT")
+    commands.add_subcommand("compare", comparing, help="lay the curves of runs over each other")
     return parser
 
 

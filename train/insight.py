@@ -103,7 +103,7 @@ class Insight(L.Callback):
         self, trainer: L.Trainer, pl_module: GPTModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch's tokens; at the end of a step, log what is due."""
-        self.tokens += batch["tokens"][:, 1:].numel()
+        self.tokens += batch["tokens"][:, 1:].numel()  # of all ranks: they share the batch out
         if trainer.global_step == self.step:  # gradients are still being accumulated
             return
         self.step = trainer.global_step

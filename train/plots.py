@@ -1,5 +1,6 @@
 """The pictures of the training proof, drawn for someone who has never seen the project."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,84 @@ def _growth(axes: Axes, rows: list[dict[str, Any]], values: dict[str, list[float
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.set_xlabel("sequence length (tokens)")
     axes.grid(alpha=0.3)
+
+
+Points = tuple[list[int], list[float]]
+
+# For runs of any name, in the order they are named; where there are more, again with dashes.
+COLOURS = ("#56B4E9", "#D55E00", "black", "#009E73", "#CC79A7", "#E69F00", "#0072B2")
+
+
+def compare_loss(path: Path, train: dict[str, Points], val: dict[str, Points]) -> None:
+    """Training loss as lines and validation loss as dots, of runs of any name."""
+    figure, axes = _canvas()
+    styles = _styles(train)
+    for name, (steps, losses) in train.items():
+        axes.plot(steps, losses, label=name, **styles[name])
+    for name, (steps, losses) in val.items():
+        axes.plot(
+            steps,
+            losses,
+            linestyle="none",
+            marker="o",
+            markersize=5 + 1.5 * styles[name]["linewidth"],
+            markeredgecolor="white",
+            color=styles[name]["color"],
+            zorder=3,
+        )
+    if any(steps for steps, _ in val.values()):
+        axes.plot([], [], "-", color="gray", label="line: training batch")
+        axes.plot([], [], "o", color="gray", label="dot: held-out text")
+    axes.set_title("Loss of the runs: equal curves lie on top of each other")
+    axes.set_xlabel("training step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(fontsize=11, ncols=1 + len(train) // 8)
+    _save(figure, path)
+
+
+def compare_training(
+    path: Path, norm: dict[str, Points], speed: dict[str, Points], memory: dict[str, Points]
+) -> None:
+    """Gradient norm, speed and memory of runs of any name, side by side."""
+    figure = Figure(figsize=(15, 5.2), dpi=130, layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    styles = _styles(norm)
+    memory = {name: (steps, [y / MIB for y in ys]) for name, (steps, ys) in memory.items()}
+    for axes, curves, title, unit in (
+        (left, norm, "Gradient norm, before clipping", "norm"),
+        (middle, speed, "Speed", "tokens per second"),
+        (right, memory, "Peak memory so far", "MiB"),
+    ):
+        for name, (steps, values) in curves.items():
+            axes.plot(steps, values, label=name, **styles[name])
+        highest = max((y for _, ys in curves.values() for y in ys if np.isfinite(y)), default=None)
+        if highest is not None:
+            axes.set_ylim(0, 1.15 * highest)
+        else:
+            axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="gray")
+        axes.set_title(title)
+        axes.set_xlabel("training step")
+        axes.set_ylabel(unit)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.grid(alpha=0.3)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=min(6, len(styles))
+    )
+    _save(figure, path)
+
+
+def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """A line for every run, the later the narrower."""
+    styles = {}
+    for index, name in enumerate(names):
+        again, colour = divmod(index, len(COLOURS))
+        styles[name] = {
+            "color": COLOURS[colour],
+            "linewidth": max(1.2, 6.5 - 2.6 * index),
+            "alpha": 0.7 if index == 0 else 0.9,
+            "linestyle": (0, (4, 2 * again)) if again else "-",
+        }
+    return styles
 
 
 def _canvas() -> tuple[Figure, Axes]:

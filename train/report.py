@@ -171,7 +171,7 @@ def _arms_table(arms: dict[str, dict[str, Any]]) -> str:
         ]
         for arm, result in arms.items()
     ]
-    return _table(
+    return table(
         ["arm", "attention", "last training loss", "validation before", "validation after", "fall"],
         rows,
     )
@@ -183,7 +183,7 @@ def _gaps_table(gaps: dict[str, dict[str, float]]) -> str:
         [f"{arm} - standard", *(_number(values[key]) for key in keys)]
         for arm, values in gaps.items()
     ]
-    return _table(
+    return table(
         [
             "",
             "largest loss gap",
@@ -205,7 +205,7 @@ def _speed_table(arms: dict[str, dict[str, Any]]) -> str:
         ]
         for arm, result in arms.items()
     ]
-    return _table(
+    return table(
         [
             "arm",
             "tokens/s (median step)",
@@ -253,7 +253,7 @@ def _layer_table(layer: dict[str, Any]) -> str:
         f"Batch {layer['batch']}, {layer['heads']} heads of width {layer['head_dim']}, "
         f"{layer['dtype']}, causal. Extra memory is the peak beyond the inputs, in a fresh "
         f"process per number; times are medians of {layer['rounds']} interleaved "
-        f"rounds.\n\n{_table(head, rows)}"
+        f"rounds.\n\n{table(head, rows)}"
     )
 
 
@@ -267,7 +267,7 @@ def _checks_table(checks: list[dict[str, Any]]) -> str:
         ]
         for check in checks
     ]
-    return _table(["", "check", "found", "bound"], rows)
+    return table(["", "check", "found", "bound"], rows)
 
 
 def _check_words(check: dict[str, Any]) -> str:
@@ -291,6 +291,7 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2g}"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table: text in the first column, numbers in the others."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -16,13 +16,19 @@ CHECKPOINT = Path("runs/tiny/checkpoints/last.ckpt")
 
 
 def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence that a mistaken command ends in, before it has written anything."""
+    sentence = told_by(arguments, capsys)
+    assert not Path("runs").exists()
+    return sentence
+
+
+def told_by(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one sentence that a mistaken command ends in."""
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
-    assert not Path("runs").exists()
     return captured.err
 
 
@@ -255,7 +261,7 @@ def test_sample_continues_a_prompt(
         assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["parity"], ["fit"], ["sample"]])
+@pytest.mark.parametrize("command", [[], ["parity"], ["fit"], ["sample"], ["compare"]])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([*command, "--help"])

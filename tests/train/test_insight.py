@@ -74,8 +74,7 @@ def test_model_flops_are_those_that_pytorch_counts_but_for_the_hidden_keys() -> 
 
 def rows() -> list[dict[str, float]]:
     """The CSV file, without what a row leaves empty."""
-    (path,) = RUN.rglob("metrics.csv")
-    with path.open() as file:
+    with (RUN / "metrics.csv").open() as file:
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
