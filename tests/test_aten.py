@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -48,20 +48,28 @@ def test_window(name: str, dtype: torch.dtype) -> None:
     assert_matches_standard(q, k, v, backend="aten", with_noise=True, **WINDOWS[name])
 
 
-@given(st.integers(1, 400), st.integers(0, 150), st.integers(0, 150))
-def test_the_parts_of_a_window_hold_every_pair_once(length: int, left: int, right: int) -> None:
+SIDES = st.none() | st.integers(0, 150)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 400), st.integers(-120, 120), SIDES, SIDES, st.booleans())
+def test_the_parts_of_a_band_hold_every_pair_once(
+    queries: int, more: int, left: int | None, right: int | None, is_top_left: bool
+) -> None:
     """Each part's rows, causal triangle and mask written out, against the band."""
-    q = torch.zeros(1, 1, length, 1)
-    band = AttentionSpec(1.0, left, right, diagonal="top_left")
-    position = torch.arange(length).view(1, 1, -1, 1)
-    count = torch.zeros(length, length)
-    for part in aten._parts(q, q, band, None, None, None):
-        for rows, keys in zip(part.queries(position), part.keys(position), strict=True):
-            seen = torch.ones(rows.shape[1], keys.shape[1])
+    keys = max(1, queries + more)
+    q, k = torch.zeros(1, 1, queries, 1), torch.zeros(1, 1, keys, 1)
+    band = AttentionSpec(1.0, left, right, "top_left" if is_top_left else "bottom_right")
+    i, j = (torch.arange(length).view(1, 1, -1, 1) for length in (queries, keys))
+    count = torch.zeros(queries, keys)
+    for part in aten._parts(q, k, band, None, None, None):
+        for rows, columns in zip(part.queries(i), part.keys(j), strict=True):
+            seen = torch.ones(rows.shape[1], columns.shape[1])
             seen = seen.tril() if part.causal else seen
             seen = seen if part.band is None else seen * (part.band == 0)
-            count[rows.flatten()[:, None], keys.flatten()] += seen
-    assert torch.equal(count > 0, band.visible(0, length, 0, length, length, length, q.device))
+            assert part.band is None or seen.any(dim=-1).all(), "a row without a key has no LSE"
+            count[rows.flatten()[:, None], columns.flatten()] += seen
+    assert torch.equal(count > 0, band.visible(0, queries, 0, keys, queries, keys, q.device))
     assert count.max() <= 1
 
 
@@ -86,13 +94,41 @@ def test_packed(options: dict[str, Any], dtype: torch.dtype) -> None:
         assert results[name][340:].count_nonzero() == 0, name
 
 
-def test_packed_causal_needs_one_length_for_queries_and_keys() -> None:
-    q = torch.randn(9, 2, 16)
-    edges = torch.tensor([0, 9])
-    call = {"cu_seqlens_q": edges, "cu_seqlens_k": edges.clone(), "causal": True}
-    with pytest.raises(ValueError, match="its causal diagonal is top-left"):
-        flash_attention_varlen(q, q, q, backend="aten", **call)
-    flash_attention_varlen(q, q, q, backend="aten", diagonal="top_left", **call)
+UNLIKE: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True},
+    "window": {"window_size": (50, 3)},
+    "window_causal": {"window_size": (20, None), "causal": True},
+    "one_side": {"window_size": (None, 2)},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("diagonal", ["bottom_right", "top_left"])
+@pytest.mark.parametrize("lengths", [(70, 200), (200, 70), (1, 90), (90, 1)], ids=str)
+@pytest.mark.parametrize("name", UNLIKE)
+def test_unlike_lengths(
+    name: str, lengths: tuple[int, int], diagonal: str, dtype: torch.dtype
+) -> None:
+    """Dense, and as one of three packed sequences."""
+    seqlen_q, seqlen_k = lengths
+    options = {"diagonal": diagonal, "backend": "aten", "with_noise": True, **UNLIKE[name]}
+    sizes = ((4, seqlen_q), (2, seqlen_k), (2, seqlen_k))
+    q, k, v = (torch.randn(2, heads, seqlen, 16, dtype=dtype) for heads, seqlen in sizes)
+    assert_matches_standard(q, k, v, **options)
+    q, k, v = (torch.randn(9 + s, h, 16, dtype=dtype) for h, s in sizes)
+    edges = {
+        f"cu_seqlens_{side}": torch.tensor([0, 5, 5 + length, 9 + length], dtype=torch.int32)
+        for side, length in (("q", seqlen_q), ("k", seqlen_k))
+    }
+    assert_matches_standard(q, k, v, **edges, **options)
+
+
+def test_unlike_lengths_with_a_mask_are_refused() -> None:
+    q, k = torch.randn(1, 1, 5, 16), torch.randn(1, 1, 9, 16)
+    options = {"attn_mask": padding(9, (0, 7)), "causal": True}
+    reason = available_backends(q, k, k, **options)["aten"]
+    assert reason == "it has no attn_mask together with a bottom-right diagonal of unlike lengths"
+    assert available_backends(q, k, k, diagonal="top_left", **options)["aten"] is None
 
 
 MASKS = {
@@ -145,9 +181,9 @@ def test_the_custom_ops_are_what_they_say(option: str) -> None:
     q, k, v = qkv(1, 2, 1, 40, torch.float32)
     edges = torch.tensor([0, 30, 40], dtype=torch.int32)
     options = {
-        "window": (0.25, 9, 0, None, None, None),
-        "padding": (0.25, None, None, padding(40, (0, 31)), None, None),
-        "packed": (0.25, None, 0, None, edges, edges.clone()),
+        "window": (0.25, 9, 0, "top_left", None, None, None),
+        "padding": (0.25, None, None, "top_left", padding(40, (0, 31)), None, None),
+        "packed": (0.25, None, 0, "bottom_right", None, edges, edges.clone()),
     }[option]
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     forward, backward = torch.ops.flashlayer.aten_forward, torch.ops.flashlayer.aten_backward

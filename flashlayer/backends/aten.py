@@ -4,9 +4,9 @@ The fastest path on a CPU. It is wrapped rather than trusted: where it would cra
 silently wrong (a strided last dimension, a NaN in keys beyond the causal triangle) or has no
 gradient (its LSE) it is put right here; what it can't do is refused.
 
-The kernel knows full and top-left causal attention. Packed sequences, padding masks and windows are
-several such problems, each a *part*: some queries, and the keys they see. Parts of the same queries
-merge by their LSE. What no part names costs nothing.
+The kernel knows full and top-left causal attention. Packed sequences, padding masks, windows and
+the bottom-right diagonal are several such problems, each a *part*: some queries, and the keys they
+see. Parts of the same queries merge by their LSE. What no part names costs nothing.
 
 The two entry points are custom ops, so a compiled graph holds them whole; outside of one the same
 functions are called as they are, since an op made in Python costs more than the kernel does on a
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashlayer import online_softmax
-from flashlayer.spec import AttentionExtras, AttentionSpec, Problem
+from flashlayer.spec import AttentionExtras, AttentionSpec, Diagonal, Problem
 
 name = "aten"
 
@@ -81,8 +81,8 @@ class Part(NamedTuple):
 
 
 def refuses(problem: Problem) -> str | None:
-    """A reason for all but full, top-left causal and banded attention on the CPU with Dv = D."""
-    q, k, v, spec, extras = problem
+    """A reason for all but full, causal and banded attention on the CPU with Dv = D."""
+    q, _, v, spec, extras = problem
     if q.device.type != "cpu":
         return f"ATen's flash kernel is wrapped for the CPU only, the tensors are on {q.device}"
     if v.shape[-1] != q.shape[-1]:
@@ -95,26 +95,22 @@ def refuses(problem: Problem) -> str | None:
     has_band = spec.window_left is not None or spec.window_right is not None
     if has_band and spec.scale <= 0:
         return f"with causal or a window it needs a positive scale, got {spec.scale}"
-    square = q.shape[2] == k.shape[2]
-    if extras.cu_seqlens_q is not None:  # of one length each where both are one tensor
-        square = extras.cu_seqlens_q is extras.cu_seqlens_k
-    is_causal = spec.window_left is None and spec.window_right == 0
-    if has_band and not is_causal and not square:
-        return "it has no sliding window but over keys as many as the queries"
-    if is_causal and not square and spec.diagonal != "top_left":
-        return "its causal diagonal is top-left, this one is bottom-right with unlike lengths"
     if extras.attn_mask is not None:
-        return _refuses_mask(extras.attn_mask, is_causal, has_band)
+        return _refuses_mask(problem, has_band)
     return None
 
 
-def _refuses_mask(mask: Tensor, is_causal: bool, has_band: bool) -> str | None:
+def _refuses_mask(problem: Problem, has_band: bool) -> str | None:
+    q, k, _, spec, extras = problem
+    mask: Any = extras.attn_mask
     if mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] != 1:
         return "it has no attn_mask but a bool one of shape (B or 1, 1, 1, Sk)"
     if not has_band:
         return None
-    if not is_causal:
+    if spec.window_left is not None or spec.window_right != 0:
         return "it has no attn_mask together with a window"
+    if q.shape[2] != k.shape[2] and spec.diagonal != "top_left":
+        return "it has no attn_mask together with a bottom-right diagonal of unlike lengths"
     # Causal positions survive the removal of hidden keys only at the ends. That is for the values
     # of the mask to say, which a traced one has not.
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
@@ -131,7 +127,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple[Tensor, Tensor]:
     """See :class:`flashlayer.spec.Backend`."""
-    arguments = (q, k, v, *_flatten(spec, extras))
+    arguments = (q, k, v, *_flatten(q, k, spec, extras))
     if torch.compiler.is_compiling():
         return _forward_op(*arguments)
     return _forward(*arguments)
@@ -149,15 +145,19 @@ def backward(
     extras: AttentionExtras,
 ) -> tuple[Tensor, Tensor, Tensor, None, None]:
     """See :class:`flashlayer.spec.Backend`."""
-    arguments = (do, dlse, q, k, v, o, lse, *_flatten(spec, extras))
+    arguments = (do, dlse, q, k, v, o, lse, *_flatten(q, k, spec, extras))
     if torch.compiler.is_compiling():
         return *_backward_op(*arguments), None, None
     return *_backward(*arguments), None, None
 
 
-def _flatten(spec: AttentionSpec, extras: AttentionExtras) -> tuple:
-    band = (spec.window_left, spec.window_right)
-    return spec.scale, *band, extras.attn_mask, extras.cu_seqlens_q, extras.cu_seqlens_k
+def _flatten(q: Tensor, k: Tensor, spec: AttentionSpec, extras: AttentionExtras) -> tuple:
+    # Of like lengths both diagonals are one; they are where both cu_seqlens are one tensor.
+    cu_seqlens = (extras.cu_seqlens_q, extras.cu_seqlens_k)
+    alike = q.shape[2] == k.shape[2] if cu_seqlens[0] is None else cu_seqlens[0] is cu_seqlens[1]
+    diagonal = "top_left" if alike else spec.diagonal
+    band = (spec.window_left, spec.window_right, diagonal)
+    return spec.scale, *band, extras.attn_mask, *cu_seqlens
 
 
 def _forward(
@@ -167,18 +167,19 @@ def _forward(
     scale: float,
     window_left: int | None,
     window_right: int | None,
+    diagonal: Diagonal,
     attn_mask: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    whole = attn_mask is None and cu_seqlens_q is None and window_left is None
-    if whole and window_right in (None, 0) and not _is_empty(q, k):
+    whole = attn_mask is None and cu_seqlens_q is None and not _is_empty(q, k)
+    if whole and _is_one_part(window_left, window_right, diagonal):
         o, lse = _kernel(q, k, v, scale, window_right == 0)
         return o, lse
     o, lse = _results(q)
     o.zero_()
     lse.fill_(-torch.inf)
-    band = AttentionSpec(scale, window_left, window_right, diagonal="top_left")
+    band = AttentionSpec(scale, window_left, window_right, diagonal=diagonal)
     for part in _parts(q, k, band, attn_mask, cu_seqlens_q, cu_seqlens_k):
         results = _kernel(
             part.queries(q), part.keys(k), part.keys(v), scale, part.causal, part.band
@@ -204,19 +205,20 @@ def _backward(
     scale: float,
     window_left: int | None,
     window_right: int | None,
+    diagonal: Diagonal,
     attn_mask: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    whole = attn_mask is None and cu_seqlens_q is None and window_left is None
-    if whole and window_right in (None, 0) and not _is_empty(q, k):
+    whole = attn_mask is None and cu_seqlens_q is None and not _is_empty(q, k)
+    if whole and _is_one_part(window_left, window_right, diagonal):
         grads = _kernel_backward(do, dlse, q, k, v, o, lse, scale, window_right == 0)
         return _settled(grads[0]), _settled(grads[1]), _settled(grads[2])
-    has_window = window_left is not None or window_right not in (None, 0)
-    # The parts of a window share rows, whose gradients are summed in fp32 at the least.
-    dtype = torch.promote_types(k.dtype, torch.float32) if has_window else k.dtype
+    # Where parts share rows, their gradients are summed in fp32 at the least.
+    shared = not _is_one_part(window_left, window_right, diagonal)
+    dtype = torch.promote_types(k.dtype, torch.float32) if shared else k.dtype
     dq, dk, dv = (_empty(x, dtype).zero_() for x in (q, k, v))
-    band = AttentionSpec(scale, window_left, window_right, diagonal="top_left")
+    band = AttentionSpec(scale, window_left, window_right, diagonal=diagonal)
     for part in _parts(q, k, band, attn_mask, cu_seqlens_q, cu_seqlens_k):
         grads = _kernel_backward(
             part.queries(do),
@@ -235,6 +237,12 @@ def _backward(
         ):
             whole[part.batch][:, :, rows] += part.restored(grad)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _is_one_part(window_left: int | None, window_right: int | None, diagonal: Diagonal) -> bool:
+    """Whether a stretch of queries and keys is a problem that the kernel knows as it stands."""
+    is_causal = window_left is None and window_right == 0
+    return (is_causal and diagonal == "top_left") or window_left is window_right is None
 
 
 def _parts(
@@ -259,8 +267,10 @@ def _parts(
     for stretch in stretches:
         if has_window:
             yield from _window(stretch, band)
+        elif causal:
+            yield from _causal(stretch, band)
         else:
-            yield stretch._replace(causal=causal)
+            yield stretch
 
 
 def _sequences(q_edges: list[int], k_edges: list[int]) -> Iterator[Part]:
@@ -286,12 +296,31 @@ def _unmasked(mask: Tensor, seqlen_q: int, causal: bool) -> Iterator[Part]:
             yield Part(batch, q_rows, k_rows)
 
 
-def _window(stretch: Part, band: AttentionSpec) -> Iterator[Part]:
-    r"""A square stretch with a window as triangles, and in its corners as blocks with a mask.
+def _causal(stretch: Part, band: AttentionSpec) -> Iterator[Part]:
+    """The triangle; under a bottom-right diagonal next to the keys that all its queries see."""
+    if isinstance(stretch.k_rows, Tensor) or band.diagonal == "top_left":
+        yield stretch._replace(causal=True)
+        return
+    (q_start, q_stop), (k_start, k_stop) = (
+        (rows.start, rows.stop) for rows in (stretch.q_rows, stretch.k_rows)
+    )
+    offset = band.offset(q_stop - q_start, k_stop - k_start)
+    if offset > 0:
+        yield stretch._replace(k_rows=slice(k_start, k_start + offset))
+    yield stretch._replace(
+        q_rows=slice(q_start + max(-offset, 0), q_stop),  # those before them see no key
+        k_rows=slice(k_start + max(offset, 0), k_stop),
+        causal=True,
+        merges=offset > 0,
+    )
 
-    ``n = left + right`` queries from ``start`` on see two triangles of ``n`` keys each, that which
-    begins at ``start - left`` on and over its diagonal, that which begins at ``start + right`` on
-    and under it, and together no key twice:
+
+def _window(stretch: Part, band: AttentionSpec) -> Iterator[Part]:
+    r"""A stretch with a window as triangles, and in its corners as blocks with a mask.
+
+    Where keys are as many as queries, ``n = left + right`` queries from ``start`` on see two
+    triangles of ``n`` keys each, that which begins at ``start - left`` on and over its diagonal,
+    that which begins at ``start + right`` on and under it, and together no key twice:
 
         \ \      query i, key j:  start - left + i <= j < start + right    (over)
          \ \                      start + right <= j <= start + right + i   (under)
@@ -299,18 +328,20 @@ def _window(stretch: Part, band: AttentionSpec) -> Iterator[Part]:
     So no score is computed that a mask would hide but those that the kernel's own tiles hold.
     """
     left, right = band.window_left, band.window_right
-    q_start, length = stretch.q_rows.start, stretch.q_rows.stop - stretch.q_rows.start
-    if left is None or right is None or left + right < TRIANGLE_MIN or 2 * (left + right) > length:
-        yield from _masked(stretch, band, 0, length)
+    (q_start, length), (k_start, keys) = _extents(stretch)
+    offset = band.offset(length, keys)
+    # The queries that see a key.
+    first = 0 if right is None else max(0, -offset - right)
+    end = length if left is None else min(length, keys - offset + left)
+    size = (left or 0) + (right or 0)
+    if left is None or right is None or size < TRIANGLE_MIN or 2 * size > length or length != keys:
+        yield from _masked(stretch, band, first, end)
         return
-    size = left + right
     count = (length - size) // size
     stop = left + count * size
-    # Slices both: windows and masks don't come together.
-    k_start = 0 if isinstance(stretch.k_rows, Tensor) else stretch.k_rows.start
     if right == 0:  # no query of the first ones has a window that hides a key
-        rows, keys = (slice(start, start + left) for start in (q_start, k_start))
-        yield stretch._replace(q_rows=rows, k_rows=keys, causal=True)
+        q_rows, k_rows = (slice(start, start + left) for start in (q_start, k_start))
+        yield stretch._replace(q_rows=q_rows, k_rows=k_rows, causal=True)
     else:
         yield from _masked(stretch, band, 0, left)
     for k_first, is_over in ((0, True), (size, False)):
@@ -326,29 +357,38 @@ def _window(stretch: Part, band: AttentionSpec) -> Iterator[Part]:
 
 
 def _masked(stretch: Part, band: AttentionSpec, first: int, end: int) -> Iterator[Part]:
-    """Queries of a square stretch cut into blocks, each with the keys its windows reach."""
-    q_start, length = stretch.q_rows.start, stretch.q_rows.stop - stretch.q_rows.start
-    k_start = 0 if isinstance(stretch.k_rows, Tensor) else stretch.k_rows.start
-    reach = sum(min(side, length) for side in (band.window_left, band.window_right) if side)
+    """Queries that see a key cut into blocks, each with the keys its windows reach."""
+    (q_start, length), (k_start, keys) = _extents(stretch)
+    reach = sum(min(side, keys) for side in (band.window_left, band.window_right) if side)
     size = WINDOW_BLOCK_MIN
     while size < min(reach // 4, WINDOW_BLOCK_MAX):
         size *= 2
     seen: dict[tuple[int, int, int], Tensor] = {}  # all but the outermost blocks share their mask
     for start in range(first, end, size):
         stop = min(start + size, end)
-        bounds = band.key_bounds(start, stop, length, length)
+        bounds = band.key_bounds(start, stop, length, keys)
         key_start, key_stop = bounds.any_start, bounds.any_stop
+        part = stretch._replace(
+            q_rows=slice(q_start + start, q_start + stop),
+            k_rows=slice(k_start + key_start, k_start + key_stop),
+        )
+        if bounds.all_start <= key_start and bounds.all_stop >= key_stop:  # as of a single query
+            yield part
+            continue
         shape = (stop - start, key_start - start, key_stop - start)
         if shape not in seen:
             rows = start, stop, key_start, key_stop
-            visible = band.visible(*rows, length, length, torch.device("cpu"))
+            visible = band.visible(*rows, length, keys, torch.device("cpu"))
             zeros = torch.zeros(visible.shape, device=visible.device)  # whatever the default is
             seen[shape] = zeros.masked_fill_(~visible, -torch.inf)
-        yield stretch._replace(
-            q_rows=slice(q_start + start, q_start + stop),
-            k_rows=slice(k_start + key_start, k_start + key_stop),
-            band=seen[shape],
-        )
+        yield part._replace(band=seen[shape])
+
+
+def _extents(stretch: Part) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Where its queries and its keys start, and how many they are."""
+    assert isinstance(stretch.k_rows, slice)  # windows and masks don't come together
+    q_rows, k_rows = stretch.q_rows, stretch.k_rows
+    return (q_rows.start, q_rows.stop - q_rows.start), (k_rows.start, k_rows.stop - k_rows.start)
 
 
 def _kernel(
@@ -479,12 +519,14 @@ def _forward_op(
     scale: float,
     window_left: int | None,
     window_right: int | None,
+    diagonal: str,
     attn_mask: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    band = (window_left, window_right)
-    o, lse = _forward(q, k, v, scale, *band, attn_mask, cu_seqlens_q, cu_seqlens_k)
+    tensors = (attn_mask, cu_seqlens_q, cu_seqlens_k)
+    band: tuple[Any, Any, Any] = (window_left, window_right, diagonal)
+    o, lse = _forward(q, k, v, scale, *band, *tensors)
     expected = _results(q)  # the kernel's own layout but where q had to be copied or folded for it
     o, lse = (
         actual if actual.stride() == fake.stride() else fake.copy_(actual)
@@ -510,12 +552,14 @@ def _backward_op(
     scale: float,
     window_left: int | None,
     window_right: int | None,
+    diagonal: str,
     attn_mask: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = (scale, window_left, window_right, attn_mask, cu_seqlens_q, cu_seqlens_k)
-    return _backward(do, dlse, q, k, v, o, lse, *options)
+    tensors = (attn_mask, cu_seqlens_q, cu_seqlens_k)
+    band: tuple[Any, Any, Any] = (window_left, window_right, diagonal)
+    return _backward(do, dlse, q, k, v, o, lse, scale, *band, *tensors)
 
 
 @_backward_op.register_fake
