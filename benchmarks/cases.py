@@ -63,7 +63,8 @@ class Case:
     @property
     def name(self) -> str:
         """The case in a few words, without the dtype."""
-        words = [f"S={self.seqlen:,}" if self.seqlen_k is None else f"keys={self.keys:,}"]
+        words = [f"S={self.seqlen:,}"] if self.seqlen > 1 else []
+        words += [f"keys={self.keys:,}"] if self.seqlen_k is not None else []
         words.append(f"D={self.head_dim}")
         if self.kv_heads is not None:
             words.append(f"heads {self.heads}:{self.kv_heads}")
@@ -77,15 +78,16 @@ class Case:
 
     @property
     def pairs(self) -> float:
-        """Pairs of query and key that are counted as work: half of them where causal."""
+        """Pairs of query and key that are counted as work; causal hides half of a square."""
         if self.window is not None:
             return self.batch * self.seqlen * min(self.window + 1, self.keys)
         if self.lengths is not None:
             rows = self.lengths if self.packed else (self.seqlen,) * self.batch
-            pairs = sum(q * k for q, k in zip(rows, self.lengths, strict=True))
+            sizes = list(zip(rows, self.lengths, strict=True))
         else:
-            pairs = self.batch * self.seqlen * self.keys
-        return pairs / 2 if self.causal and self.seqlen > 1 else pairs
+            sizes = [(self.seqlen, self.keys)] * self.batch
+        hides = self.causal and self.seqlen > 1
+        return sum(q * k - (q * q / 2 if hides else 0) for q, k in sizes)
 
     @property
     def forward_flops(self) -> float:
@@ -154,6 +156,7 @@ def backends() -> Iterator[Case]:
         yield replace(plain, seqlen=seqlen, batch=1024 // seqlen)
         yield replace(plain, seqlen=seqlen, batch=1024 // seqlen, backward=False)
     yield replace(plain, group="window", seqlen=2048, heads=2, window=64)
+    yield replace(plain, group="chunk", seqlen=64, seqlen_k=2048, heads=8, kv_heads=2)
     for kv_heads in (2, None):
         yield _decode(plain, 16384, heads=8, kv_heads=kv_heads)
 

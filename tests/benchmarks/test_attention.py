@@ -59,10 +59,11 @@ def test_what_no_time_is_left_for_is_named(tmp_path: Path) -> None:
         (PLAIN, 2 * 40 * 40 / 2),
         (replace(PLAIN, window=3), 2 * 40 * 4),
         (replace(PLAIN, seqlen=1, seqlen_k=40), 2 * 40),
+        (replace(PLAIN, seqlen=10, seqlen_k=40), 2 * (10 * 30 + 10 * 10 / 2)),
         (replace(PLAIN, lengths=(40, 10), packed=True), (40**2 + 10**2) / 2),
         (replace(PLAIN, lengths=(40, 10), causal=False), 40 * (40 + 10)),
     ],
-    ids=["full", "causal", "window", "decode", "packed", "padded"],
+    ids=["full", "causal", "window", "decode", "chunk", "packed", "padded"],
 )
 def test_work_is_counted_as_what_is_seen(case: Case, pairs: float) -> None:
     assert case.pairs == pairs
