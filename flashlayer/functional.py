@@ -110,6 +110,7 @@ def flash_attention(
         and dropout_p == 0.0
     ):
         signature = _signature(query, key, value, causal, diagonal, scale, softcap, backend)
+    if signature is not None:  # a graph being compiled looks at no plan, and depends on none
         plan = _PLANS.get(signature)
         if plan is not None:
             problem = Problem(query, key, value, plan.spec, NO_EXTRAS)

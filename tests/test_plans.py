@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 from flashlayer import flash_attention, functional
@@ -130,6 +131,22 @@ def test_transforms_work_on_a_planned_call() -> None:
     out, tangent = torch.func.jvp(attend, (q[0],), (q[0],))
     torch.testing.assert_close(out, expected[0])
     assert tangent.count_nonzero() > 0
+
+
+def test_a_compiled_graph_does_not_depend_on_them() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+
+    def attend(x: Tensor) -> Any:
+        return flash_attention(x, x, x, causal=True)
+
+    compiled = torch.compile(attend, backend=counter, fullgraph=True)
+    q = torch.randn(1, 2, 9, 8)
+    for seqlen in range(1, 4):
+        compiled(q)
+        attend(torch.randn(1, 2, seqlen, 8))
+    assert counter.frame_count == 1
+    assert len(functional._PLANS) == 3
 
 
 def test_their_number_is_bounded(no_plans: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
