@@ -24,12 +24,11 @@ def set_style() -> None:
             "axes.spines.right": False,
             "axes.spines.top": False,
             "figure.constrained_layout.use": True,
-            "figure.dpi": 100,
+            "figure.dpi": 140,
             "figure.figsize": (7, 3.5),
             "font.size": 11,
             "grid.alpha": 0.3,
             "legend.frameon": False,
-            "savefig.dpi": 150,
             "savefig.facecolor": "white",
         }
     )

@@ -61,20 +61,20 @@ def test_empty_exercises_fail(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "wrong", "function"), wrong_answers())
 def test_wrong_answers_fail(name: str, wrong: str, function: Callable[..., Any]) -> None:
-    """By a comparison, not by a crash, so that the reader is told what came out."""
+    """By a comparison, not only by a crash, so that the reader is told what came out."""
     answers = load_answers(FOLDER / "solutions", name)
     assert hasattr(answers, wrong.split("__")[0])
     setattr(answers, wrong.split("__")[0], function)
     raised = failures(name, answers)
-    assert raised
-    assert all(isinstance(error, AssertionError) for error in raised.values()), raised
+    assert any(isinstance(error, AssertionError) for error in raised.values()), raised
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_function_has_a_solution_and_wrong_answers(name: str) -> None:
     empty = functions(load_answers(FOLDER, name))
     solved = functions(load_answers(FOLDER / "solutions", name))
-    assert all(inspect.signature(solved[f]) == inspect.signature(empty[f]) for f in empty)
+    for function in empty:  # as text: a class that both define is another in each
+        assert str(inspect.signature(solved[function])) == str(inspect.signature(empty[function]))
     wrong = functions(load_answers(Path(__file__).parent / "wrong_answers", name))
     assert {f.split("__")[0] for f in wrong if "__" in f} == set(empty)
 
