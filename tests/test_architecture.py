@@ -42,7 +42,8 @@ MAY_OPEN = {
 }
 
 
-# What flashlayer.distributed offers to a user.
+# What flashlayer.online_softmax and flashlayer.distributed offer to a user.
+ONLINE_SOFTMAX = ("SoftmaxState", "init_state", "update", "state_of", "merge", "finalize", "lse")
 DISTRIBUTED = {
     "ring_attention",
     "ulysses_attention",
@@ -109,6 +110,7 @@ def test_outside_the_package_only_public_names_are_used(folder: str) -> None:
 
     public = {f"flashlayer.{name}" for name in (*flashlayer.__all__, "__version__")}
     public |= {"flashlayer", "flashlayer.online_softmax"}
+    public |= {f"flashlayer.online_softmax.{name}" for name in ONLINE_SOFTMAX}
     public |= {f"flashlayer.distributed.{name}" for name in DISTRIBUTED}
     for path, source in python_in(ROOT / folder):
         for node in ast.walk(ast.parse(source)):
