@@ -4,7 +4,10 @@ import os
 import sys
 from importlib import import_module
 
-COMMANDS = {name: f"benchmarks.{name}" for name in ("attention", "codegen", "training")}
+COMMANDS = {
+    name: f"benchmarks.{name}"
+    for name in ("attention", "codegen", "context", "scaling", "training")
+}
 
 
 def main(argv: list[str]) -> int:

@@ -31,6 +31,10 @@ PLAIN = FuncFormatter(lambda y, _: f"{y:,g}")
 MARKERS = dict(zip(COLOURS, "os^vD<xP*hp+", strict=True))
 
 
+# Of series that are no peers.
+SERIES = ("#D55E00", "#0072B2", "#009E73", "black")
+
+
 def draw(folder: Path, results: dict[str, Any]) -> None:
     """``speed.png``, ``matmul_share.png`` and, where memory was measured, ``memory.png``."""
     panels: dict[tuple[str, int, bool], list[dict[str, Any]]] = {}
@@ -152,3 +156,79 @@ def lengths(axes: Axes, lengths: list[int]) -> None:
     axes.set_xlabel("sequence length (tokens)")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def context_memory(path: Path, results: dict[str, Any]) -> None:
+    """Memory of a rank by the number of ranks, and the line of 1/ranks."""
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    rows: dict[str, list[tuple[int, float]]] = {}
+    for row in results["calls"]:
+        rows.setdefault(row["call"], []).append((row["ranks"], row["extra_bytes"] / MIB))
+    for (name, points), colour, marker in zip(rows.items(), SERIES, "osd", strict=False):
+        axes.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker, linewidth=2)
+    first = next(iter(rows.values()))
+    ranks = [count for count, _ in first]
+    # Through the first point with messages, of which one process has none.
+    count, memory = next((point for point in first if point[0] > 1), first[0])
+    slope = [memory * count / other for other in ranks]
+    axes.plot(ranks, slope, ":", color="gray", linewidth=2, label="1 / ranks")
+    lengths(axes, ranks)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(PLAIN)
+    axes.set_xlabel("processes that share the sequence")
+    axes.set_ylabel("peak of a process beyond its inputs (MiB)")
+    axes.set_title(
+        f"Forward + backward of {results['problem']['length']:,} positions: memory of each process"
+    )
+    axes.legend()
+    figure.savefig(path)
+
+
+def scaling(path: Path, results: dict[str, Any]) -> None:
+    """Compute and transfer of a hop by shard, and the share of time computed by ring."""
+    figure = Figure(figsize=(14, 5.8), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    shards = [row["length"] for row in results["hops"]]
+    cluster = results["cluster"]
+    for phase, colour in (("forward", SERIES[0]), ("backward", SERIES[1])):
+        for what, style, label in (
+            ("compute", "-", "computing"),
+            ("near", ":", f"sending, {cluster['near'] / 1e9:,.0f} GB/s in a node"),
+            ("far", "--", f"sending, {cluster['far'] / 1e9:,.0f} GB/s between nodes"),
+        ):
+            values = [1e3 * row[f"{phase}_{what}"] for row in results["hops"]]
+            left.plot(shards, values, style, color=colour, linewidth=2, label=f"{phase}: {label}")
+    lengths(left, shards[::2])
+    left.set_yscale("log")
+    left.yaxis.set_major_formatter(PLAIN)
+    left.set_xlabel("positions a GPU")
+    left.set_ylabel("milliseconds of one hop")
+    left.set_title("A hop is hidden where its solid line is above the others")
+    left.legend(fontsize=9)
+    rings: dict[int, list[dict[str, Any]]] = {}
+    for row in results["rings"]:
+        rings.setdefault(row["tokens"], []).append(row)
+    for (tokens, rows), colour, marker in zip(rings.items(), SERIES, "osd^", strict=False):
+        right.plot(
+            [row["ranks"] for row in rows],
+            [100 * row["busy_both"] for row in rows],
+            color=colour,
+            marker=marker,
+            linewidth=2,
+            label=f"{tokens:,} tokens",
+        )
+    ranks = sorted({row["ranks"] for row in results["rings"]})
+    lengths(right, ranks)
+    right.set_ylim(0, 105)
+    right.set_xlabel("GPUs in the ring")
+    right.set_ylabel("% of the time that a GPU computes, both passes")
+    right.set_title("The longer the sequence, the more GPUs it keeps busy")
+    right.legend()
+    layer = results["layer"]
+    figure.suptitle(
+        f"A model, not a measurement: causal zigzag ring, {layer['heads']} heads on "
+        f"{layer['kv_heads']} kv heads of {layer['head_dim']}",
+        fontsize=14,
+    )
+    figure.savefig(path)

@@ -26,6 +26,7 @@ from flashlayer.distributed import (
 )
 from tests import tolerance
 from tests.processes import run_group
+from tests.traffic import Counted
 
 LENGTH = 96
 # Lengths that share nothing, a shard of nothing among them.
@@ -173,33 +174,6 @@ class Watch(TorchDispatchMode):
             if isinstance(x, Tensor):
                 self.largest = max(self.largest, x.numel())
         return out
-
-
-class Counted:
-    """Counts what this rank sends, by patching what the module calls; undone at exit."""
-
-    def __enter__(self) -> Counted:
-        self.sent = 0
-        self.originals = {
-            name: getattr(dist, name) for name in ("batch_isend_irecv", "all_to_all_single")
-        }
-
-        def point_to_point(operations: list) -> list:
-            sends = [op.tensor for op in operations if op.op is dist.isend]
-            self.sent += sum(x.numel() * x.element_size() for x in sends)
-            return self.originals["batch_isend_irecv"](operations)
-
-        def all_to_all(received: Tensor, sent: Tensor, *sizes: Any, **options: Any) -> Any:
-            own = sizes[1][dist.get_rank()]
-            self.sent += (sent.numel() - own) * sent.element_size()
-            return self.originals["all_to_all_single"](received, sent, *sizes, **options)
-
-        vars(dist)["batch_isend_irecv"] = point_to_point
-        vars(dist)["all_to_all_single"] = all_to_all
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        vars(dist).update(self.originals)
 
 
 def measure_traffic(rank: int, device: torch.device) -> dict[str, list[int]]:
