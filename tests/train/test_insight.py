@@ -175,3 +175,22 @@ def test_the_dtype_of_the_yardstick_is_that_of_the_products(fit_arguments: list[
         options = ["--trainer.precision", "bf16-mixed", "--trainer.max_steps", "1"]
         assert cli.main([*fit_arguments, *options]) == 0
     assert seen == [torch.bfloat16]
+
+
+def test_ranks_log_what_one_process_does(
+    fit_arguments: list[str], datasets_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences shared out over two processes: the same losses and the same attention."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(datasets_cache))
+    options = ["--trainer.max_steps", "4", "--trainer.log_every_n_steps", "2"]
+    options += ["--insight.attention", "true", "--insight.every", "2"]
+    logged = []
+    for ranks in ("1", "2"):
+        assert cli.main([*fit_arguments, *options, "--parallel.context", ranks]) == 0
+        logged.append(rows())
+        RUN.rename(f"on-{ranks}")
+    own = ("tokens_per_second", "mfu", "peak_memory_bytes")
+    for one, two in zip(*logged, strict=True):
+        assert one.keys() == two.keys()
+        for name in one.keys() - set(own):
+            assert two[name] == pytest.approx(one[name], abs=1e-4), name
