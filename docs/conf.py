@@ -70,6 +70,12 @@ def mathml(latex: str, display: str) -> str:
     """
     # The converter knows the environment under its other name.
     markup = convert(latex.replace("{aligned}", "{align*}"), display=display)
+    # A prime is a raised sign already: raised again, as a small exponent, it vanishes.
+    markup = re.sub(
+        r"<msup>(<m[it]\w*>[^<]*</m[it]\w*>)<mi>&#x02032;</mi></msup>",
+        r'<mrow>\1<mo lspace="0" rspace="0">&#x02032;</mo></mrow>',
+        markup,
+    )
     if leftover := re.search(r"\\\w+|<mi>&</mi>", markup):
         raise ExtensionError(f"{leftover[0]!r} of the formula {latex!r} has no MathML")
     return markup

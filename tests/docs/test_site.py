@@ -44,3 +44,10 @@ def test_a_named_function_leads_to_its_reference_or_listing(site: Path) -> None:
     assert 'id="flashlayer.online_softmax.merge"' in page
     chapter = (site / "chapter" / "1_softmax.html").read_text(encoding="utf-8")
     assert 'href="../api/source.html#flashlayer-online-softmax-py"' in chapter
+
+
+def test_primes_are_not_raised_twice(site: Path) -> None:
+    """A prime raised as an exponent, in an exponent, is too small to be seen: m' would read m."""
+    page = (site / "chapter" / "2_online_softmax.html").read_text(encoding="utf-8")
+    assert "&#x02032;</mo>" in page
+    assert "&#x02032;</mi>" not in page
