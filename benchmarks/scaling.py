@@ -73,7 +73,7 @@ def _teraflops(short: float, middle: float, long: float) -> dict[int, float]:
 PUBLISHED = Cluster(
     source=(
         "published, not measured by this project: FlashAttention-3 on an H100 SXM, bf16, D = 128, "
-        "by sequence length (Shah et al., arXiv 2407.08608, figures 5 and 6); NVLink 4, 900 GB/s "
+        "by sequence length (Shah et al., arXiv 2407.08608); NVLink 4, 900 GB/s "
         "per GPU in both directions together, and one 400 Gb/s InfiniBand port per GPU (NVIDIA's "
         "data sheets of the H100 and the DGX H100). The latency of 10 microseconds is an "
         "assumption"
