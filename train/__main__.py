@@ -9,6 +9,9 @@ if __name__ == "__main__":
     # Read once, when torch loads its OpenMP: waiting threads sleep instead of spinning, which is
     # worth several times the speed on a machine that does something else as well.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A rank that is killed leaves a semaphore behind. Python clears it away, and would speak of it
+    # after our own sentence.
+    sys.warnoptions.append("ignore:resource_tracker")
     import torch
 
     # Triton reads this when it is first imported (by Lightning): without a GPU its kernels are

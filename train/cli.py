@@ -24,6 +24,7 @@ from train.checkpoint import (
 from train.compare import compare
 from train.config import RUNS, as_parallel, build, check, quiet, training_parser
 from train.data import END_OF_DOCUMENT, TextData
+from train.disk import held
 from train.insight import Insight, InsightOptions, boards
 from train.lit import GPTModule
 from train.metrics import MetricsFile
@@ -133,7 +134,8 @@ def fit(config: Namespace) -> None:
     CheckpointOptions(**config.checkpoint.as_dict())
     folder = RUNS / config.name / "checkpoints"
     try:
-        in_ranks(as_parallel(config.parallel).ranks, fit_rank, config, folder)
+        with held(folder.parent):
+            in_ranks(as_parallel(config.parallel).ranks, fit_rank, config, folder)
     except RunError as error:
         last = next(iter(candidates(folder)), None)
         left = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
@@ -142,6 +144,8 @@ def fit(config: Namespace) -> None:
 
 def fit_rank(config: Namespace, folder: Path) -> None:
     """What each process of the run does, with its checkpoints in ``folder``."""
+    found = last_good(folder)
+    path, step = (found[0], found[1]["global_step"]) if found else (None, 0)
     metrics, stop = MetricsFile(RUNS / config.name), StopAtSignal()
     trainer, module, data = build(
         config,
@@ -152,18 +156,18 @@ def fit_rank(config: Namespace, folder: Path) -> None:
             Insight(InsightOptions(**config.insight.as_dict())),
             *progress(config.name),
         ],
-        logger=[metrics, *boards(config.name)],
+        logger=[metrics, *boards(config.name, step)],
         plugins=[WholeCheckpointIO()],
         enable_model_summary=False,
     )
-    found = last_good(folder)
     if found:
         _require_same_run(*found, module, data)
-        print(f"from step {found[1]['global_step']} on: {found[0]}")
-    metrics.cut(found[1]["global_step"] if found else 0)
+        print(f"from step {step} on: {path}")
+    del found  # Lightning reads it again: one copy of the model and the optimizer is enough
+    metrics.cut(step)
     try:
         with stop:
-            trainer.fit(module, data, ckpt_path=found[0] if found else None, weights_only=True)
+            trainer.fit(module, data, ckpt_path=path, weights_only=True)
     except Stopped as stopped:
         if not stopped.at_once and trainer.global_step:
             print(

@@ -3,6 +3,7 @@
 import logging
 import threading
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ def check_parallel(config: Namespace) -> None:
     for name in ("data", "context"):
         if getattr(parallel, name) < 1:
             raise UsageError(f"parallel.{name} must be at least 1, not {getattr(parallel, name)}")
+    if parallel.timeout <= 0:
+        raise UsageError(f"parallel.timeout must be above 0, not {parallel.timeout}")
     ranks, trainer = parallel.ranks, config.trainer
     if trainer.strategy != "auto" or trainer.num_nodes != 1:
         raise UsageError(
@@ -135,14 +138,16 @@ def strategy(parallel: Parallel) -> Strategy | str:
     """Lightning's strategy for it."""
     if parallel.ranks == 1:
         return "auto"
+    timeout = timedelta(seconds=parallel.timeout)
     if parallel.shard:
         return ModelParallelStrategy(
+            timeout=timeout,
             data_parallel_size=parallel.data,
             tensor_parallel_size=parallel.context,
             # One file with whole tensors, as the other strategies write.
             save_distributed_checkpoint=False,
         )
-    return DDPStrategy(gradient_as_bucket_view=True)
+    return DDPStrategy(gradient_as_bucket_view=True, timeout=timeout)
 
 
 def build(

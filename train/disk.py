@@ -1,12 +1,13 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, in a folder that one process has for itself."""
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from train import RunError
+from train import RunError, UsageError
 
 UNFINISHED = ".part"  # how the name of a file ends until all of it is on the disk
 
@@ -39,6 +40,25 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 def cannot_write(path: Path, reason: OSError) -> RunError:
     """The one sentence about a disk that is full, or another reason of the system's."""
     return RunError(f"cannot write {path}: {reason.strerror}")
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """While it is open, no other process gets to hold ``folder``; it ends with this process.
+
+    Raises:
+        UsageError: another one holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{folder} is in use: another process trains this run") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -45,11 +45,18 @@ class InsightOptions:
             raise UsageError(f"insight.every must be at least 1, not {self.every}")
 
 
-def boards(name: str) -> list[Logger]:
-    """TensorBoard's logger, where it is installed, in ``runs/<name>/tensorboard``."""
+def boards(name: str, step: int) -> list[Logger]:
+    """TensorBoard's logger, where it is installed, in ``runs/<name>/tensorboard``.
+
+    What a run that goes on from ``step`` had logged past it, TensorBoard leaves out.
+    """
     if find_spec("tensorboard") is None:
         return []
-    return [TensorBoardLogger(RUNS, name=name, version="tensorboard", default_hp_metric=False)]
+    return [
+        TensorBoardLogger(
+            RUNS, name=name, version="tensorboard", default_hp_metric=False, purge_step=step
+        )
+    ]
 
 
 class Insight(L.Callback):

@@ -34,6 +34,7 @@ class Parallel:
             heads.
         placement: which positions a rank of a context holds; ``zigzag`` balances causal attention,
             ``contiguous`` is one stretch.
+        timeout: seconds that a rank waits for the others before it gives the run up.
     """
 
     data: int = 1
@@ -41,6 +42,7 @@ class Parallel:
     shard: bool = False
     attention: Literal["ring", "ulysses"] = "ring"
     placement: Literal["zigzag", "contiguous"] = "zigzag"
+    timeout: float = 600.0
 
     @property
     def ranks(self) -> int:

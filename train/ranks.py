@@ -33,6 +33,10 @@ STOPPED = 130
 GRACE_SECONDS = 10.0
 
 
+class NoAnswer(RunError):
+    """A rank has waited in vain for another."""
+
+
 def in_ranks(ranks: int, function: Callable[..., Result], *args: Any) -> Result:
     """``function(*args)`` in ``ranks`` new processes that Lightning makes a process group of.
 
@@ -48,7 +52,7 @@ def in_ranks(ranks: int, function: Callable[..., Result], *args: Any) -> Result:
         What rank 0 returned.
 
     Raises:
-        RunError: a process was killed or crashed; the others have been ended.
+        RunError: a process was killed, crashed or no longer answers; the others have been ended.
         BaseException: what the first rank to fail raised, its traceback added as a note.
     """
     if ranks == 1:
@@ -82,6 +86,7 @@ def in_ranks(ranks: int, function: Callable[..., Result], *args: Any) -> Result:
                     process.start()
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
                 failed = _wait(processes)
+            silent = [process.name for process in processes if process.is_alive()]
         finally:
             for process in processes:
                 if process.is_alive():
@@ -95,7 +100,12 @@ def in_ranks(ranks: int, function: Callable[..., Result], *args: Any) -> Result:
                 "so the others were stopped"
             )
         if (folder / "error").exists():
-            raise pickle.loads((folder / "error").read_bytes())
+            error = pickle.loads((folder / "error").read_bytes())
+            if isinstance(error, NoAnswer) and silent:
+                raise RunError(
+                    f"{' and '.join(silent)} of {ranks} no longer answered, so the run was stopped"
+                ) from error
+            raise error
         return pickle.loads((folder / "result").read_bytes())
 
 
@@ -179,6 +189,8 @@ def _run_rank(
         if rank == 0:
             (folder / "result").write_bytes(pickle.dumps(result))
     except BaseException as error:
+        if _waited_in_vain(error):
+            error = NoAnswer(f"rank {rank} of {ranks} lost the others: {error}")
         status = 1 if isinstance(error, Exception) else STOPPED
         # One rank's failure makes the others fail too: the first one is the cause.
         with contextlib.suppress(FileExistsError), (folder / "error").open("xb") as file:
@@ -187,6 +199,13 @@ def _run_rank(
     sys.stderr.flush()
     # gloo's threads can abort the interpreter's own end after all work is done.
     os._exit(status)
+
+
+def _waited_in_vain(error: BaseException) -> bool:
+    """Whether the cause is another rank; gloo says so in words only."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    )
 
 
 def _pickled(error: BaseException, rank: int) -> bytes:

@@ -1,5 +1,6 @@
 """What ends a run before its last step: a signal, or a number that is none."""
 
+import itertools
 import math
 import signal
 from functools import partial
@@ -193,45 +194,53 @@ def _diagnosis(
     bad: set[str],
     batches: list[Any],
 ) -> str:
-    """One sentence: what is not finite at which step, and where it came from."""
+    """One sentence, on every rank the same: what is not finite, when, and where it came from."""
+    clues = (step, loss, bad, _first_in_forward_pass(trainer, pl_module, batches))
+    ranks: list[Any] = [clues]
     if trainer.world_size > 1:
-        found: list[Any] = [None] * trainer.world_size
-        dist.all_gather_object(found, (step, loss, bad))
-        step = min(other for other, _, _ in found)
-        loss = next((other for _, other, _ in found if not math.isfinite(other)), loss)
-        bad = set().union(*(names for _, _, names in found))
-    what = "gradient is not finite" if math.isfinite(loss) else f"loss is {loss}"
-    clues = []
+        ranks = [None] * trainer.world_size
+        dist.all_gather_object(ranks, clues)
+    steps, losses, gradients, outputs = zip(*ranks, strict=True)
+    bad_losses = [loss for loss in losses if not math.isfinite(loss)]
+    what = f"loss is {bad_losses[0]}" if bad_losses else "gradient is not finite"
+    told = []
     # A parameter's place in the module is its place in the forward pass.
+    bad = set().union(*gradients)
     modules = [_module_of(name) for name, _ in pl_module.named_parameters() if name in bad]
     if modules:
-        clues.append(f"the first module with a non-finite gradient is {modules[0]}")
+        told.append(f"the first module with a non-finite gradient is {modules[0]}")
         if modules[-1] != modules[0]:
-            clues.append(f"the backward pass, from the last to the first, began with {modules[-1]}")
-    culprit = _first_in_forward_pass(trainer, pl_module, batches)
-    if culprit:
-        clues.append(f"in the forward pass {culprit}")
-    return f"the {what} at step {step}: {'; '.join(clues)}"
+            told.append(f"the backward pass, from the last to the first, began with {modules[-1]}")
+    outputs = [first for first in outputs if first is not None]
+    if outputs:
+        told.append(f"in the forward pass {min(outputs)[1]}")
+    return f"the {what} at step {min(steps)}: {'; '.join(told)}"
 
 
 def _first_in_forward_pass(
     trainer: L.Trainer, pl_module: L.LightningModule, batches: list[Any]
-) -> str | None:
-    """Which module is the first with weights or an output that are not finite, of ``batches``."""
-    found: list[str] = []
+) -> tuple[int, str] | None:
+    """Which module is the first with weights or an output that are not finite, of ``batches``.
+
+    Returns:
+        Its place in the order of execution, and what of it is not finite.
+    """
+    found: list[tuple[int, str]] = []
+    calls = itertools.count()
 
     def check(name: str, module: nn.Module, _: Any, output: Any) -> None:
-        weights = all(p.isfinite().all() for p in module.parameters(recurse=False))
-        if not weights:
-            found.append(f"{name} is the first with weights that are not finite")
+        place = next(calls)
+        if not all(parameter.isfinite().all() for parameter in module.parameters(recurse=False)):
+            found.append((place, f"{name} is the first with weights that are not finite"))
         elif isinstance(output, Tensor) and not output.isfinite().all():
-            found.append(f"{name} is the first with an output that is not finite")
+            found.append((place, f"{name} is the first with an output that is not finite"))
 
     hooks = [
         module.register_forward_hook(partial(check, name))
         for name, module in pl_module.named_modules()
     ]
-    with torch.no_grad(), trainer.precision_plugin.train_step_context():
+    context = trainer.precision_plugin.train_step_context()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), context:
         for batch in batches:
             pl_module.training_step(batch)
     for hook in hooks:

@@ -5,36 +5,53 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import multiprocessing
 import os
 import resource
 import signal
 import sys
+import time
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import datasets
 import torch
+from torch import Tensor
 
+from train import cli
 from train.lit import GPTModule
 from train.metrics import MetricsFile
+from train.model import CausalSelfAttention
 
 ROOT = Path(__file__).parents[2]
-TIME_LIMIT = 120.0
+TIME_LIMIT = 300.0
 
 # A server that has imported everything once: a life begins in milliseconds, not seconds.
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.train.lives", "train.cli"])
+CONTEXT.set_forkserver_preload(["tests.train.lives"])
 
 
-def live(arguments: list[str], where: str = "", count: int = 0) -> tuple[int, str]:
+def live(
+    arguments: list[str], where: str = "", count: int = 0, victim: str = ""
+) -> tuple[int, str]:
     """Run ``python -m train`` with ``arguments``; SIGKILL at the ``count``-th passage of ``where``.
+
+    Args:
+        arguments: of the command.
+        where: a key of ``EVENTS``; nowhere if empty.
+        count: passages of it, from 1.
+        victim: with several ranks, the one that this happens to; ``parent`` is their parent,
+            killed when rank 0 comes there.
 
     Returns:
         The exit status (negative: the signal that ended it), and all that was printed.
     """
     output = Path("output.txt")
-    process = CONTEXT.Process(target=_life, args=(arguments, where, count, output, Path.cwd()))
+    output.write_text("")
+    process = CONTEXT.Process(target=_life, args=(arguments, where, count, victim, Path.cwd()))
     with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # for the server, at its first use
         process.start()
     process.join(TIME_LIMIT)
@@ -46,28 +63,66 @@ def live(arguments: list[str], where: str = "", count: int = 0) -> tuple[int, st
     return process.exitcode, output.read_text()
 
 
-def _life(arguments: list[str], where: str, count: int, output: Path, folder: Path) -> None:
-    from train.cli import main
-
-    os.chdir(folder)
-    sys.stdout = sys.stderr = output.open("w", buffering=1)
-    torch.set_num_threads(1)
-    import datasets
-
-    datasets.config.HF_DATASETS_CACHE = folder / "datasets"
-    if where:
-        (DEATHS | FULL_DISKS)[where](count)
-    status = main(arguments)
+def _life(arguments: list[str], where: str, count: int, victim: str, folder: Path) -> None:
+    _settle(folder)
+    if where and not victim:
+        EVENTS[where](count)
+    rank = functools.partial(_rank, where, count, victim, folder)
+    with (
+        mock.patch("train.cli.fit_rank", rank if victim else cli.fit_rank),
+        mock.patch("train.ranks.multiprocessing.get_context", return_value=CONTEXT),
+        mock.patch("train.ranks.GRACE_SECONDS", 1.0),
+    ):
+        status = cli.main(arguments)
     sys.stdout.flush()
     os._exit(status)
 
 
+def _rank(where: str, count: int, victim: str, folder: Path, *arguments: Any) -> None:
+    """What a rank of a run with a victim does."""
+    _settle(folder)
+    if where and os.environ["RANK"] == victim.replace("parent", "0"):
+        if victim == "parent":
+            mock.patch(f"{__name__}._die", functools.partial(_kill, _parent())).start()
+        EVENTS[where](count)
+    cli.fit_rank(*arguments)
+
+
+def _settle(folder: Path) -> None:
+    """Be where the test is, print to its file, use no more than one core."""
+    os.chdir(folder)
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout = open("output.txt", "a", buffering=1)  # noqa: SIM115
+    sys.stderr = open("output.txt", "a", buffering=1)  # noqa: SIM115
+    torch.set_num_threads(1)
+    datasets.config.HF_DATASETS_CACHE = folder / "datasets"
+
+
 def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    _kill(os.getpid())
 
 
-def _at(target: Any, name: str, count: int, *, after: bool = False) -> None:
-    """Die before or after the ``count``-th call of a method."""
+def _parent() -> int:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    assert parent.pid is not None
+    return parent.pid
+
+
+def _kill(process: int) -> None:
+    os.kill(process, signal.SIGKILL)
+    time.sleep(TIME_LIMIT)  # not a step further
+
+
+def _at(
+    target: Any,
+    name: str,
+    count: int,
+    *,
+    after: bool = False,
+    act: Callable[[], object] | None = None,
+) -> None:
+    """Die, or ``act``, before or after the ``count``-th call of a method."""
     method, calls = getattr(target, name), 0
 
     @functools.wraps(method)
@@ -75,10 +130,10 @@ def _at(target: Any, name: str, count: int, *, after: bool = False) -> None:
         nonlocal calls
         calls += 1
         if calls == count and not after:
-            _die()
+            (act or _die)()
         result = method(*args, **options)
-        if calls == count:
-            _die()
+        if calls == count and after:
+            (act or _die)()
         return result
 
     mock.patch.object(target, name, call).start()
@@ -100,6 +155,18 @@ def _in_a_write(count: int) -> None:
         return _die()
 
     mock.patch("torch.save", half).start()
+
+
+def _nan_in(layer: type[torch.nn.Module]) -> None:
+    """From here on, one number that a layer puts out is none."""
+    forward = layer.forward
+
+    def spoil(self: torch.nn.Module, x: Tensor) -> Tensor:
+        output = forward(self, x).clone()
+        output[0, -1, 0] = float("nan")
+        return output
+
+    mock.patch.object(layer, "forward", spoil).start()
 
 
 def _disk_full(size: int) -> None:
@@ -169,8 +236,20 @@ DEATHS = {
 }
 
 
-# Not deaths: the run ends by itself, with a sentence.
+# Of these a run ends by itself, with a sentence.
 FULL_DISKS = {"checkpoints": _no_room_for_a_write, "metrics.csv": _no_room_for_a_row}
+TROUBLES = {
+    "a NaN": lambda count: _at(
+        CausalSelfAttention, "forward", count, act=lambda: _nan_in(CausalSelfAttention)
+    ),
+    "silence": lambda count: _at(
+        GPTModule, "training_step", count, act=lambda: os.kill(os.getpid(), signal.SIGSTOP)
+    ),
+    "SIGTERM": lambda count: _at(
+        GPTModule, "training_step", count, act=lambda: os.kill(_parent(), signal.SIGTERM)
+    ),
+}
+EVENTS = DEATHS | FULL_DISKS | TROUBLES
 
 
 def curve(run: Path) -> dict[tuple[str, int], str]:

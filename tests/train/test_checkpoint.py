@@ -13,6 +13,7 @@ import torch
 
 from train.checkpoint import BadCheckpoint, last_good, read_checkpoint
 from train.cli import main
+from train.disk import held
 from train.lit import GPTModule
 
 FOLDER = Path("runs/tiny/checkpoints")
@@ -256,3 +257,12 @@ def test_data_from_a_stranger_is_text(
         assert main([*fit_arguments, "--data.corpus", f"files:{name}"]) == 2
         assert f"{name} is not UTF-8 text" in capsys.readouterr().err
     assert not Path("executed").exists()
+
+
+def test_one_run_is_trained_by_one_process(
+    fit_arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with held(FOLDER.parent):
+        assert main(fit_arguments) == 2
+        assert "runs/tiny is in use: another process trains this run" in capsys.readouterr().err
+    assert main(fit_arguments) == 0

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.train.lives import DEATHS, FULL_DISKS, ROOT, curve, live, state
 from train.checkpoint import candidates, read_checkpoint, step_of
@@ -37,9 +39,16 @@ def arguments(fit_arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list
 
 def assert_the_same_run(killed: Path, whole: Path) -> None:
     assert curve(killed) == curve(whole)
+    assert board(killed) == board(whole)
     torch.testing.assert_close(state(killed), state(whole), rtol=0, atol=0)
     names = sorted(path.name for path in (killed / "checkpoints").iterdir())
     assert names == sorted(path.name for path in (whole / "checkpoints").iterdir())
+
+
+def board(run: Path) -> list[tuple[int, float]]:
+    """The curve that TensorBoard shows."""
+    events = EventAccumulator(str(run / "tensorboard")).Reload().Scalars("train_loss")
+    return [(event.step, event.value) for event in events]
 
 
 def test_killed_wherever_it_hurts_it_is_the_same_run(arguments: list[str]) -> None:
@@ -123,3 +132,71 @@ def test_a_full_disk_is_told_and_spoils_nothing(what: str, arguments: list[str])
     assert status == 0, printed
     assert f"from step {step_of(newest)} on: {newest}" in printed
     assert_the_same_run(RUN, whole)
+
+
+# What happens on which rank, and what is said about it.
+LOST = "error: rank {rank} of 2 was ended by SIGKILL, so the others were stopped; {left}"
+ENDS = {
+    "in a batch": LOST,
+    "in a checkpoint": LOST,
+    "silence": "error: rank {rank} of 2 no longer answered, so the run was stopped; {left}",
+    "a NaN": "error: the loss is nan at step {step}: the first module with a non-finite gradient "
+    "is model.tokens; the backward pass, from the last to the first, began with model.norm; in the "
+    "forward pass model.blocks.0.attention is the first with an output that is not finite; {left}",
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "events"),
+    [
+        (
+            ["context=2"],
+            [
+                ("in a batch", "1"),
+                ("in a checkpoint", "0"),
+                ("before a batch", "parent"),
+                ("silence", "1"),
+                ("SIGTERM", "1"),
+            ],
+        ),
+        (["data=2", "shard=true"], [("a NaN", "1")]),
+    ],
+    ids=["context", "fsdp"],
+)
+def test_whatever_happens_to_a_rank_the_run_goes_on(
+    layout: list[str], events: list[tuple[str, str]], arguments: list[str]
+) -> None:
+    arguments = [*arguments, *(f"--parallel.{option}" for option in layout)]
+    status, printed = live(arguments, victim="none")
+    assert status == 0, printed
+    whole = RUN.rename("whole")
+
+    draw = random.Random(SEED)
+    for event, rank in events:
+        # Late enough that there is a checkpoint; a batch passes two layers.
+        count = {"in a checkpoint": 3, "a NaN": 30}.get(event) or draw.randint(6, 9)
+        print(f"seed {SEED}: {event}, passage {count}, of {rank}")
+        patience = ["--parallel.timeout=10"] if event == "silence" else []
+        status, printed = live([*arguments, *patience], event, count, rank)
+        newest = candidates(RUN / "checkpoints")[0]
+        read_checkpoint(newest)
+        assert "Traceback" not in printed
+        last = printed.splitlines()[-1] if printed else ""
+        if rank == "parent":
+            assert status == -signal.SIGKILL, printed
+        elif event == "SIGTERM":
+            assert status == 128 + signal.SIGTERM, printed
+            assert "stopped at step " in printed
+        else:
+            assert status == 3, printed
+            assert re.fullmatch(sentence(event, rank, newest), last), printed
+    status, printed = live(arguments, victim="none")
+    assert status == 0, printed
+    assert f"from step {step_of(newest)} on: " in printed
+    assert_the_same_run(RUN, whole)
+
+
+def sentence(event: str, rank: str, newest: Path) -> str:
+    """What the run ends with, as an expression: where exactly it was is not foreseen."""
+    left = f"the last checkpoint is {newest}"
+    return re.escape(ENDS[event].format(rank=rank, left=left, step="STEP")).replace("STEP", r"\d+")
