@@ -241,6 +241,7 @@ def run_parity(config: Namespace, command: str, *, isolate: bool = True) -> dict
         "rule": str(rule),
         "checks": checks,
         "arms": arms,
+        "layouts": {arm: layout.as_dict() for arm, layout in options.layouts.items()},
         "flash_gap": gaps[CANDIDATE],
         "control_gap": gaps[CONTROL],
         "gaps": gaps,

@@ -121,6 +121,7 @@ def _page(summary: dict[str, Any]) -> str:
         f"{run['tokenizer']}), precision {run['precision']}. `control` is standard attention with "
         "its sums taken in another order: what it differs from `standard` is rounding and "
         "nothing else.",
+        _layouts_words(summary["layouts"]),
         "## Losses\n\n" + _arms_table(summary["arms"]) + "\n\n![Loss of every arm](loss.png)",
         "## Gap to standard\n\n"
         + _gaps_table(summary["gaps"])
@@ -156,6 +157,23 @@ def _headline(summary: dict[str, Any], fall: float) -> str:
         f"Training ran at {summary['speed']['flash_over_standard']:.2f}x the speed of standard; "
         f"one layer at sequence length {longest['length']:,} is {time:.1f}x as fast and needs "
         f"{_fraction(memory)} of the extra memory."
+    )
+
+
+def _layouts_words(layouts: dict[str, dict[str, Any]]) -> str | None:
+    """How the arms on several processes are spread."""
+    if not layouts:
+        return None
+    arms = ", ".join(
+        f"`{arm}` ({layout['data']} x {layout['context']}, "
+        f"{'FSDP2' if layout['shard'] else 'DDP'}"
+        + (f", {layout['attention']}" if layout["context"] > 1 else "")
+        + ")"
+        for arm, layout in layouts.items()
+    )
+    return (
+        f"Trained on data x context processes: {arms}. They are held to the same bounds as "
+        "`flash`. Their speed is that of all processes, their memory that of one."
     )
 
 

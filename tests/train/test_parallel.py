@@ -1,5 +1,7 @@
 """One run spread over processes is the same run: losses, gradient norms, weights, checkpoints."""
 
+import csv
+import shutil
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -13,12 +15,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from tests.train.conftest import PARITY, TINY
-from train.cli import make_parser
+from train.cli import main, make_parser
 from train.lit import GPTModule
 from train.parallel import Parallel, SequenceShard
 from train.parity import train_arm
 from train.ranks import in_ranks
-from train.verdict import ArmRun, Rule, judge
+from train.verdict import ArmRun, Rule, gap, judge
 
 Fault = Callable[[pytest.MonkeyPatch], None]
 
@@ -56,6 +58,12 @@ def same_rows(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("train.lit.own_rows", first_rows)
 
 
+def traced(patch: pytest.MonkeyPatch) -> None:
+    """No fault: compiled, but without the minute that a C++ compiler takes."""
+    compile_ = torch.nn.Module.compile
+    patch.setattr(torch.nn.Module, "compile", lambda self: compile_(self, backend="aot_eager"))
+
+
 @dataclass(frozen=True)
 class Arm:
     """How one GPT is trained: spread so, with these options, with this fault."""
@@ -67,6 +75,7 @@ class Arm:
 
 DDP, FSDP, CONTEXT = Parallel(data=2), Parallel(data=2, shard=True), Parallel(context=2)
 RECOMPUTED = {"model.checkpoint_activations": True}
+COMPILED = {"model.compile": True}
 BF16 = {"trainer.precision": "bf16-mixed"}
 
 # By number of ranks: what must agree with one process.
@@ -79,6 +88,8 @@ SOUND: dict[int, dict[str, Arm]] = {
         "contiguous": Arm(Parallel(context=2, placement="contiguous")),
         "ulysses": Arm(Parallel(context=2, attention="ulysses")),
         "fsdp context recomputed": Arm(Parallel(context=2, shard=True), RECOMPUTED),
+        "context compiled": Arm(CONTEXT, COMPILED, traced),
+        "fsdp compiled recomputed": Arm(FSDP, COMPILED | RECOMPUTED, traced),
     },
     4: {
         "data x context": Arm(Parallel(data=2, context=2)),
@@ -92,6 +103,8 @@ FAULTY = {
     "context, local positions": Arm(CONTEXT, fault=local_positions),
     "context, wrong placement": Arm(CONTEXT, fault=wrong_placement),
 }
+# Held against one process in bf16.
+HALF = {"ddp": Arm(DDP, BF16), "fsdp": Arm(FSDP, BF16), "context": Arm(CONTEXT, BF16)}
 AGAIN = {name: SOUND[2][name] for name in ("ddp", "fsdp", "context")}
 
 
@@ -129,13 +142,14 @@ def train_arms(config: Namespace, arms: dict[str, Arm]) -> dict[str, ArmRun]:
 def alone(config: Namespace) -> dict[str, ArmRun]:
     """On this process: what the others are held against."""
     runs = {arm: train_arm(config, arm) for arm in ("standard", "control")}
-    return runs | train_arms(config, SOUND[1])
+    return runs | train_arms(config, SOUND[1] | {"flash in bf16": Arm(options=BF16)})
 
 
 @pytest.fixture(scope="module")
 def on_two(config: Namespace) -> dict[str, ArmRun]:
     again = {f"{name}, again": arm for name, arm in AGAIN.items()}
-    return in_ranks(2, train_arms, config, SOUND[2] | FAULTY | again)
+    half = {f"{name} in bf16": arm for name, arm in HALF.items()}
+    return in_ranks(2, train_arms, config, SOUND[2] | FAULTY | half | again)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +183,21 @@ def test_four_processes_train_as_one(
     assert failures(name, on_four, alone) == []
 
 
+@pytest.mark.parametrize("name", HALF)
+def test_in_bf16_they_differ_as_two_roundings_do(
+    name: str, on_two: dict[str, ArmRun], alone: dict[str, ArmRun]
+) -> None:
+    judged = {
+        "standard": alone["flash in bf16"],
+        "flash": on_two[f"{name} in bf16"],
+        "control": alone["flash"],
+    }
+    # Each is as far from fp32 as bf16 makes it, so they are at most twice as far from each other.
+    checks = judge(judged, Rule(control_factor=2.0, max_loss_gap=None, min_fall=0.05))
+    assert [check for check in checks if not check["passed"]] == []
+    assert gap(judged["flash"], alone["flash"])["max"] > 1e-4
+
+
 @pytest.mark.parametrize("name", FAULTY)
 def test_planted_faults_fail(
     name: str, on_two: dict[str, ArmRun], alone: dict[str, ArmRun]
@@ -185,3 +214,65 @@ def test_twice_is_the_same_to_the_bit(name: str, on_two: dict[str, ArmRun]) -> N
         return [(row["train_loss"], row["val_loss"], row["grad_norm"]) for row in run.rows]
 
     assert numbers(on_two[f"{name}, again"]) == numbers(on_two[name])
+
+
+def curve(name: str) -> dict[int, dict[str, float]]:
+    """What the run has logged, by step."""
+    found: dict[int, dict[str, float]] = {}
+    with Path(f"runs/{name}/metrics.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            numbers = {column: float(value) for column, value in row.items() if value}
+            found.setdefault(int(row["step"]), {}).update(numbers)
+    return found
+
+
+def weights(name: str) -> Tensor:
+    saved = torch.load(f"runs/{name}/checkpoints/last.ckpt", weights_only=True)
+    return torch.cat([weight.flatten() for weight in saved["state_dict"].values()])
+
+
+def test_a_run_goes_on_under_another_layout(
+    fit_arguments: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With gradient accumulation, and a look at the attention."""
+    arguments = [
+        *fit_arguments,
+        "--trainer.accumulate_grad_batches=2",
+        "--trainer.log_every_n_steps=1",
+        "--checkpoint.every_n_steps=4",
+        "--checkpoint.keep=9",
+        "--insight.attention=true",
+        "--insight.every=2",
+    ]
+    assert main(arguments) == 0
+    assert main([*arguments, "--name=control", "--model.gpt.attention=control"]) == 0
+    shutil.copytree("runs/tiny", "runs/moved")
+    for step, options in (
+        (4, ["--parallel.data=2", "--parallel.shard=true"]),
+        (8, ["--parallel.context=2"]),
+    ):
+        for path in Path("runs/moved/checkpoints").glob("step-*.ckpt"):
+            if int(path.stem[-8:]) > step:
+                path.unlink()
+        capfd.readouterr()
+        assert main([*arguments, "--name=moved", *options]) == 0
+        assert f"from step {step} on" in capfd.readouterr().out
+
+    alone, moved, control = (curve(name) for name in ("tiny", "moved", "control"))
+    logged = ("train_loss", "val_loss", "grad_norm", "attention_entropy/layer_1")
+    for name in logged:
+        steps = [step for step in alone if name in alone[step]]
+        assert steps == [step for step in moved if name in moved[step]]
+        gaps = [
+            max(abs(run[step][name] - alone[step][name]) for step in steps)
+            for run in (moved, control)
+        ]
+        assert gaps[0] <= 10 * gaps[1] + 5e-6, name
+    drift, rounding = (
+        (weights(name) - weights("tiny")).abs().max() for name in ("moved", "control")
+    )
+    assert drift <= 10 * rounding
+
+    sample = ["sample", "--checkpoint=runs/moved/checkpoints/last.ckpt", "--count=5"]
+    assert main([*sample, "--prompt=def "]) == 0
+    assert capfd.readouterr().out.startswith("def ")
