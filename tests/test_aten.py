@@ -74,11 +74,20 @@ def test_the_parts_of_a_band_hold_every_pair_once(
 
 
 def test_a_wide_window_needs_no_mask() -> None:
-    """But for the ragged end, whose queries it is cut into."""
     q = torch.zeros(1, 1, 1024, 1)
     band = AttentionSpec(1.0, 128, 0, diagonal="top_left")
     parts = list(aten._parts(q, q, band, None, None, None))
     assert [(part.blocks, part.band) for part in parts] == [(1, None), (7, None), (7, None)]
+
+
+def test_triangles_come_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a call copies is bounded, whatever the length."""
+    monkeypatch.setattr(aten, "TRIANGLE_ROWS", 100)
+    q, k, v = qkv(2, 4, 2, 400, torch.float32)
+    band = AttentionSpec(1.0, 40, 0, diagonal="top_left")
+    parts = aten._parts(q, k, band, None, None, None)
+    assert [part.blocks for part in parts] == [1, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1]
+    assert_matches_standard(q, k, v, backend="aten", with_noise=True, window_size=(40, 0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -33,6 +33,8 @@ _FLASH: Any = vars(torch)["_scaled_dot_product_flash_attention_for_cpu"]
 # A window that is as wide as this is cut into causal triangles, of its width: narrower ones are too
 # small for the kernel.
 TRIANGLE_MIN = 32
+# As many queries of triangles are one call: enough to fill the cores, and their copies are small.
+TRIANGLE_ROWS = 4096
 
 # What is no triangle is cut into blocks of a quarter as many queries as the window is wide, within
 # these limits, with a mask: wider blocks meet more keys that they hide, narrower ones are more
@@ -344,15 +346,20 @@ def _window(stretch: Part, band: AttentionSpec) -> Iterator[Part]:
         yield stretch._replace(q_rows=q_rows, k_rows=k_rows, causal=True)
     else:
         yield from _masked(stretch, band, 0, left)
-    for k_first, is_over in ((0, True), (size, False)):
-        yield stretch._replace(
-            q_rows=slice(q_start + left, q_start + stop),
-            k_rows=slice(k_start + k_first, k_start + k_first + count * size),
-            causal=True,
-            blocks=count,
-            is_flipped=is_over,
-            merges=not is_over,
-        )
+    at_once = max(1, TRIANGLE_ROWS // size)
+    for index in range(0, count, at_once):
+        blocks = min(at_once, count - index)
+        q_first = q_start + left + index * size
+        for k_first, is_over in ((k_start, True), (k_start + size, False)):
+            k_first += index * size
+            yield stretch._replace(
+                q_rows=slice(q_first, q_first + blocks * size),
+                k_rows=slice(k_first, k_first + blocks * size),
+                causal=True,
+                blocks=blocks,
+                is_flipped=is_over,
+                merges=not is_over,
+            )
     yield from _masked(stretch, band, stop, length)
 
 
