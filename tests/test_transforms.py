@@ -329,7 +329,7 @@ def test_custom_ops_are_what_they_say(name: str, layout: str) -> None:
 
 
 OP_OPTIONS = {
-    "aten": (0.25, None, 0, None, None, None),
+    "aten": (0.25, None, 0, "top_left", None, None, None),
     "triton": flatten(AttentionSpec(0.25, None, 0), AttentionExtras()),
 }
 

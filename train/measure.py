@@ -30,6 +30,9 @@ Result = TypeVar("Result")
 # measured run.
 WARM_UP_LENGTH = 16
 
+# A process that was asked to end has so long to close its files.
+OBEY_SECONDS = 10.0
+
 
 def in_fresh_process(function: Callable[..., Result], *args: Any) -> Result:
     """``function(*args)`` in a new interpreter, free of any earlier run's memory and threads."""
@@ -43,6 +46,10 @@ def in_fresh_process(function: Callable[..., Result], *args: Any) -> Result:
         except KeyboardInterrupt:
             for child in active_children():
                 child.terminate()
+                # What it runs may swallow the exception that the signal becomes.
+                child.join(OBEY_SECONDS)
+                if child.is_alive():
+                    child.kill()
             raise
 
 

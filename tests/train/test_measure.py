@@ -1,9 +1,13 @@
+import contextlib
+import multiprocessing
 import os
+import signal
 import time
 
 import pytest
 import torch
 
+from train import measure
 from train.measure import (
     LayerStudy,
     PeakMemory,
@@ -21,6 +25,23 @@ def test_a_fresh_process_is_another_one_and_passes_errors_on() -> None:
     assert in_fresh_process(os.getpid) != os.getpid()
     with pytest.raises(ZeroDivisionError):
         in_fresh_process(divmod, 1, 0)
+
+
+def swallow_what_ends_it() -> None:
+    os.kill(os.getppid(), signal.SIGINT)
+    for _ in range(2):
+        with contextlib.suppress(SystemExit):
+            time.sleep(60)
+
+
+def test_ctrl_c_ends_a_process_that_does_not_obey(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training proof hung where a SystemExit was swallowed while an arm trained."""
+    monkeypatch.setattr(measure, "OBEY_SECONDS", 0.5)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        in_fresh_process(swallow_what_ends_it)
+    assert time.monotonic() - start < 50
+    assert not multiprocessing.active_children()
 
 
 def peak_of_64_mib_after_200() -> tuple[int, int]:
