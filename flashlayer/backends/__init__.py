@@ -44,13 +44,15 @@ def check_name(name: str) -> None:
 
 
 def _by_speed(problem: Problem) -> tuple[str, ...]:
-    q, k, v, _, _ = problem
+    q, k, v, spec, _ = problem
     if q.device.type != "cpu":
         return ("triton", "tiled", "standard")
     # On the CPU Triton is its interpreter: right, but thousands of times slower than the rest. The
     # rest is read off benchmarks/results/cpu-2-cores/backends, and a test holds it against them.
     is_half = q.dtype == torch.float16
-    if is_half and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    has_window = spec.window_left is not None or spec.window_right not in (None, 0)
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if is_half and tracked and not has_window:
         return ("tiled", "standard")  # ATen's fp16 backward takes several times as long
     # A bf16 product of one row is the slowest thing ATen's kernel does; the formula's scores are as
     # few as the keys then: 5 times as fast at 16k keys (attention.md in the folder above that one).
