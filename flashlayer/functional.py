@@ -350,11 +350,15 @@ def _signature(
 
     Of equal numbers some are of a wrong type (True equals 1.0), so those have to be floats.
     """
-    if torch.compiler.is_compiling() or not (
-        type(query) is type(key) is type(value) is Tensor
-        and (scale is None or type(scale) is float)
-        and (softcap is None or type(softcap) is float)
-        and type(backend) is type(diagonal) is str
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or not (
+            type(query) is type(key) is type(value) is Tensor
+            and (scale is None or type(scale) is float)
+            and (softcap is None or type(softcap) is float)
+            and type(backend) is type(diagonal) is str
+        )
     ):
         return None
     device = query.device

@@ -132,6 +132,33 @@ def test_unlike_lengths(
     assert_matches_standard(q, k, v, **edges, **options)
 
 
+@pytest.mark.parametrize(
+    ("seqlen_q", "seqlen_k", "options", "overflowing"),
+    [
+        (4, 12, {"causal": True}, slice(0, 8)),
+        (90, 90, {"window_size": (33, 0)}, slice(0, 33)),
+        (90, 90, {"window_size": (33, 0)}, slice(30, 70)),  # all that some queries see
+    ],
+    ids=["causal", "window", "whole_rows"],
+)
+def test_a_part_whose_scores_are_all_minus_infinity_weighs_nothing(
+    seqlen_q: int, seqlen_k: int, options: dict[str, Any], overflowing: slice
+) -> None:
+    """The kernel says o = 0 and lse = 0 of such a row, and the merge took that for a key."""
+    q = -(torch.rand(1, 2, seqlen_q, 8) + 0.5) * 1e20
+    k, v = torch.rand(1, 1, seqlen_k, 8) + 0.5, torch.randn(1, 1, seqlen_k, 8)
+    k *= 1e-20
+    k[:, :, overflowing] *= 1e40
+    results = []
+    for backend in ("aten", "tiled"):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, lse = flash_attention(*leaves, return_lse=True, backend=backend, **options)
+        dv = torch.autograd.grad(out.sum(), leaves)[2]
+        results.append((out, lse, dv))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 def test_unlike_lengths_with_a_mask_are_refused() -> None:
     q, k = torch.randn(1, 1, 5, 16), torch.randn(1, 1, 9, 16)
     options = {"attn_mask": padding(9, (0, 7)), "causal": True}

@@ -1,5 +1,6 @@
 """A call like an earlier one is not checked again; whatever makes it another call is seen."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -147,6 +148,18 @@ def test_a_compiled_graph_does_not_depend_on_them() -> None:
         attend(torch.randn(1, 2, seqlen, 8))
     assert counter.frame_count == 1
     assert len(functional._PLANS) == 3
+
+
+@pytest.mark.parametrize("backend", ["aten", "triton"])
+def test_a_trace_of_torch_jit_makes_none(backend: str, no_plans: dict[Any, Any]) -> None:
+    def attend(x: Tensor) -> Any:
+        return flash_attention(x, x, x, backend=backend)
+
+    q, other = torch.randn(2, 1, 2, 9, 8)
+    with warnings.catch_warnings(action="ignore"):
+        traced = torch.jit.trace(attend, (q,), check_trace=False)
+    assert not no_plans
+    torch.testing.assert_close(traced(other), attend(other))
 
 
 def test_their_number_is_bounded(no_plans: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:

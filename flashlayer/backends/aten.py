@@ -181,11 +181,13 @@ def _forward(
     o, lse = _results(q)
     o.zero_()
     lse.fill_(-torch.inf)
+    shared = not _is_one_part(window_left, window_right, diagonal)
     band = AttentionSpec(scale, window_left, window_right, diagonal=diagonal)
     for part in _parts(q, k, band, attn_mask, cu_seqlens_q, cu_seqlens_k):
-        results = _kernel(
-            part.queries(q), part.keys(k), part.keys(v), scale, part.causal, part.band
-        )
+        q_part, k_part = part.queries(q), part.keys(k)
+        results = _kernel(q_part, k_part, part.keys(v), scale, part.causal, part.band)
+        if shared:
+            _unsee(q_part, k_part, results[1], scale, part)
         o_part, lse_part = (part.restored(x) for x in results)
         rows = part.batch, slice(None), part.q_rows
         if part.merges:
@@ -220,6 +222,8 @@ def _backward(
     shared = not _is_one_part(window_left, window_right, diagonal)
     dtype = torch.promote_types(k.dtype, torch.float32) if shared else k.dtype
     dq, dk, dv = (_empty(x, dtype).zero_() for x in (q, k, v))
+    # A row whose scores are all -inf: exp(-inf - -inf) is NaN, exp(-inf - inf) is 0.
+    lse = torch.where(lse == -torch.inf, torch.inf, lse)
     band = AttentionSpec(scale, window_left, window_right, diagonal=diagonal)
     for part in _parts(q, k, band, attn_mask, cu_seqlens_q, cu_seqlens_k):
         grads = _kernel_backward(
@@ -423,6 +427,24 @@ def _kernel(
         attn_mask=band if band is None else band.to(q.dtype),
         scale=scale,
     )
+
+
+def _unsee(q: Tensor, k: Tensor, lse: Tensor, scale: float, part: Part) -> None:
+    """Set ``lse`` to -inf for rows whose scores are all -inf, as a product that overflows is.
+
+    The kernel gives such a row o = 0 and lse = 0, which merged would weigh as much as a key of
+    score 0. Few other rows have that lse, and those are told by their scores.
+    """
+    # A tracer has no values; it gets what the kernel says.
+    if type(lse) is not Tensor or torch._C._len_torch_dispatch_stack() > 0:
+        return
+    group_size = q.shape[1] // k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)  # the kernel sums in fp32 at the least
+    for batch, head, row in (lse == 0).nonzero().tolist():
+        keys = k[batch, head // group_size, : row + 1 if part.causal else None].to(wide)
+        scores = keys @ q[batch, head, row].to(wide) * scale
+        if (scores if part.band is None else scores + part.band[row]).amax() == -torch.inf:
+            lse[batch, head, row] = -torch.inf
 
 
 def _folds(q: Tensor, k: Tensor) -> bool:
