@@ -352,7 +352,7 @@ def _signature(
     """
     if (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or not (
             type(query) is type(key) is type(value) is Tensor
             and (scale is None or type(scale) is float)

@@ -101,7 +101,7 @@ def _is_traced(q: Tensor) -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or type(q) is not Tensor
         or torch._C._len_torch_dispatch_stack() > 0
     )
