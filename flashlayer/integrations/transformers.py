@@ -246,6 +246,13 @@ class Packing(NamedTuple):
     max_seqlen_k: int | None
 
 
+# A model that never asks for flashlayer's attention has a mask from it all the same, if it was made
+# with our name. Eager's is added to the scores, or hides where it is not zero: for a bool mask that
+# would be no mask and the opposite.
+_aten = torch.ops.aten
+OTHER_READINGS = (_aten.add, _aten.add_, _aten.masked_fill, _aten.masked_fill_)
+
+
 class BandMask(Tensor):
     """A bool mask ``(B, 1, Sq, Sk)``, True = attend, that is made only if somebody reads it.
 
@@ -322,6 +329,11 @@ class BandMask(Tensor):
             return args[0]
         if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, torch.bool):
             return args[0]._moved(kwargs.get("device"))
+        if func.overloadpacket in OTHER_READINGS and args[0].is_floating_point():
+            raise ValueError(
+                f"the model's attention is its own, not flashlayer's ({func} takes the mask for "
+                "something else than the keys to see): use 'eager'"
+            )
         return func(
             *tree_map_only(BandMask, BandMask.dense, args),
             **tree_map_only(BandMask, BandMask.dense, kwargs),

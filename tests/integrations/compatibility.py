@@ -64,8 +64,9 @@ What is different from eager on purpose: a row of padding gives zeros, where eag
 values; and without an `attention_mask` restarting `position_ids` separate sequences in every causal
 model, as with flash_attn, also where eager is not told (with a cache, and gpt-oss).
 
-A model that does not ask `ALL_ATTENTION_FUNCTIONS` for its attention keeps its own, whatever the
-name; `set_attn_implementation` logs a warning then.
+A model that does not ask `ALL_ATTENTION_FUNCTIONS` for its attention has its own (Bloom, MPT, XGLM,
+CodeGen, GPT-J, Falcon and others). `set_attn_implementation` logs a warning then and changes
+nothing; built with the name, it is refused at the first forward at the latest.
 """
 
 

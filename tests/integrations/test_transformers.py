@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
@@ -215,6 +216,26 @@ def test_output_attentions_of_the_config_are_refused_by_name(host: str) -> None:
     model.set_attn_implementation(NAME)
     with pytest.raises(ValueError, match=rf"^{model.config.model_type} .*output_attentions"):
         model(**hosts._inputs(model, HOSTS[host].kind, None))
+
+
+OWN_ATTENTION = {
+    "adds": ("XGLM", {"d_model": 32, "ffn_dim": 48, "num_layers": 1, "attention_heads": 4}),
+    "fills": ("Mpt", {"d_model": 32, "n_layers": 1, "n_heads": 4}),
+}
+
+
+@pytest.mark.parametrize("reading", OWN_ATTENTION)
+def test_a_model_with_an_attention_of_its_own_is_refused_rather_than_wrong(reading: str) -> None:
+    """Built with our name it gets our bool mask, and would take it for eager's numbers."""
+    host, options = OWN_ATTENTION[reading]
+    config = getattr(transformers, f"{host}Config")(vocab_size=hosts.VOCABULARY, **options)
+    make = getattr(transformers, f"{host}ForCausalLM")._from_config
+    ids = hosts._tokens(2, 5)
+    assert make(copy.deepcopy(config), attn_implementation="eager")(ids).logits.isfinite().all()
+    model = make(config, attn_implementation=NAME)
+    for given in (None, torch.ones_like(ids)):
+        with pytest.raises(ValueError, match="attention is its own"):
+            model(ids, attention_mask=given)
 
 
 def test_no_mask_is_what_is_causal_says() -> None:
