@@ -16,6 +16,31 @@ from flashlayer.functional import check_backend, dropout_keep_mask, flash_attent
 # Attention weights computed at once, over all heads: 16 MB in fp32.
 WEIGHTS_AT_ONCE = 2**22
 
+# torch's own: whether there is a batch dimension, or an AssertionError.
+_shape_check = vars(F)["_mha_shape_check"]
+
+
+# nn.MultiheadAttention raises AssertionError for some wrong calls and RuntimeError for others; this
+# library raises ValueError and TypeError. Callers of either find what they look for.
+class _AssertedShape(ValueError, AssertionError):
+    pass
+
+
+class _FailedShape(ValueError, RuntimeError):
+    pass
+
+
+class _AssertedDtype(TypeError, AssertionError):
+    pass
+
+
+def _to_be_called(module: nn.Module, inputs: Any) -> None:
+    """A hook that does nothing.
+
+    In inference an ``nn.TransformerEncoderLayer`` takes the parameters of its ``self_attn`` to a
+    fused kernel and never calls the module, unless a hook wants it called.
+    """
+
 
 class FlashMultiheadAttention(nn.MultiheadAttention):
     r"""``nn.MultiheadAttention`` that never stores the ``L x S`` scores.
@@ -32,11 +57,12 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
     - ``is_causal=True`` needs no ``attn_mask``. With one it is the hint it is in torch: that mask
       is taken to be the (top-left) causal one, and is not read where the hint says it all.
     - Masks of different dtypes may meet, and are not expanded over heads.
-    - A nested tensor is taken for self-attention without gradients, where ``TransformerEncoder``
-      makes one of a padded batch; elsewhere pass a padded batch with ``key_padding_mask``.
-    - There is no second, fused path for inference. A ``TransformerEncoderLayer`` around it calls it
-      always; the ``TransformerEncoder`` around that must have ``use_nested_tensor = False``, which
-      :func:`flashlayer.swap_attention` sees to.
+    - A nested tensor is taken where torch takes one: for self-attention in inference, with
+      ``batch_first`` and without masks. Elsewhere pass a padded batch with ``key_padding_mask``.
+    - There is no second, fused path for inference, and a ``TransformerEncoderLayer`` around it does
+      not take its own: it calls this module always, which a forward pre-hook sees to.
+    - ``torch.jit.script`` can't compile it; ``torch.compile``, ``torch.export`` and
+      ``torch.jit.trace`` can.
 
     Args:
         embed_dim: ``E``.
@@ -59,10 +85,6 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         >>> out.shape, weights.shape
         (torch.Size([2, 100, 64]), torch.Size([2, 100, 100]))
     """
-
-    # torch.nn.TransformerEncoderLayer reads this of its self_attn. Where it is true, inference
-    # takes the parameters to a fused kernel and never calls the module.
-    _qkv_same_embed_dim = False
 
     def __init__(
         self,
@@ -99,12 +121,7 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
     def _become_flash(self, backend: str) -> None:
         """What an ``nn.MultiheadAttention`` needs besides the class to be one of these."""
         self.backend = backend
-        self.__dict__.pop("_qkv_same_embed_dim", None)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take what torch's module adds back out again: it takes copies to be old checkpoints."""
-        super().__setstate__(dict(state))
-        self._become_flash(state["backend"])
+        self.register_forward_pre_hook(_to_be_called)
 
     def _reset_parameters(self) -> None:
         for weight in (
@@ -152,18 +169,24 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
 
         Raises:
             TypeError: a mask is neither bool nor floating.
-            ValueError: a shape does not fit, or an input is a nested tensor.
+            ValueError: a shape does not fit, or an input is a nested tensor that torch would not
+                take either. Both are the AssertionError or RuntimeError of torch's module as well.
         """
-        if (
-            isinstance(query, Tensor)
-            and query.is_nested
-            and query.layout == torch.strided
-            and query is key
-            and key is value
-        ):
-            return self._forward_nested(query, need_weights, average_attn_weights, is_causal)
-        batched = self._check_inputs(query, key, value)
         packed = query is key and key is value
+        if any(isinstance(x, Tensor) and x.is_nested for x in (query, key, value)):
+            reason = (
+                self._why_not_nested(query, attn_mask, key_padding_mask)
+                if packed
+                else "query, key and value are not the same tensor"
+            )
+            if reason is not None:
+                raise _AssertedShape(
+                    "MultiheadAttention does not support NestedTensor outside of its fast path, "
+                    f"and FlashMultiheadAttention takes its place only there: {reason}; pass a "
+                    "padded batch with key_padding_mask"
+                )
+            return self._forward_nested(query, need_weights, average_attn_weights, is_causal)
+        batched = self._check_inputs(query, key, value, attn_mask, key_padding_mask)
         if not batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
             if key_padding_mask is not None:
@@ -210,12 +233,28 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         weights = attention_weights(q, k, lse, average=average_attn_weights, **options)
         return out, weights if batched else weights.squeeze(0)
 
+    def _why_not_nested(
+        self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None
+    ) -> str | None:
+        if x.layout != torch.strided:
+            return "it has the jagged layout"
+        if x.dim() != 3:
+            return f"it has {x.dim()} dimensions and not 3"
+        if not self.batch_first:
+            return "batch_first is False"
+        if attn_mask is not None or key_padding_mask is not None:
+            return "attn_mask or key_padding_mask is given besides"
+        if torch.is_grad_enabled() and any(y.requires_grad for y in (x, *self.parameters())):
+            return "grad is enabled and at least one of query, weights or biases requires_grad"
+        return None
+
     def _forward_nested(
         self, x: Tensor, need_weights: bool, average_attn_weights: bool, is_causal: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Self-attention of sequences of unlike lengths: padded, and nested again."""
-        if not self.batch_first:
-            raise ValueError("query is a nested tensor, which needs batch_first=True")
+        if x.numel() == 0:  # which torch does not pad
+            shape = [x.size(0), *([] if average_attn_weights else [self.num_heads]), 0, 0]
+            return x, torch.zeros(shape, dtype=x.dtype, device=x.device) if need_weights else None
         lengths = torch.tensor([len(sequence) for sequence in x.unbind()], device=x.device)
         padded = torch.nested.to_padded_tensor(x, 0.0)  # [N, L, E]
         shown = torch.arange(padded.shape[1], device=x.device) < lengths[:, None]  # [N, L]
@@ -236,15 +275,19 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         self, query: Tensor, key: Tensor, value: Tensor, packed: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The three projections, and the keys and values that the options append."""
+        bias = self.in_proj_bias
+        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
+        if bias is not None and weight is not None:
+            bias = bias.to(weight.dtype)  # some models keep their biases in another dtype
         if packed and self.in_proj_weight is not None:
-            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+            q, k, v = F.linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
         else:
             weights = (
                 (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
                 if self.in_proj_weight is None
                 else self.in_proj_weight.chunk(3)
             )
-            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+            biases = (None,) * 3 if bias is None else bias.chunk(3)
             q, k, v = (
                 F.linear(x, weight, bias)
                 for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
@@ -256,43 +299,44 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         return q, k, v
 
-    def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    def _check_inputs(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+    ) -> bool:
         """Whether the inputs have a batch dimension."""
         named = (
             ("query", query, self.embed_dim),
             ("key", key, self.kdim),
             ("value", value, self.vdim),
         )
-        for name, x, features in named:
+        for name, x, _ in named:
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-            if x.is_nested:
-                raise ValueError(
-                    f"{name} is a nested tensor, which FlashMultiheadAttention does not take: pass "
-                    "a padded batch with key_padding_mask, and set use_nested_tensor = False on a "
-                    "TransformerEncoder that makes them"
-                )
-            if x.ndim not in (2, 3) or x.ndim != query.ndim:
-                raise ValueError(
-                    f"query, key and value must all have 3 dimensions, or 2 without a batch, "
-                    f"got {query.ndim}, {key.ndim} and {value.ndim}"
-                )
+        try:
+            batched = _shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        except AssertionError as error:
+            raise _AssertedShape(str(error)) from None
+        for name, x, features in named:
             if x.shape[-1] != features:
-                raise ValueError(
+                raise _AssertedShape(
                     f"{name} must have {features} features, got shape {tuple(x.shape)}"
                 )
         if key.shape[:-1] != value.shape[:-1]:
-            raise ValueError(
+            raise _AssertedShape(
                 f"key and value must agree in length and batch, "
                 f"got {tuple(key.shape)} and {tuple(value.shape)}"
             )
         batch_dim = 0 if self.batch_first else 1
-        if query.ndim == 3 and query.shape[batch_dim] != key.shape[batch_dim]:
-            raise ValueError(
+        if batched and query.shape[batch_dim] != key.shape[batch_dim]:
+            raise _FailedShape(
                 f"query and key must have one batch size, "
                 f"got {tuple(query.shape)} and {tuple(key.shape)}"
             )
-        return query.ndim == 3
+        return batched
 
     def _check_masks(
         self,
@@ -303,17 +347,17 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         key_padding_mask: Tensor | None,
     ) -> None:
         shapes = ((seqlen_q, seqlen_k), (batch * self.num_heads, seqlen_q, seqlen_k))
-        for name, mask, allowed in (
-            ("attn_mask", attn_mask, shapes),
-            ("key_padding_mask", key_padding_mask, ((batch, seqlen_k),)),
+        for name, mask, allowed, error in (
+            ("attn_mask", attn_mask, shapes, _FailedShape),
+            ("key_padding_mask", key_padding_mask, ((batch, seqlen_k),), _AssertedShape),
         ):
             if mask is None:
                 continue
             if mask.dtype != torch.bool and not mask.is_floating_point():
-                raise TypeError(f"{name} must be bool or floating, got {mask.dtype}")
+                raise _AssertedDtype(f"{name} must be bool or floating, got {mask.dtype}")
             if tuple(mask.shape) not in allowed:
                 expected = " or ".join(map(str, allowed))
-                raise ValueError(f"{name} must be {expected}, got {tuple(mask.shape)}")
+                raise error(f"{name} must be {expected}, got {tuple(mask.shape)}")
 
 
 def attention_weights(

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import itertools
+import re
 from typing import Any
 
 import pytest
@@ -322,7 +323,6 @@ def test_state_dict_goes_both_ways_and_starts_alike() -> None:
         ours.load_state_dict(host.state_dict(), strict=True)
         assert isinstance(ours, nn.MultiheadAttention)
         for module in (copy.deepcopy(ours), copy.copy(ours), ours):
-            assert module._qkv_same_embed_dim is False
             assert module.backend == "auto"
 
 
@@ -367,35 +367,131 @@ def test_compiles_without_a_break(need_weights: bool) -> None:
 
 
 X = torch.zeros(L, N, E)
+# torch's constructor of nested tensors calls itself a prototype.
+with_nested_tensors = pytest.mark.filterwarnings(
+    "ignore:The PyTorch API of nested tensors:UserWarning"
+)
+HIDDEN = torch.zeros(N, N, dtype=torch.bool)
+
+
+def nested(m: nn.Module, *others: Tensor, **options: Any) -> Any:
+    x = torch.nested.nested_tensor([X[0], X[1]])
+    with torch.set_grad_enabled(not options and not others):
+        return m(x, *(others or (x, x)), **options)
+
+
+# name: (a call that torch rejects too, this library's error, its message)
 BAD_CALLS = {
-    "nested": (
-        lambda m: m(*[torch.nested.nested_tensor([X[0], X[1]], layout=torch.jagged)] * 3),
-        ValueError,
-        "query is a nested tensor.*use_nested_tensor = False",
-    ),
-    "dimensions": (lambda m: m(X, X[0], X[0]), ValueError, "got 3, 2 and 2"),
+    "dimensions": (lambda m: m(X, X[0], X[0]), ValueError, "but found 2-D and 2-D tensors"),
     "features": (lambda m: m(X, X[..., :4], X), ValueError, r"key must have 16 features.*4\)"),
+    "query_features": (lambda m: m(X[..., :4], X, X), ValueError, "query must have 16 features"),
     "lengths": (lambda m: m(X, X, X[:2]), ValueError, "key and value must agree"),
     "batch": (lambda m: m(X, X[:, :1], X[:, :1]), ValueError, "one batch size"),
+    "no_tensor": (lambda m: m(X, X, None), TypeError, "value must be a torch.Tensor"),
     "padding": (
         lambda m: m(X, X, X, key_padding_mask=torch.zeros(L, N)),
         ValueError,
         r"key_padding_mask must be \(3, 6\), got \(6, 3\)",
+    ),
+    "padding_dimensions": (
+        lambda m: m(X, X, X, key_padding_mask=torch.zeros(L)),
+        ValueError,
+        "expected `key_padding_mask` to be `None` or 2-D but found 1-D",
     ),
     "attn_mask": (
         lambda m: m(X, X, X, attn_mask=torch.zeros(N, L, L)),
         ValueError,
         r"attn_mask must be \(6, 6\) or \(12, 6, 6\), got \(3, 6, 6\)",
     ),
+    "attn_mask_dimensions": (
+        lambda m: m(X, X, X, attn_mask=torch.zeros(L)),
+        ValueError,
+        "expected `attn_mask` to be `None`, 2-D or 3-D but found 1-D",
+    ),
     "mask_dtype": (
         lambda m: m(X, X, X, attn_mask=torch.zeros(L, L, dtype=torch.uint8)),
         TypeError,
         "attn_mask must be bool or floating, got torch.uint8",
     ),
+    "nested_gradient": (
+        nested,
+        ValueError,
+        "does not support NestedTensor.*grad is enabled and .* biases requires_grad; pass",
+    ),
+    "nested_mask": (
+        lambda m: nested(m, attn_mask=HIDDEN),
+        ValueError,
+        "does not support NestedTensor.* attn_mask or key_padding_mask is given",
+    ),
+    "nested_padding": (
+        lambda m: nested(m, key_padding_mask=HIDDEN[:2]),
+        ValueError,
+        "does not support NestedTensor.* attn_mask or key_padding_mask is given",
+    ),
+    "nested_cross": (
+        lambda m: nested(m, X, X),
+        ValueError,
+        "does not support NestedTensor.* not the same tensor",
+    ),
 }
 
 
+def error_of(call: Any) -> Exception:
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - any, to be looked at
+        call()
+    return caught.value
+
+
+@with_nested_tensors
 @pytest.mark.parametrize(("call", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
-def test_a_wrong_call_names_the_argument(call: Any, error: Any, message: str) -> None:
-    with pytest.raises(error, match=message):
-        call(FlashMultiheadAttention(E, H))
+def test_a_wrong_call_raises_what_torch_raises_and_names_the_argument(
+    call: Any, error: Any, message: str
+) -> None:
+    batch_first = "NestedTensor" in message
+    host, ours = (
+        cls(E, H, batch_first=batch_first).eval()
+        for cls in (nn.MultiheadAttention, FlashMultiheadAttention)
+    )
+    raised = error_of(lambda: call(ours))
+    assert isinstance(raised, error)
+    assert re.search(message, str(raised))
+    expected = type(error_of(lambda: call(host)))
+    if expected is not AttributeError:  # of None, by accident
+        assert isinstance(raised, expected)
+
+
+@with_nested_tensors
+def test_a_jagged_tensor_is_rejected() -> None:
+    x = torch.nested.nested_tensor([X[0], X[1]], layout=torch.jagged)
+    with torch.no_grad(), pytest.raises(ValueError, match="it has the jagged layout"):
+        FlashMultiheadAttention(E, H, batch_first=True)(x, x, x)
+
+
+@with_nested_tensors
+@torch.no_grad()
+def test_nested_tensors_of_empty_sequences() -> None:
+    ours = FlashMultiheadAttention(E, H, batch_first=True).eval()
+    x = torch.nested.nested_tensor([torch.empty(0, E)] * 2)
+    out, weights = ours(x, x, x, average_attn_weights=False)
+    assert [len(sequence) for sequence in out.unbind()] == [0, 0]
+    assert weights.shape == (2, H, 0, 0)
+    with pytest.raises(ValueError, match="it has 1 dimensions and not 3"):
+        ours(*[torch.nested.nested_tensor([])] * 3)
+
+
+@torch.no_grad()
+def test_biases_may_be_of_another_dtype_than_the_weights() -> None:
+    host, ours = pair(batch_first=True)
+    for module in (host.eval(), ours.eval()):
+        module.in_proj_bias = nn.Parameter(module.in_proj_bias.half())
+    x = torch.randn(N, L, E, dtype=torch.float64)
+    torch.testing.assert_close(ours(x, x, x), host(x, x, x))
+
+
+def test_code_that_reads_the_module_finds_torchs_attributes() -> None:
+    """What is passed on to F.multi_head_attention_forward, or asked by adapters."""
+    for options in CONSTRUCTORS.values():
+        host, ours = pair(**options)
+        for name, value in vars(host).items():
+            if not name.startswith("_") or name == "_qkv_same_embed_dim":
+                assert vars(ours)[name] == value, name

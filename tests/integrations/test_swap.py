@@ -80,11 +80,11 @@ def test_encoder_fast_path_does_not_skip_the_module(mode: Any) -> None:
             host(x, src_key_padding_mask=hidden)[~hidden],
         )
         assert len(calls) == 4
-    # An encoder built from a swapped layer doesn't take its nested path either.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        rebuilt = nn.TransformerEncoder(ours.layers[0], 1).eval()
-    assert not rebuilt.use_nested_tensor
+        # An encoder built from a swapped layer nests padded batches, as torch's does.
+        rebuilt, expected = (nn.TransformerEncoder(x.layers[0], 2).eval() for x in (ours, host))
+        torch.testing.assert_close(
+            rebuilt(x, src_key_padding_mask=hidden), expected(x, src_key_padding_mask=hidden)
+        )
 
 
 def test_whole_transformer() -> None:
@@ -193,7 +193,7 @@ def test_subclasses(caplog: pytest.LogCaptureFixture) -> None:
     for module in (model[0], copy.deepcopy(model)[0], pickle.loads(pickle.dumps(model))[0]):
         assert isinstance(module, Tagged)
         assert isinstance(module, FlashMultiheadAttention)
-        assert (module.tag, module._qkv_same_embed_dim) == ("mine", False)
+        assert module.tag == "mine"
         torch.testing.assert_close(module(x, x, x), expected)
 
 
