@@ -1,6 +1,7 @@
 """The options of a training run, on the command line and in YAML, and the objects they describe."""
 
 import logging
+import os
 import threading
 import warnings
 from datetime import timedelta
@@ -73,6 +74,11 @@ def check(config: Namespace) -> None:
 
 def check_parallel(config: Namespace) -> None:
     """Refuse a model, batch or machine that can't be shared out so; says what must divide what."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise UsageError(
+            "python -m train starts the processes of a run itself: run it without torchrun, and "
+            "say with --parallel.data and --parallel.context how many there are"
+        )
     parallel, gpt = as_parallel(config.parallel), GPTConfig(**config.model.gpt.as_dict())
     for name in ("data", "context"):
         if getattr(parallel, name) < 1:

@@ -71,6 +71,19 @@ def test_mistakes(
     assert words in told([*arguments, *options], capsys)
 
 
+@pytest.mark.parametrize("command", ["fit", "parity"])
+def test_under_torchrun(
+    command: str,
+    fit_arguments: list[str],
+    parity_arguments: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    arguments = {"fit": fit_arguments, "parity": parity_arguments}[command]
+    assert "run it without torchrun" in told(arguments, capsys)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
