@@ -17,14 +17,22 @@ STANDARD_LIBRARY = sys.stdlib_module_names | {"__future__"}
 ALLOWED = {
     "kernels": {"kernels", "triton", "math", "dataclasses"},
     "backends/triton": {"kernels", "spec", "philox", "torch", "triton"},
+    "backends/aten": {"backends/aten", "spec", "online_softmax", "torch"},
     "backends/*": {"spec", "online_softmax", "philox", "torch"},
-    "backends/__init__": {"backends", "spec", "torch"},
+    "backends/__init__": {
+        "backends/aten",
+        "backends/standard",
+        "backends/tiled",
+        "backends/triton",
+        "spec",
+        "torch",
+    },
     "spec": {"torch"},
     "online_softmax": {"torch"},
     "philox": {"torch"},
     "autograd": {"spec", "torch"},
     "functional": {"autograd", "backends", "philox", "spec", "torch"},
-    "tuning": {"backends", "functional", "kernels", "spec", "torch", "triton"},
+    "tuning": {"backends/triton", "functional", "kernels", "spec", "torch", "triton"},
     "distributed": {"functional", "online_softmax", "spec", "torch"},
     "modules": {"distributed", "functional", "online_softmax", "torch", "einops"},
     "multihead": {"functional", "torch"},
@@ -56,8 +64,9 @@ DISTRIBUTED = {
 
 def room(path: Path) -> str:
     relative = path.relative_to(PACKAGE).with_suffix("").as_posix()
-    if relative.startswith("kernels/"):
-        return "kernels"
+    for folder in ("kernels", "backends/aten"):
+        if relative.startswith(f"{folder}/"):
+            return folder
     for house in ("backends", "integrations"):
         if relative.startswith(f"{house}/") and relative not in ALLOWED:
             return f"{house}/*"
@@ -77,7 +86,8 @@ def imports(path: Path) -> set[str]:
     for name in names:
         top, *rest = name.split(".")
         if top == "flashlayer":
-            found.add(rest[0] if rest else "flashlayer")
+            depth = 2 if rest[:1] == ["backends"] else 1  # each backend is a room of its own
+            found.add("/".join(rest[:depth]) or "flashlayer")
         else:
             found.add(top)
     return found

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from flashlayer import available_backends, flash_attention, flash_attention_varlen
 from flashlayer.backends import aten
+from flashlayer.backends.aten import flash, parts
+from flashlayer.backends.aten.parts import split
 from flashlayer.spec import AttentionSpec
 from tests.tolerance import assert_matches_standard
 
@@ -44,7 +46,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", WINDOWS)
 def test_window(name: str, dtype: torch.dtype) -> None:
     """Over several blocks of queries, the last of them shorter."""
-    q, k, v = qkv(2, 4, 2, 2 * aten.WINDOW_BLOCK_MIN + 37, dtype)
+    q, k, v = qkv(2, 4, 2, 2 * parts.WINDOW_BLOCK_MIN + 37, dtype)
     assert_matches_standard(q, k, v, backend="aten", with_noise=True, **WINDOWS[name])
 
 
@@ -62,7 +64,7 @@ def test_the_parts_of_a_band_hold_every_pair_once(
     band = AttentionSpec(1.0, left, right, "top_left" if is_top_left else "bottom_right")
     i, j = (torch.arange(length).view(1, 1, -1, 1) for length in (queries, keys))
     count = torch.zeros(queries, keys)
-    for part in aten._parts(q, k, band, None, None, None):
+    for part in split(q, k, band, None, None, None):
         for rows, columns in zip(part.queries(i), part.keys(j), strict=True):
             seen = torch.ones(rows.shape[1], columns.shape[1])
             seen = seen.tril() if part.causal else seen
@@ -76,17 +78,17 @@ def test_the_parts_of_a_band_hold_every_pair_once(
 def test_a_wide_window_needs_no_mask() -> None:
     q = torch.zeros(1, 1, 1024, 1)
     band = AttentionSpec(1.0, 128, 0, diagonal="top_left")
-    parts = list(aten._parts(q, q, band, None, None, None))
-    assert [(part.blocks, part.band) for part in parts] == [(1, None), (7, None), (7, None)]
+    found = split(q, q, band, None, None, None)
+    assert [(part.blocks, part.band) for part in found] == [(1, None), (7, None), (7, None)]
 
 
 def test_triangles_come_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a call copies is bounded, whatever the length."""
-    monkeypatch.setattr(aten, "TRIANGLE_ROWS", 100)
+    monkeypatch.setattr(parts, "TRIANGLE_ROWS", 100)
     q, k, v = qkv(2, 4, 2, 400, torch.float32)
     band = AttentionSpec(1.0, 40, 0, diagonal="top_left")
-    parts = aten._parts(q, k, band, None, None, None)
-    assert [part.blocks for part in parts] == [1, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1]
+    found = split(q, k, band, None, None, None)
+    assert [part.blocks for part in found] == [1, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1]
     assert_matches_standard(q, k, v, backend="aten", with_noise=True, window_size=(40, 0))
 
 
@@ -201,14 +203,14 @@ def test_padding_with_holes_is_gathered_but_not_under_causal() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("seqlen_q", [1, 3, aten.FOLDED_ROWS_MAX])
+@pytest.mark.parametrize("seqlen_q", [1, 3, flash.FOLDED_ROWS_MAX])
 def test_a_group_of_heads_is_folded_into_rows(seqlen_q: int, dtype: torch.dtype) -> None:
     """Under and over the number of keys from which that pays in fp32."""
-    for keys in (90, aten.FOLDED_FP32_MIN // 64):
+    for keys in (90, flash.FOLDED_FP32_MIN // 64):
         sizes = ((6, seqlen_q), (2, keys), (2, keys))
         q, k, v = (torch.randn(2, heads, seqlen, 16, dtype=dtype) for heads, seqlen in sizes)
-        few_rows = 3 * seqlen_q <= aten.FOLDED_ROWS_MAX
-        assert aten._folds(q, k) == (few_rows and (dtype == torch.bfloat16 or keys > 90))
+        few_rows = 3 * seqlen_q <= flash.FOLDED_ROWS_MAX
+        assert flash.folds(q, k) == (few_rows and (dtype == torch.bfloat16 or keys > 90))
         assert_matches_standard(q, k, v, backend="aten", with_noise=True)
 
 
@@ -233,7 +235,7 @@ def test_the_custom_ops_are_what_they_say(option: str) -> None:
 def test_folded_results_pass_through_forward_mode_and_a_compiled_graph(
     kv_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aten, "FOLDED_FP32_MIN", 0)
+    monkeypatch.setattr(flash, "FOLDED_FP32_MIN", 0)
     q, k, v = (torch.randn(1, h, s, 16) for h, s in ((4, 2), (kv_heads, 30), (kv_heads, 30)))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -260,8 +262,8 @@ def test_auto_takes_the_kernel_for_windows_padding_and_packed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls = []
-    kernel = aten._kernel
-    monkeypatch.setattr(aten, "_kernel", lambda *args: (calls.append(args), kernel(*args))[1])
+    call = aten.flash_forward
+    monkeypatch.setattr(aten, "flash_forward", lambda *args: (calls.append(args), call(*args))[1])
     q, k, v = qkv(2, 2, 2, 40, torch.float32)
     flash_attention(q, k, v, causal=True, window_size=(9, 0))
     assert [tuple(args[1].shape) for args in calls] == [(2, 2, 40, 16)]

@@ -1,0 +1,132 @@
+"""The calls of the kernel itself, with at least one query and one key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashlayer.backends.aten.parts import Part
+
+# Python's own binding of the operator takes 2 us less than the one in torch.ops.
+_FLASH: Any = vars(torch)["_scaled_dot_product_flash_attention_for_cpu"]
+
+# With so few queries in a group of heads the kernel's time is that of reading keys and values, and
+# it reads them once for every head; the group as the rows of one head reads them once. In fp32 that
+# pays for its reshaping from so many numbers in the keys on; a bf16 product of few rows is slow at
+# any length (benchmarks/NOTES.md).
+FOLDED_ROWS_MAX = 64
+FOLDED_FP32_MIN = 2**18
+
+
+def flash_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    band: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The kernel, with at least one query and one key."""
+    if causal:
+        k, v = _seen(k, q), _seen(v, q)
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if heads != kv_heads and not causal and band is None and folds(q, k):
+        o, lse = flash_forward(q.reshape(*k.shape[:2], -1, q.shape[3]), k, v, scale, causal)
+        # Of one kv head a reshape is a view, which forward mode takes for no output.
+        reshape = torch.reshape if kv_heads > 1 else torch.ops.aten._unsafe_view.default
+        return reshape(o, q.shape), reshape(lse, q.shape[:3])
+    return _FLASH(
+        _unit_stride(q),
+        _unit_stride(k),
+        _unit_stride(v),
+        is_causal=causal,
+        attn_mask=band if band is None else band.to(q.dtype),
+        scale=scale,
+    )
+
+
+def unsee(q: Tensor, k: Tensor, lse: Tensor, scale: float, part: Part) -> None:
+    """Set ``lse`` to -inf for rows whose scores are all -inf, as a product that overflows is.
+
+    The kernel gives such a row o = 0 and lse = 0, which merged would weigh as much as a key of
+    score 0. Few other rows have that lse, and those are told by their scores.
+    """
+    # A tracer has no values; it gets what the kernel says.
+    if type(lse) is not Tensor or torch._C._len_torch_dispatch_stack() > 0:
+        return
+    group_size = q.shape[1] // k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)  # the kernel sums in fp32 at the least
+    for batch, head, row in (lse == 0).nonzero().tolist():
+        keys = k[batch, head // group_size, : row + 1 if part.causal else None].to(wide)
+        scores = keys @ q[batch, head, row].to(wide) * scale
+        if (scores if part.band is None else scores + part.band[row]).amax() == -torch.inf:
+            lse[batch, head, row] = -torch.inf
+
+
+def folds(q: Tensor, k: Tensor) -> bool:
+    """Whether a group of heads is better computed as the rows of one."""
+    few_rows = q.shape[1] // k.shape[1] * q.shape[2] <= FOLDED_ROWS_MAX
+    return few_rows and (q.dtype == torch.bfloat16 or k.numel() >= FOLDED_FP32_MIN)
+
+
+def flash_backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    band: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel's backward, with at least one query and one key."""
+    if dlse is not None and do.dtype == torch.float16:  # which dlse may not fit in
+        q, k, v, o = (x.float() for x in (q, k, v, o))
+        grads = flash_backward(do.float(), dlse, q, k, v, o, lse, scale, causal, band)
+        return grads[0].half(), grads[1].half(), grads[2].half()
+    seqlen_k, head_dim = k.shape[2], q.shape[3]
+    if causal:
+        k, v = _seen(k, q), _seen(v, q)
+    if dlse is not None:
+        # The kernel computes dS = P * (dO V^T - rowsum(O * dO)) and knows no dlse, which adds P *
+        # dlse. One more column does it: with 1 in every value and dlse in dO it adds dlse to dO
+        # V^T; with 0 in O, nothing to the rowsum. The column is 0 in q and k, and its gradients are
+        # dropped.
+        q, k, o = F.pad(q, (0, 1)), F.pad(k, (0, 1)), F.pad(o, (0, 1))
+        v = F.pad(v, (0, 1), value=1.0)
+        do = torch.cat((do, dlse.unsqueeze(-1).to(do.dtype)), dim=-1)
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        _unit_stride(do),
+        _unit_stride(q),
+        _unit_stride(k),
+        _unit_stride(v),
+        _unit_stride(o),
+        lse,
+        0.0,
+        causal,
+        attn_mask=band if band is None else band.to(q.dtype),
+        scale=scale,
+    )
+    if dlse is not None:
+        dq, dk, dv = dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim]
+    unseen = seqlen_k - k.shape[2]
+    if unseen:
+        dk, dv = F.pad(dk, (0, 0, 0, unseen)), F.pad(dv, (0, 0, 0, unseen))
+    return dq, dk, dv
+
+
+def _seen(x: Tensor, q: Tensor) -> Tensor:
+    """The keys or values that some query of a causal problem sees.
+
+    The kernel multiplies the others by a probability of 0, and 0 * NaN is NaN.
+    """
+    return x if x.shape[2] <= q.shape[2] else x[:, :, : q.shape[2]]
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
