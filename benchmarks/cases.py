@@ -139,6 +139,7 @@ def quick() -> Iterator[Case]:
     for seqlen in (512, 2048):
         yield replace(plain, seqlen=seqlen, batch=4096 // seqlen, causal=False)
     yield replace(plain, seqlen=2048, heads=4, head_dim=128)
+    yield replace(plain, group="short", seqlen=128, batch=32, causal=False)
     yield replace(plain, group="host overhead", seqlen=128, heads=1)
     yield replace(plain, group="window", seqlen=8192, heads=2, window=256)
     yield from _skewed(plain, longest=2048, heads=2)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashlayer import available_backends, flash_attention, flash_attention_varlen
 from flashlayer.backends import aten
-from flashlayer.backends.aten import flash, parts
+from flashlayer.backends.aten import flash, parts, short
 from flashlayer.backends.aten.parts import split
 from flashlayer.spec import AttentionSpec
 from tests.tolerance import assert_matches_standard
@@ -290,3 +290,74 @@ def test_a_gradient_of_lse_past_the_range_of_fp16() -> None:
     _, lse = flash_attention(q, q, q, return_lse=True, backend="aten", scale=1e-3)
     (gradient,) = torch.autograd.grad(lse.sum() * 70000, q)
     assert gradient.isfinite().all()
+
+
+@pytest.fixture
+def shortest(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Short bf16 problems of any number of rows go to the products; their scores are noted."""
+    monkeypatch.setattr(short, "ROWS_MIN", 0)
+    monkeypatch.setattr(short, "_multiplies_bf16", lambda: True)
+    taken = []
+    backward = short.short_backward
+    monkeypatch.setattr(
+        flash, "short_backward", lambda do, *rest: (taken.append(do), backward(do, *rest))[1]
+    )
+    return taken
+
+
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(1, 1), (17, 17), (127, 129), (129, 40)])
+@pytest.mark.parametrize("options", [{}, {"causal": True, "diagonal": "top_left"}], ids=str)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("at_once", [1, 2**13, 2**20])
+def test_short_gradients(
+    seqlen_q: int,
+    seqlen_k: int,
+    options: dict[str, Any],
+    kv_heads: int,
+    at_once: int,
+    shortest: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(short, "SCORES_AT_ONCE", at_once)
+    sizes = ((4, seqlen_q), (kv_heads, seqlen_k), (kv_heads, seqlen_k))
+    q, k, v = (torch.randn(2, h, s, 40, dtype=torch.bfloat16) for h, s in sizes)
+    if options:  # what no query sees may hold anything
+        k[:, :, seqlen_q:], v[:, :, seqlen_q:] = torch.nan, torch.inf
+    assert_matches_standard(q, k, v, backend="aten", **options)
+    assert shortest
+
+
+def gradients(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> list[Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    out = flash_attention(*leaves, causal=True, backend="aten")
+    return list(torch.autograd.grad(out, leaves, do))
+
+
+def test_short_gradients_of_large_scores_are_as_near_as_the_kernels(
+    shortest: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores rounded to bf16 gave four times the kernel's error here."""
+    q, k, v, do = (torch.randn(2, 4, 128, 64, dtype=torch.bfloat16) for _ in range(4))
+    expected = gradients(*(x.double() for x in (6 * q, k, v, do)))
+    by_products = gradients(6 * q, k, v, do)
+    assert len(shortest) == 1
+    monkeypatch.setattr(short, "LENGTH_MAX", 0)
+    by_kernel = gradients(6 * q, k, v, do)
+    assert len(shortest) == 1
+    for product, kernel, exact in zip(by_products, by_kernel, expected, strict=True):
+        assert (product - exact).abs().max() <= 1.5 * (kernel - exact).abs().max()
+
+
+def test_which_short_gradients_are_products(shortest: list[Tensor]) -> None:
+    """Those of whole rows; a window's parts share theirs."""
+    q = torch.randn(1, 2, 150, 16, dtype=torch.bfloat16, requires_grad=True)
+    flash_attention(q, q, q, window_size=(40, 0)).sum().backward()
+    assert not shortest
+    mask = padding(150, (3, 140))
+    flash_attention(q, q, q, attn_mask=mask).sum().backward()
+    assert [tuple(x.shape) for x in shortest] == [(1, 2, 150, 16)]
+    shortest.clear()
+    packed = q.squeeze(0).transpose(0, 1)
+    edges = torch.tensor([0, 30, 150])
+    flash_attention_varlen(packed, packed, packed, cu_seqlens_q=edges).sum().backward()
+    assert [tuple(x.shape) for x in shortest] == [(1, 2, 30, 16), (1, 2, 120, 16)]

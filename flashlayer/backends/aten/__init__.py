@@ -184,6 +184,7 @@ def _backward(
             scale,
             part.causal,
             part.band,
+            shared,
         )
         for whole, rows, grad in zip(
             (dq, dk, dv), (part.q_rows, part.k_rows, part.k_rows), grads, strict=True

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashlayer.backends.aten.parts import Part
+from flashlayer.backends.aten.short import is_short, short_backward
 
 # Python's own binding of the operator takes 2 us less than the one in torch.ops.
 _FLASH: Any = vars(torch)["_scaled_dot_product_flash_attention_for_cpu"]
@@ -83,15 +84,43 @@ def flash_backward(
     scale: float,
     causal: bool,
     band: Tensor | None = None,
+    shares_rows: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernel's backward, with at least one query and one key."""
+    """The kernel's backward, with at least one query and one key.
+
+    Short sequences in bf16 take :mod:`flashlayer.backends.aten.short` instead, unless the queries
+    see other keys as well (``shares_rows``).
+    """
     if dlse is not None and do.dtype == torch.float16:  # which dlse may not fit in
         q, k, v, o = (x.float() for x in (q, k, v, o))
         grads = flash_backward(do.float(), dlse, q, k, v, o, lse, scale, causal, band)
         return grads[0].half(), grads[1].half(), grads[2].half()
-    seqlen_k, head_dim = k.shape[2], q.shape[3]
+    seqlen_k = k.shape[2]
     if causal:
         k, v = _seen(k, q), _seen(v, q)
+    if not shares_rows and is_short(q, k):
+        dq, dk, dv = short_backward(do, dlse, q, k, v, scale, causal)
+    else:
+        dq, dk, dv = _kernel_backward(do, dlse, q, k, v, o, lse, scale, causal, band)
+    unseen = seqlen_k - k.shape[2]
+    if unseen:
+        dk, dv = F.pad(dk, (0, 0, 0, unseen)), F.pad(dv, (0, 0, 0, unseen))
+    return dq, dk, dv
+
+
+def _kernel_backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    band: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    head_dim = q.shape[3]
     if dlse is not None:
         # The kernel computes dS = P * (dO V^T - rowsum(O * dO)) and knows no dlse, which adds P *
         # dlse. One more column does it: with 1 in every value and dlse in dO it adds dlse to dO
@@ -114,9 +143,6 @@ def flash_backward(
     )
     if dlse is not None:
         dq, dk, dv = dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim]
-    unseen = seqlen_k - k.shape[2]
-    if unseen:
-        dk, dv = F.pad(dk, (0, 0, 0, unseen)), F.pad(dv, (0, 0, 0, unseen))
     return dq, dk, dv
 
 
