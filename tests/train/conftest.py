@@ -1,6 +1,7 @@
 """A small text, a cache of its own, and a working directory that is thrown away."""
 
 import inspect
+import signal
 import textwrap
 from pathlib import Path
 
@@ -30,6 +31,12 @@ def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = tmp_path_factory.mktemp("datasets")
     datasets.config.HF_DATASETS_CACHE = cache
     return cache
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """A shell without job control starts what it puts in the background with Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
