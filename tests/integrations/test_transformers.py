@@ -426,15 +426,42 @@ def test_autocast_is_as_accurate_as_eager_under_autocast() -> None:
             assert_accurate(name, results[NAME][name], eager, expected, GRADIENT_FACTOR)
 
 
-def test_gradient_checkpointing_changes_nothing() -> None:
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(use_reentrant: bool) -> None:
     model = build("Mistral").train()
     model.set_attn_implementation(NAME)
     inputs = hosts._inputs(model, "decoder", hosts._padding("left padding")) | {"use_cache": False}
     expected = hosts._train(model, inputs)
-    model.activation_checkpointing_enable()
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    # As adapters do: with reentrant checkpointing and frozen embeddings nothing would learn.
+    model.enable_input_require_grads()
     actual = hosts._train(model, inputs)
+    assert actual.keys() == expected.keys()
     for name, tensor in actual.items():
         torch.testing.assert_close(tensor, expected[name])
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"": NAME},
+        {"text_config": NAME, "vision_config": "eager"},
+        {"text_config": "eager", "vision_config": NAME},
+    ],
+    ids=str,
+)
+def test_parts_of_a_model_have_an_attention_each_and_can_go_back(parts: dict[str, str]) -> None:
+    model = build("CLIP")
+    inputs = hosts._inputs(model, "image-text", hosts._padding("right padding"))
+    expected = model(**inputs)
+    model.set_attn_implementation(parts)
+    for part in ("text_config", "vision_config"):
+        assert getattr(model.config, part)._attn_implementation == parts.get(part, "eager")
+    for changed in (model, copy.deepcopy(model)):
+        actual = changed(**inputs)
+        torch.testing.assert_close(actual.logits_per_text, expected.logits_per_text)
+    model.set_attn_implementation("eager")
+    assert torch.equal(model(**inputs).logits_per_text, expected.logits_per_text)
 
 
 # Dynamo looks at the gradient of what goes into a layer.
