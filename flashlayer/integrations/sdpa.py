@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import TorchFunctionMode
 
 from flashlayer.functional import SUPPORTED_DTYPES, check_backend, flash_attention
@@ -63,10 +64,11 @@ class override(TorchFunctionMode):
     """Routes every ``F.scaled_dot_product_attention`` inside the ``with`` block to flashlayer.
 
     The semantics are SDPA's: top-left ``is_causal``, bool masks with True = attend and float masks
-    that are added, ``enable_gqa``, any number of leading dimensions, broadcast as torch broadcasts
-    them, zeros for a query that sees no key, and dropout whenever ``dropout_p > 0`` (drawn from
-    torch's generator, but another mask than torch's). A call that flashlayer has no equal of is
-    left to torch and counted with its reason, so what torch rejects torch still rejects.
+    that are added, the causal biases of ``torch.nn.attention.bias``, ``enable_gqa``, any number of
+    leading dimensions, broadcast as torch broadcasts them, zeros for a query that sees no key, and
+    dropout whenever ``dropout_p > 0`` (drawn from torch's generator, but another mask than
+    torch's). A call that flashlayer has no equal of is left to torch and counted with its reason,
+    so what torch rejects torch still rejects.
 
     This is a :class:`torch.overrides.TorchFunctionMode`; no name is patched. Callers that did
     ``from torch.nn.functional import scaled_dot_product_attention`` are routed too. Blocks nest,
@@ -112,7 +114,8 @@ class override(TorchFunctionMode):
         kwargs = kwargs or {}
         plain = all(kind in (Tensor, torch.nn.Parameter) for kind in types)
         if func is HOST:
-            return self._attend(plain, *args, **kwargs)
+            known = all(kind in (Tensor, torch.nn.Parameter, CausalBias) for kind in types)
+            return self._attend(known, *args, **kwargs)
         if plain and func in COMPOSITE:
             if not torch.compiler.is_compiling():
                 with self:
@@ -123,7 +126,7 @@ class override(TorchFunctionMode):
 
     def _attend(
         self,
-        plain: bool,
+        known: bool,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -135,13 +138,21 @@ class override(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         tensors = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
+        bias = attn_mask if isinstance(attn_mask, CausalBias) else None
+        mask = None if bias is not None else attn_mask
         if any(x.is_nested for x in tensors):
             reason = "nested tensors"
-        elif not plain:
+        elif not known or any(isinstance(x, CausalBias) for x in (query, key, value)):
             reason = "a tensor subclass with semantics of its own"
+        elif bias is not None and is_causal:
+            reason = "attn_mask together with is_causal"
         else:
-            reason = _reason_to_leave(query, key, value, attn_mask, dropout_p, is_causal, scale)
-            reason = reason or _shapes_to_leave(query, key, value, attn_mask, enable_gqa)
+            reason = _reason_to_leave(query, key, value, mask, dropout_p, is_causal, scale)
+            reason = reason or _shapes_to_leave(query, key, value, mask, enable_gqa)
+            if reason is None and bias is not None:
+                lengths = query.shape[-2], key.shape[-2]
+                if (bias.seq_len_q, bias.seq_len_kv) != lengths:
+                    reason = "a causal bias for other lengths"
         if reason is not None:
             self._left[reason] += 1
             return HOST(
@@ -157,11 +168,17 @@ class override(TorchFunctionMode):
         self._routed += 1
         leading = _leading(query, key, value, enable_gqa)
         assert leading is not None
+        lower_right = bias is not None and bias.variant == CausalVariant.LOWER_RIGHT
+        # torch takes numbers of any kind, flash_attention holds a bool for a mistake.
+        if isinstance(scale, bool):
+            scale = float(scale)
+        if not isinstance(dropout_p, (int, float)) or isinstance(dropout_p, bool):
+            dropout_p = float(dropout_p)
         out = flash_attention(
             *(_four(x, leading, enable_gqa) for x in (query, key, value)),
-            attn_mask=None if attn_mask is None else _four_mask(attn_mask, leading),
-            causal=is_causal,
-            diagonal="top_left",
+            attn_mask=None if mask is None else _four_mask(mask, leading),
+            causal=is_causal or bias is not None,
+            diagonal="bottom_right" if lower_right else "top_left",
             scale=scale,
             dropout_p=dropout_p,
             backend=self.backend,

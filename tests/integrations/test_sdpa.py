@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention as imported_by_name
 from torch.utils.checkpoint import checkpoint
 
@@ -129,6 +130,38 @@ def test_accuracy_in_lower_precision(dtype: torch.dtype, masked: bool) -> None:
         assert_accurate(name, a, b, c, 2 if name == "out" else 3)
 
 
+@pytest.mark.parametrize("lengths", [(5, 5), (3, 7), (7, 3)], ids=str)
+@pytest.mark.parametrize("bias", [causal_lower_right, causal_upper_left])
+@pytest.mark.filterwarnings("ignore:Lower right causal bias:UserWarning")
+def test_causal_biases_are_routed(bias: Any, lengths: tuple[int, int]) -> None:
+    torch.manual_seed(2)
+    tensors = [draw(2, 4, lengths[0], 8), *draw(2, 2, 2, lengths[1], 8)]
+    options = {"attn_mask": bias(*lengths), "enable_gqa": True}
+
+    def outputs(call: Any) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out = call(*leaves, **options)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+
+    expected = outputs(SDPA)
+    with override() as routing:
+        torch.testing.assert_close(outputs(SDPA), expected)
+    assert routing.report() == (1, {})
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"dropout_p": False}, {"dropout_p": torch.tensor(0.0)}, {"scale": True}, {"scale": 2}],
+    ids=str,
+)
+def test_numbers_of_any_kind(option: dict[str, Any]) -> None:
+    tensors = plain()
+    with override() as routing:
+        actual = SDPA(*tensors, **option)
+    assert routing.report().routed == 1
+    torch.testing.assert_close(actual, SDPA(*tensors, **option))
+
+
 def test_a_float_mask_may_be_fp32_under_half_precision() -> None:
     tensors = draw(3, 2, 3, 5, 8, dtype=torch.bfloat16).unbind()
     mask = draw(5, 5, dtype=torch.float32)
@@ -184,6 +217,10 @@ LEFT: dict[str, Any] = {
     "head_dim_0": ([x[..., :0] for x in plain()], {}, "head dimension of 0"),
     "no_heads": ([x[:, :0] for x in plain()], {}, "0 heads"),
     "dropout": (plain(), {"dropout_p": 1.5}, "no probability"),
+    "bias_of_other_lengths": (plain(), {"attn_mask": causal_upper_left(3, 5)}, "other lengths"),
+    "bias_and_causal": (
+        plain(), {"attn_mask": causal_upper_left(5, 5), "is_causal": True}, "together with"
+    ),
     "scale_nan": (plain(), {"scale": float("nan")}, "not a finite number"),
 }  # fmt: skip
 
@@ -191,7 +228,7 @@ LEFT: dict[str, Any] = {
 def outcome(call: Any) -> Any:
     try:
         return call()
-    except (RuntimeError, TypeError, NotImplementedError, IndexError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
         return type(error), str(error).split("\n")[0]
 
 
