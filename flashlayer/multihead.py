@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flashlayer.functional import check_backend, dropout_keep_mask, flash_attention
+from flashlayer.functional import (
+    check_backend,
+    dropout_keep_mask,
+    flash_attention,
+    has_autocast,
+)
 
 # Attention weights computed at once, over all heads: 16 MB in fp32.
 WEIGHTS_AT_ONCE = 2**22
@@ -428,7 +433,7 @@ def attention_weights(
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    if torch.amp.is_autocast_available(x.device.type):
+    if has_autocast(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
 

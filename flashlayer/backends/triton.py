@@ -16,6 +16,8 @@ from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, flatten, un
 
 name = "triton"
 
+INSTALLED = find_spec("triton") is not None  # looked up once: torch 2.11 can't compile the question
+
 MAX_HEAD_DIM = 512
 MAX_WIDE_HEAD_DIM = 256  # fp32 and fp64, whose tiles take two and four times the room
 
@@ -28,7 +30,7 @@ def refuses(problem: Problem) -> str | None:
         return f"its kernels go up to a head dimension of {MAX_HEAD_DIM}, got {widest}"
     if q.device.type not in ("cpu", "cuda"):
         return f"it runs on CUDA and ROCm, the tensors are on {q.device}"
-    if find_spec("triton") is None:
+    if not INSTALLED:
         return "Triton is not installed"
     from flashlayer.kernels.primitives import INTERPRETED, TRITON_INTERPRETED
 
