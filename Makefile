@@ -42,7 +42,7 @@ bench: $(VENV)/.installed
 # In the environment that has the CUDA build of torch: this one sets up none.
 OUT ?= runs/gpu
 gpu:
-	python -m pytest -q -m gpu --record $(OUT)/correctness.json
+	python -m pytest -q -m gpu --ignore tests/docs --record $(OUT)/correctness.json
 	compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest -q -m gpu tests/kernels/test_gpu.py -k "memory_check"
 	python -m benchmarks attention --device cuda --suite full --out $(OUT)
 	python -m benchmarks training --device cuda --out $(OUT)
