@@ -124,6 +124,15 @@ def test_accuracy_in_lower_precision(dtype: torch.dtype) -> None:
         assert_accurate("out", actual, same, exact, 2)
 
 
+def test_a_window_may_be_a_tensor_of_two() -> None:
+    """flash_attn takes its integers out of it."""
+    q, k, v = qkv()
+    pair = torch.tensor([3, 1])
+    expected = door.flash_attn_func(q, k, v, window_size=(3, 1))
+    assert torch.equal(door.flash_attn_func(q, k, v, window_size=pair), expected)
+    assert torch.equal(door.flash_attn_func(q, k, v, window_size=tuple(pair)), expected)
+
+
 def test_rows_that_see_nothing() -> None:
     q, k, v = qkv(seqlen_k=2)  # 5 causal queries, 2 keys: the first three see none
     out, lse, _ = door.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)

@@ -159,8 +159,8 @@ def flash_attn_varlen_func(
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes) | {
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": (max_seqlen_q := _length(max_seqlen_q)),
-        "max_seqlen_k": (max_seqlen_k := _length(max_seqlen_k)),
+        "max_seqlen_q": (max_seqlen_q := _integer(max_seqlen_q)),
+        "max_seqlen_k": (max_seqlen_k := _integer(max_seqlen_k)),
     }
     dropout = _dropout(dropout_p, return_attn_probs)
     result = flash_attention_varlen(q, k, v, **options, **dropout, return_lse=return_attn_probs)
@@ -401,7 +401,7 @@ def _options(
     alibi_slopes: Tensor | None,
 ) -> dict[str, Any]:
     """From flash_attn's way of saying "none" to flashlayer's."""
-    left, right = window_size
+    left, right = map(_integer, window_size)
     return {
         "scale": softmax_scale,
         "causal": causal,
@@ -418,9 +418,9 @@ def _dropout(dropout_p: float, show: bool) -> dict[str, Any]:
     return {"dropout_p": dropout_p}
 
 
-def _length(length: int | Tensor) -> int:
-    """Models also pass ``cu_seqlens.diff().max()``."""
-    return int(length) if isinstance(length, Tensor) else length
+def _integer(number: int | Tensor) -> int:
+    """Lengths also come as ``cu_seqlens.diff().max()``, windows as a tensor of two."""
+    return int(number) if isinstance(number, Tensor) else number
 
 
 def _sign_by_dropout(probabilities: Any, dropout_p: float, dropout_seed: int) -> Tensor:
