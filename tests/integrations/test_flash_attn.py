@@ -200,6 +200,24 @@ def test_paged_varlen() -> None:
     close(actual, expected.flatten(0, 1))
 
 
+def test_a_block_table_may_hold_anything_past_the_last_page() -> None:
+    """Servers allocate it as wide as their longest sequence, and fill in what they use."""
+    q, k, v = qkv()
+    pages, table = paged(torch.stack((k, v)), page=4)  # 3 pages a row
+    lengths = torch.tensor([7, 3], dtype=torch.int32)
+    table[0, 2], table[1, 1:] = -7, 2**30
+    expected = reference(q, k, v, causal=True, lengths=lengths)[0]
+    out = door.flash_attn_with_kvcache(
+        q, *pages, cache_seqlens=lengths, block_table=table, causal=True
+    )
+    close(out, expected)
+    options = {"causal": True, "block_table": table}
+    sizes = (edges([SQ, SQ]), edges([7, 3]), SQ, 7)
+    close(
+        door.flash_attn_varlen_func(q.flatten(0, 1), *pages, *sizes, **options), out.flatten(0, 1)
+    )
+
+
 def paged(caches: Tensor, page: int) -> tuple[Tensor, Tensor]:
     """Caches (2, B, S, H, D) cut into shuffled pages, unused ones NaN, and the block table."""
     per_row = -(-caches.shape[2] // page)
@@ -361,6 +379,11 @@ def test_kvcache_says_what_is_missing(given: dict[str, int], message: str) -> No
         door.flash_attn_with_kvcache(q, k, v, **{name: values.get(name, tables) for name in given})
     with pytest.raises(ValueError, match="batch size 2 without cache_batch_idx, got 1"):
         door.flash_attn_with_kvcache(q, k[:1], v[:1])
+    for shape in ((), (1,)):
+        with pytest.raises(ValueError, match=r"cache_seqlens must be an int or of shape \(2,\)"):
+            door.flash_attn_with_kvcache(
+                q, k, v, cache_seqlens=torch.ones(shape, dtype=torch.int32)
+            )
 
 
 def test_rotary_of_dense_and_packed() -> None:
@@ -525,3 +548,20 @@ def test_compiles_without_a_break() -> None:
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     tensors = qkv(torch.float32)
     torch.testing.assert_close(compiled(*tensors), attend(*tensors))
+
+
+def test_a_step_of_generation_compiles_without_a_break() -> None:
+    torch._dynamo.reset()
+    q, k, v = qkv(torch.float32)
+    new = torch.randn(2, B, 2, HKV, D)
+    filled = torch.tensor([3, 6], dtype=torch.int32)
+
+    def step(k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        return door.flash_attn_with_kvcache(
+            q, k_cache, v_cache, *new, cache_seqlens=filled, causal=True
+        )
+
+    caches, expected_caches = (k.clone(), v.clone()), (k.clone(), v.clone())
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*caches), step(*expected_caches))
+    torch.testing.assert_close(caches, expected_caches, rtol=0, atol=0)

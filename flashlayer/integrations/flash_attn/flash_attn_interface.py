@@ -322,9 +322,15 @@ def flash_attn_with_kvcache(
     filled = capacity if cache_seqlens is None else cache_seqlens
     if not isinstance(filled, Tensor):
         filled = torch.full((batch,), filled, device=q.device)
+    elif filled.shape != (batch,):
+        raise ValueError(
+            f"cache_seqlens must be an int or of shape ({batch},), got {tuple(filled.shape)}"
+        )
     filled = filled.long()
     stop = filled if k is None else filled + k.shape[1]
-    if stop.device.type == "cpu" and (stop > capacity).any():
+    # To look at lengths on a GPU would wait for it, and in a graph that is compiled break it.
+    visible = stop.device.type == "cpu" and not torch.compiler.is_compiling()
+    if visible and (stop > capacity).any():
         raise ValueError(f"k_cache holds {capacity} positions, cache_seqlens and k need {stop}")
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
     if k is not None and v is not None:
@@ -345,7 +351,8 @@ def flash_attn_with_kvcache(
         k_cache[row, position] = k
         v_cache[row, position] = v
     if block_table is not None:
-        k_cache, v_cache = (x[block_table].flatten(1, 2) for x in (k_cache, v_cache))
+        used = _used_blocks(block_table, stop, page)
+        k_cache, v_cache = (x[used].flatten(1, 2) for x in (k_cache, v_cache))
     elif cache_batch_idx is not None:
         k_cache, v_cache = k_cache[cache_batch_idx], v_cache[cache_batch_idx]
     # The caches, one after the other, as packed sequences: what is before a row's first position
@@ -439,9 +446,16 @@ def _unpack(tokens: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
 
 def _packed_pages(pages: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
     """``(blocks, page, Hkv, D)`` to the packed ``(Tk, Hkv, D)``."""
-    rows = pages[block_table].flatten(1, 2)  # [N, capacity, Hkv, D]
+    used = _used_blocks(block_table, lengths, pages.shape[1])
+    rows = pages[used].flatten(1, 2)  # [N, capacity, Hkv, D]
     filled = torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]
     return rows[filled]
+
+
+def _used_blocks(block_table: Tensor, lengths: Tensor, page: int) -> Tensor:
+    """The table with 0 where a sequence has no page: what stands there may be any number."""
+    start = page * torch.arange(block_table.shape[1], device=block_table.device)
+    return torch.where(start < lengths[:, None], block_table, 0)
 
 
 def _closed(edges: Tensor, total: int) -> Tensor:
