@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("name", choices=SUITES, metavar="NAME", help=", ".join(SUITES))
     parser.add_argument("--source", type=Path, help="folder that holds the suite, unpacked")
     parser.add_argument(
-        "--cases", type=int, default=30, help="most cases of one test function; 0 for all of them"
+        "--cases", type=int, default=10, help="most cases of one test function; 0 for all of them"
     )
     args = parser.parse_args(ours)
     suite = load(args.name)

@@ -15,7 +15,7 @@ from tests.suites.source import Source
 from tests.suites.suite import Suite
 
 LONGEST = 512  # keys or queries of a case on a CPU
-REPETITIONS = 10  # at most, on a CPU, of a call that must give the same every time (theirs: 250)
+REPETITIONS = 3  # at most, on a CPU, of a call that must give the same every time (theirs: 250)
 
 
 def replace() -> None:
