@@ -1,13 +1,13 @@
-"""``python -m tests.suites NAME``: fetch a suite and run it in a process of its own.
+"""``python -m tests.suites NAME``: fetch a suite, and become the process that runs it.
 
 Ends with the counts, and with pytest's status: 1 if a test failed.
 """
 
 import argparse
 import os
-import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from tests.suites.child import SUITES, load
 from tests.suites.source import fetch
@@ -16,7 +16,7 @@ from train import UsageError
 ROOT = Path(__file__).parent.parent.parent
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> NoReturn:
     """Run one suite; what follows ``--`` is pytest's."""
     split = argv.index("--") if "--" in argv else len(argv)
     ours, pytests = argv[:split], argv[split + 1 :]
@@ -43,10 +43,11 @@ def main(argv: list[str]) -> int:
     command = [sys.executable, "-P", "-m", "tests.suites.child", args.name, str(args.cases)]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run([*command, *pytests], cwd=folder, env=environment, check=False).returncode
+    os.chdir(folder)
+    os.execve(command[0], [*command, *pytests], environment)
 
 
 if __name__ == "__main__":
     # Read once, when torch loads its OpenMP: waiting threads sleep instead of spinning.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])
