@@ -10,10 +10,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from flashlayer import backends, philox
 from flashlayer.autograd import attend
-from flashlayer.spec import NO_EXTRAS, AttentionExtras, AttentionSpec, Diagonal, Problem
+from flashlayer.spec import (
+    NO_EXTRAS,
+    AttentionExtras,
+    AttentionSpec,
+    Diagonal,
+    Problem,
+    is_observed,
+    longest_sequence,
+)
 
 WindowSize = tuple[int | None, int | None]
 
@@ -115,21 +124,22 @@ def flash_attention(
         if plan is not None:
             problem = Problem(query, key, value, plan.spec, NO_EXTRAS)
             return _compute(plan.backend, problem, return_lse)
-    problem = build_problem(
-        query,
-        key,
-        value,
-        attn_mask=attn_mask,
-        causal=causal,
-        window_size=window_size,
-        diagonal=diagonal,
-        scale=scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-    )
+    options: dict[str, Any] = {
+        "attn_mask": attn_mask,
+        "causal": causal,
+        "window_size": window_size,
+        "diagonal": diagonal,
+        "scale": scale,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+        "dropout_p": dropout_p,
+        "dropout_seed": dropout_seed,
+    }
+    if stand_ins := _stand_ins(query, key, value, **options):
+        options |= {"return_lse": return_lse, "backend": backend}
+        return handle_torch_function(flash_attention, stand_ins, query, key, value, **options)
+    problem = build_problem(query, key, value, **options)
     chosen = backends.select(backend, problem)
     # A plan says nothing of casts, which autocast makes of some tensors.
     uncast = problem.query is query and problem.key is key and problem.value is value
@@ -203,17 +213,35 @@ def flash_attention_varlen(
         torch.Size([30, 4, 16])
     """
     tensors = {"query": query, "key": key, "value": value}
+    options: dict[str, Any] = {
+        "causal": causal,
+        "window_size": window_size,
+        "diagonal": diagonal,
+        "scale": scale,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+        "dropout_p": dropout_p,
+        "dropout_seed": dropout_seed,
+    }
+    packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if stand_ins := _stand_ins(query, key, value, **packing._asdict(), **options):
+        options |= {**packing._asdict(), "return_lse": return_lse, "backend": backend}
+        return handle_torch_function(
+            flash_attention_varlen, stand_ins, query, key, value, **options
+        )
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        _check_tensor(name, tensor)
         if tensor.ndim != 3:
             raise ValueError(
                 f"{name} must have 3 dimensions (tokens, heads, head_dim), "
                 f"got shape {tuple(tensor.shape)}"
             )
     if cu_seqlens_k is None:
-        cu_seqlens_k = cu_seqlens_q
-        max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+        packing = packing._replace(
+            cu_seqlens_k=cu_seqlens_q,
+            max_seqlen_k=max_seqlen_q if max_seqlen_k is None else max_seqlen_k,
+        )
         if key.shape[0] != query.shape[0]:
             raise ValueError(
                 f"cu_seqlens_k must be given when query and key differ in length, "
@@ -221,16 +249,8 @@ def flash_attention_varlen(
             )
     problem = build_problem(
         *(tensor.transpose(0, 1).unsqueeze(0) for tensor in tensors.values()),
-        causal=causal,
-        window_size=window_size,
-        diagonal=diagonal,
-        scale=scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-        packing=Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+        packing=packing,
+        **options,
     )
     out, lse = _attend(backends.select(backend, problem), problem, return_lse)
     out = out.squeeze(0).transpose(0, 1)
@@ -317,7 +337,7 @@ class Packing(NamedTuple):
     """Where packed sequences begin and end."""
 
     cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
+    cu_seqlens_k: Tensor | None
     max_seqlen_q: int | None
     max_seqlen_k: int | None
 
@@ -348,18 +368,24 @@ def _signature(
 ) -> tuple | None:
     """All that the checks of a call and the choice of its backend depend on; None if that is more.
 
-    Of equal numbers some are of a wrong type (True equals 1.0), so those have to be floats.
+    ``True == 1.0`` would hit the entry of a float and skip the type error, so numbers must be
+    exactly float.
     """
     if (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
         or not (
             type(query) is type(key) is type(value) is Tensor
+            and query.layout is key.layout is value.layout is torch.strided
             and (scale is None or type(scale) is float)
             and (softcap is None or type(softcap) is float)
             and type(backend) is type(diagonal) is str
         )
     ):
+        return None
+    try:
+        shapes = (query.shape, key.shape, value.shape)
+    except RuntimeError:  # a nested tensor of the strided layout; the checks name it
         return None
     device = query.device
     autocast = torch._C._is_any_autocast_enabled() and (
@@ -369,9 +395,7 @@ def _signature(
         query.requires_grad or key.requires_grad or value.requires_grad
     )
     return (
-        query.shape,
-        key.shape,
-        value.shape,
+        *shapes,
         query.dtype,
         key.dtype,
         value.dtype,
@@ -452,7 +476,7 @@ def _with_backward(problem: Problem, backend: str) -> Any:
     if chosen.backward is not None:
         return chosen
     if backend == "auto":
-        return backends.tiled
+        return backends.BACKENDS["tiled"]
     raise ValueError(f"backend {backend!r} can't compute a part: it has no backward of its own")
 
 
@@ -478,8 +502,7 @@ def build_problem(
     Packed tensors come as ``(1, H, T, D)``, so that a backend sees one layout.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        _check_tensor(name, tensor)
         if tensor.ndim != 4:
             raise ValueError(
                 f"{name} must have 4 dimensions (batch, heads, sequence, head_dim), "
@@ -524,7 +547,8 @@ def build_problem(
         dropout_seed=_resolve_seed(dropout_p, dropout_seed, query),
     )
     if packing is None:
-        spec = spec.without_idle_edges(query.shape[2], key.shape[2])
+        if not is_observed(query):
+            spec = spec.without_idle_edges(query.shape[2], key.shape[2])
     else:
         spec = replace(spec, max_seqlen_q=packing.max_seqlen_q, max_seqlen_k=packing.max_seqlen_k)
         extras = extras._replace(
@@ -546,6 +570,38 @@ def _autocast(tensor: Tensor) -> Tensor:
     if tensor.is_floating_point() and tensor.dtype != torch.float64:
         return tensor.to(torch.get_autocast_dtype(tensor.device.type))
     return tensor
+
+
+def _stand_ins(*arguments: Any, **options: Any) -> tuple[Any, ...]:
+    """Arguments that are no tensors but take part in torch functions, as a tracer's proxies do.
+
+    ``torch.fx.symbolic_trace`` records a call of such an argument as one node.
+    """
+    return tuple(
+        x
+        for x in (*arguments, *options.values())
+        if not isinstance(x, Tensor) and hasattr(type(x), "__torch_function__")
+    )
+
+
+def _check_tensor(name: str, tensor: Any) -> None:
+    """Raise unless ``tensor`` is a tensor with strides."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout == torch.jagged:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested tensor of the jagged layout: pass its "
+            "values() to flash_attention_varlen, with offsets() as cu_seqlens_q"
+        )
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested tensor: pack its sequences and call "
+            "flash_attention_varlen, or pad it (torch.nested.to_padded_tensor) and pass attn_mask"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            f"{name} must be a dense tensor, got one of layout {tensor.layout}: call to_dense()"
+        )
 
 
 def _check_dtypes(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -610,7 +666,7 @@ def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
 def _check_number(name: str, number: float) -> float:
     if not isinstance(number, (int, float)) or isinstance(number, bool):
         raise TypeError(f"{name} must be a float or None, got {type(number).__name__}")
-    if not math.isfinite(number):
+    if not abs(number) < math.inf:  # Dynamo has no math.isfinite of a symbolic float
         raise ValueError(f"{name} must be finite, got {number}")
     return float(number)
 
@@ -641,8 +697,7 @@ def _resolve_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> Tenso
     if attn_mask is None:
         return None
     full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    if not isinstance(attn_mask, Tensor):
-        raise TypeError(f"attn_mask must be a torch.Tensor, got {type(attn_mask).__name__}")
+    _check_tensor("attn_mask", attn_mask)
     if attn_mask.dtype != torch.bool and attn_mask.dtype not in SUPPORTED_DTYPES:
         raise TypeError(f"attn_mask must be bool or floating, got {attn_mask.dtype}")
     _check_device("attn_mask", attn_mask, query)
@@ -669,8 +724,7 @@ def _resolve_slopes(
     """The slopes in fp32, ``(B or 1, H)``."""
     if alibi_slopes is None:
         return None
-    if not isinstance(alibi_slopes, Tensor):
-        raise TypeError(f"alibi_slopes must be a torch.Tensor, got {type(alibi_slopes).__name__}")
+    _check_tensor("alibi_slopes", alibi_slopes)
     if alibi_slopes.dtype not in SUPPORTED_DTYPES:
         raise TypeError(f"alibi_slopes must be floating, got {alibi_slopes.dtype}")
     _check_device("alibi_slopes", alibi_slopes, query)
@@ -691,8 +745,7 @@ def _resolve_slopes(
 def _check_sinks(sinks: Tensor | None, query: Tensor) -> Tensor | None:
     if sinks is None:
         return None
-    if not isinstance(sinks, Tensor):
-        raise TypeError(f"sinks must be a torch.Tensor, got {type(sinks).__name__}")
+    _check_tensor("sinks", sinks)
     if sinks.dtype not in SUPPORTED_DTYPES:
         raise TypeError(f"sinks must be floating, got {sinks.dtype}")
     _check_device("sinks", sinks, query)
@@ -712,8 +765,8 @@ def _resolve_packing(packing: Packing, query: Tensor, key: Tensor) -> Packing:
         if twice and longest is None:
             longest = resolved["max_seqlen_q"]
         if twice and not torch.compiler.is_compiling():
-            # One tensor stays one tensor: so a backend knows that the lengths are alike. (Dynamo
-            # refuses one tensor in two places.)
+            # Keep `cu_seqlens_k is cu_seqlens_q`: aten reads equal lengths from it. Dynamo rejects
+            # aliased inputs.
             resolved[name] = resolved["cu_seqlens_q"]
         else:
             _check_cu_seqlens(name, cu_seqlens, query)
@@ -729,6 +782,7 @@ def _check_cu_seqlens(name: str, cu_seqlens: Any, query: Tensor) -> None:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"{name} must be an int32 or int64 tensor, got {kind}")
+    _check_tensor(name, cu_seqlens)
     if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
         raise ValueError(f"{name} must be (sequences + 1,), got {tuple(cu_seqlens.shape)}")
     _check_device(name, cu_seqlens, query)
@@ -747,19 +801,16 @@ def _resolve_longest(side: str, longest: Any, cu_seqlens: Tensor, tensor: Tensor
             raise TypeError(f"max_seqlen_{side} must be an int or None, got {kind}") from None
     if longest is not None and longest < 0:
         raise ValueError(f"max_seqlen_{side} must be at least 0, got {longest}")
-    readable = (
-        cu_seqlens.device.type == "cpu"
-        and type(cu_seqlens) is Tensor
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
-    if readable:
+    if is_observed(cu_seqlens):
+        return longest  # read inside the op if None
+    if cu_seqlens.device.type == "cpu" and not torch._C._are_functorch_transforms_active():
         edges = cu_seqlens.tolist()
         lengths = [stop - start for start, stop in itertools.pairwise(edges)]
         if edges[0] != 0 or any(length < 0 for length in lengths) or edges[-1] > tensor.shape[2]:
+            shown = edges if len(edges) < 20 else f"{edges[:8]} ... {edges[-8:]}"
             raise ValueError(
                 f"cu_seqlens_{side} must start at 0, not fall, and end at {tensor.shape[2]} tokens "
-                f"or before, got {edges if len(edges) < 20 else cu_seqlens}"
+                f"or before, got {shown}"
             )
         if longest is not None and lengths and longest < max(lengths):
             raise ValueError(
@@ -767,6 +818,4 @@ def _resolve_longest(side: str, longest: Any, cu_seqlens: Tensor, tensor: Tensor
                 f"got {longest}"
             )
         return max(lengths, default=0) if longest is None else longest
-    if longest is None:
-        return int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
-    return longest
+    return longest_sequence(cu_seqlens) if longest is None else longest

@@ -12,12 +12,32 @@ follows from these four numbers by interval arithmetic, see :meth:`AttentionSpec
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 Diagonal = Literal["bottom_right", "top_left"]
+
+# Tensors that are nothing but their values.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def is_observed(x: Tensor) -> bool:
+    """Whether something besides the backend must see this call, or ``x`` has no values to read.
+
+    True under a compiler or tracer, under a dispatch mode (``FakeTensorMode``, ``make_fx``, a flop
+    counter), for a tensor subclass and for meta tensors. Such a call enters its backend through the
+    custom ops of :mod:`flashlayer.backends.ops`, and Python may neither read values nor choose
+    between paths by sizes: a graph would be specialised to the choice.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(x) not in _PLAIN
+        or torch._C._is_tracing()
+        or x.is_meta
+    )
 
 
 class KeyBounds(NamedTuple):
@@ -44,8 +64,9 @@ class AttentionSpec:
         window_right: keys visible to the right of it; None is unbounded, 0 is causal.
         softcap: scores become ``softcap * tanh(score / softcap)``; None is off.
         dropout_p: probability that an attention weight is dropped; 0 is off.
-        max_seqlen_q: longest query sequence of a packed batch; None for a dense one.
-        max_seqlen_k: longest key sequence of a packed batch; None for a dense one.
+        max_seqlen_q: longest query sequence of a packed batch; None for a dense one, and for an
+            observed call, which can't read ``cu_seqlens`` (:func:`longest_sequence`).
+        max_seqlen_k: likewise, of the keys.
         mask_gradient: whether someone may ask for the gradient of an additive mask although its
             ``requires_grad`` does not say so, as inside a transform of ``torch.func``.
         diagonal: where the band is anchored when ``Sq != Sk``: ``"bottom_right"`` aligns the last
@@ -66,7 +87,8 @@ class AttentionSpec:
         """The same attention with the band's edges dropped where they hide no key of this problem.
 
         A one-token decoding step is causal in name only, and a window wider than the sequence is
-        none: seen so, more backends cover them and no kernel computes a mask for them.
+        none: seen so, more backends cover them and no kernel computes a mask for them. Compares
+        sizes, so an observed call (:func:`is_observed`) does it inside the custom op.
         """
         if self.window_left is None and self.window_right is None:
             return self
@@ -163,27 +185,9 @@ class AttentionExtras(NamedTuple):
 NO_EXTRAS = AttentionExtras()
 
 
-def flatten(spec: AttentionSpec, extras: AttentionExtras) -> tuple:
-    """Spec and extras as the schema of a custom op can carry them, one value after the other.
-
-    All but ``mask_gradient``, which an op that heeds it takes as an argument of its own.
-    """
-    return (
-        spec.scale,
-        spec.window_left,
-        spec.window_right,
-        spec.diagonal,
-        spec.softcap,
-        spec.dropout_p,
-        spec.max_seqlen_q,
-        spec.max_seqlen_k,
-        *extras,
-    )
-
-
-def unflatten(*flat: Any) -> tuple[AttentionSpec, AttentionExtras]:
-    """The inverse of :func:`flatten`."""
-    return AttentionSpec(*flat[:8]), AttentionExtras(*flat[8:])
+def longest_sequence(cu_seqlens: Tensor) -> int:
+    """Length of the longest packed sequence; to read it waits for the device."""
+    return int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
 
 
 class Problem(NamedTuple):
@@ -209,6 +213,14 @@ class Backend(Protocol):
         self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
     ) -> tuple[Tensor, Tensor]:
         """``o`` (B, H, Sq, Dv) in q's dtype; ``lse`` (B, H, Sq), fp32 or fp64, any strides."""
+        ...
+
+    def empty_results(self, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """``o`` and ``lse`` uninitialised, in the strides that ``forward`` mostly gives them."""
+        ...
+
+    def empty_gradients(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``dq, dk, dv`` uninitialised, in the strides that ``backward`` mostly gives them."""
         ...
 
     def backward(

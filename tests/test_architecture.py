@@ -18,9 +18,11 @@ ALLOWED = {
     "kernels": {"kernels", "triton", "math", "dataclasses"},
     "backends/triton": {"kernels", "spec", "philox", "torch", "triton"},
     "backends/aten": {"backends/aten", "spec", "online_softmax", "torch"},
+    "backends/ops": {"backends/aten", "backends/tiled", "backends/triton", "spec", "torch"},
     "backends/*": {"spec", "online_softmax", "philox", "torch"},
     "backends/__init__": {
         "backends/aten",
+        "backends/ops",
         "backends/standard",
         "backends/tiled",
         "backends/triton",

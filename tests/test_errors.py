@@ -276,3 +276,47 @@ def test_a_layer_refuses_an_unknown_backend_when_it_is_built() -> None:
     ):
         with pytest.raises(ValueError, match=r"backend must be one of .* got 'bogus'"):
             build()
+
+
+ODD_LAYOUTS = {
+    "jagged": (
+        lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+        r"a nested tensor of the jagged layout: pass its values\(\) to flash_attention_varlen",
+    ),
+    "nested": (
+        lambda x: torch.nested.nested_tensor(list(x)),
+        "a nested tensor: pack its sequences and call flash_attention_varlen",
+    ),
+    "sparse": (lambda x: x.to_sparse(), r"one of layout torch.sparse_coo: call to_dense\(\)"),
+    "mkldnn": (lambda x: x.to_mkldnn(), r"one of layout torch._mkldnn: call to_dense\(\)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("name", ["query", "key", "value", "attn_mask", "sinks", "alibi_slopes"])
+@pytest.mark.parametrize("layout", ODD_LAYOUTS)
+def test_a_layout_without_strides_is_refused_by_name(layout: str, name: str) -> None:
+    """Also after a dense call of the same sizes, whose checks are not made again."""
+    convert, message = ODD_LAYOUTS[layout]
+    q = torch.randn(2, 4, 5, 8)
+    call = {"query": q, "key": q, "value": q}
+    flash_attention(**call)
+    if name in call:
+        call[name] = convert(q)
+    else:
+        call[name] = convert(torch.randn(4, 5) if layout != "nested" else torch.randn(4, 5, 2))
+    for question in (flash_attention, available_backends):
+        with pytest.raises(TypeError, match=f"{name} must be a dense tensor, got {message}"):
+            question(**call)
+    if name in ("query", "key", "value"):
+        rows = dict.fromkeys(("query", "key", "value"), torch.randn(9, 2, 8))
+        rows[name] = convert(torch.randn(9, 2, 8))
+        with pytest.raises(TypeError, match=message):
+            flash_attention_varlen(**rows, cu_seqlens_q=torch.tensor([0, 9]))
+
+
+def test_wrong_boundaries_are_told_in_numbers() -> None:
+    rows = torch.randn(300, 2, 8)
+    edges = torch.arange(0, 400, 10)
+    with pytest.raises(ValueError, match=r"end at 300 tokens or before, got \[0, 10, .* 390\]$"):
+        flash_attention_varlen(rows, rows, rows, cu_seqlens_q=edges)

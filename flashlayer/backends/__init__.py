@@ -1,6 +1,7 @@
 """The ways to compute attention, and the choice between them.
 
-A backend is a module that fulfils :class:`flashlayer.spec.Backend`. None of them imports another.
+A backend is a module that fulfils :class:`flashlayer.spec.Backend`; none imports another. All but
+``standard``, which PyTorch differentiates, are entered through :mod:`flashlayer.backends.ops`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 
 from flashlayer.backends import aten, standard, tiled, triton
+from flashlayer.backends.ops import Entrance
 from flashlayer.spec import Problem
 
-# Modules, typed as what they fulfil and not as what they are.
-BACKENDS: dict[str, Any] = {module.name: module for module in (triton, aten, tiled, standard)}
+# A module is typed as what it fulfils and not as what it is.
+BACKENDS: dict[str, Any] = {module.name: Entrance(module) for module in (triton, aten, tiled)}
+BACKENDS[standard.name] = standard
 
 
 def select(name: str, problem: Problem) -> Any:

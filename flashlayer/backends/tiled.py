@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flashlayer import online_softmax, philox
 from flashlayer.online_softmax import SoftmaxState
-from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, flatten, unflatten
+from flashlayer.spec import AttentionExtras, AttentionSpec, Problem
 
 name = "tiled"
 
@@ -63,8 +63,6 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple[Tensor, Tensor]:
     """One online-softmax state a block of queries, updated with every tile of keys it sees."""
-    if _needs_an_op(extras):
-        return _packed_forward(q, k, v, *flatten(spec, extras))
     dtype, heads, kv_heads = _accumulation_dtype(q), q.shape[1], k.shape[1]
     o = q.new_zeros(*q.shape[:3], v.shape[-1])
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=dtype)
@@ -103,15 +101,12 @@ def backward(
     group by themselves. With dropout P in dV and dP are multiplied by the mask, and delta, which
     is the mean of dP under P, still is that. dS is the gradient of an additive mask as it stands.
     """
-    if _needs_an_op(extras):
-        grads = _packed_backward(do, dlse, q, k, v, o, lse, *flatten(spec, extras))
-        return *grads[:3], None, grads[3] if extras.sinks is not None else None
     dtype, heads, kv_heads = _accumulation_dtype(q), q.shape[1], k.shape[1]
     dq = torch.zeros_like(q)
     dk, dv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
     d_mask = None
     if extras.attn_mask is not None and extras.wants_mask_gradient(spec):
-        d_mask = torch.zeros_like(extras.attn_mask, dtype=dtype)
+        d_mask = extras.attn_mask.new_zeros(extras.attn_mask.shape, dtype=dtype)
     delta = q.new_zeros(q.shape[:3], dtype=dtype)
     # A row that sees no key has lse = -inf and only scores of -inf: +inf makes their exp(S - lse)
     # 0, not NaN.
@@ -150,6 +145,17 @@ def backward(
         d_mask = d_mask.to(extras.attn_mask.dtype)
     dk, dv = (dk * spec.scale).to(k.dtype), dv.to(v.dtype)
     return dq, dk, dv, d_mask, extras.sinks_gradient(lse, delta)
+
+
+def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """See :class:`flashlayer.spec.Backend`."""
+    o = q.new_empty(*q.shape[:3], v.shape[-1])
+    return o, q.new_empty(q.shape[:3], dtype=_accumulation_dtype(q))
+
+
+def empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See :class:`flashlayer.spec.Backend`."""
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _scores(
@@ -289,93 +295,3 @@ def _by_head(scores: Tensor, heads: int) -> Tensor:
     """``(B, Hkv, G*M, N)`` as ``(B, H, M, N)``: a view, since scores are contiguous."""
     batch, kv_heads, rows, keys = scores.shape
     return scores.view(batch, heads, kv_heads * rows // heads, keys)
-
-
-# Where packed sequences begin is known at run time only, which a compiled graph can not trace:
-# there, and only there, the two passes over packed sequences are custom ops.
-
-
-def _needs_an_op(extras: AttentionExtras) -> bool:
-    return extras.cu_seqlens_q is not None and torch.compiler.is_compiling()
-
-
-@torch.library.custom_op("flashlayer::tiled_packed_forward", mutates_args=())
-def _packed_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    diagonal: str,
-    softcap: float | None,
-    dropout_p: float,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    attn_mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    dropout_seed: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-) -> tuple[Tensor, Tensor]:
-    lengths = (max_seqlen_q, max_seqlen_k)
-    options = (scale, window_left, window_right, diagonal, softcap, dropout_p, *lengths)
-    tensors = (attn_mask, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k)
-    return forward(q, k, v, *unflatten(*options, *tensors))
-
-
-@_packed_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return (
-        q.new_empty(*q.shape[:3], v.shape[-1]),
-        q.new_empty(q.shape[:3], dtype=_accumulation_dtype(q)),
-    )
-
-
-@torch.library.custom_op("flashlayer::tiled_packed_backward", mutates_args=())
-def _packed_backward(
-    do: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    diagonal: str,
-    softcap: float | None,
-    dropout_p: float,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    attn_mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    dropout_seed: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    lengths = (max_seqlen_q, max_seqlen_k)
-    options = (scale, window_left, window_right, diagonal, softcap, dropout_p, *lengths)
-    tensors = (attn_mask, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k)
-    dq, dk, dv, _, d_sinks = backward(do, dlse, q, k, v, o, lse, *unflatten(*options, *tensors))
-    return dq, dk, dv, q.new_empty(0) if d_sinks is None else d_sinks
-
-
-@_packed_backward.register_fake
-def _(
-    do: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    *options: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, extras = unflatten(*options)
-    d_sinks = q.new_empty(0) if extras.sinks is None else torch.empty_like(extras.sinks)
-    # The accumulators of dk and dv are fp32 copies of their layout, cast back.
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_sinks

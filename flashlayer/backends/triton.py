@@ -1,10 +1,11 @@
-"""The Triton kernels behind two custom ops, which a compiled graph holds whole.
+"""The Triton kernels: which calls they cover, and how they are launched.
 
 Triton is imported on the first call, so that ``import flashlayer`` needs torch alone.
 """
 
 import warnings
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashlayer import philox
-from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, flatten, unflatten
+from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, longest_sequence
 
 name = "triton"
 
@@ -62,9 +63,17 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple[Tensor, Tensor]:
     """See :class:`flashlayer.spec.Backend`."""
-    if _is_traced(q):
-        return _forward(q, k, v, *flatten(spec, extras))
-    return _run_forward(q, k, v, spec, extras)
+    o, lse = empty_results(q, v)
+    if _needs_fp32(q):
+        wide_o, lse = forward(q.float(), k.float(), v.float(), spec, _in_fp32(extras))
+        return o.copy_(wide_o), lse
+    if extras.cu_seqlens_q is not None:  # no program writes the tokens past the last sequence
+        o.zero_()
+        lse.fill_(-torch.inf)
+    if o.numel() > 0:
+        with _launching(q):
+            launch_forward(q, k, v, o, lse, _with_lengths(spec, extras), extras)
+    return o, lse
 
 
 def backward(
@@ -79,191 +88,43 @@ def backward(
     extras: AttentionExtras,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """See :class:`flashlayer.spec.Backend`."""
-    tensors = (do, dlse, q, k, v, o, lse)
     wants_d_mask = extras.wants_mask_gradient(spec)
-    if _is_traced(q):
-        grads = _backward(*tensors, wants_d_mask, *flatten(spec, extras))
-    else:
-        grads = _run_backward(*tensors, wants_d_mask, spec, extras)
-    dq, dk, dv, d_mask, d_sinks = grads
-    return (
-        dq,
-        dk,
-        dv,
-        d_mask if wants_d_mask else None,
-        d_sinks if extras.sinks is not None else None,
-    )
-
-
-def _is_traced(q: Tensor) -> bool:
-    """Whether something other than the kernels looks at this call: a compiler, a mode, a subclass.
-
-    For that there are the ops. Elsewhere the same functions are called as they are: an op made in
-    Python takes the host 20 us more (benchmarks/NOTES.md).
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or type(q) is not Tensor
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
-
-
-@torch.library.custom_op("flashlayer::triton_forward", mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    diagonal: str,
-    softcap: float | None,
-    dropout_p: float,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    attn_mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    dropout_seed: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    spec, extras = unflatten(
-        scale,
-        window_left,
-        window_right,
-        diagonal,
-        softcap,
-        dropout_p,
-        max_seqlen_q,
-        max_seqlen_k,
-        attn_mask,
-        alibi_slopes,
-        sinks,
-        dropout_seed,
-        cu_seqlens_q,
-        cu_seqlens_k,
-    )
-    return _run_forward(q, k, v, spec, extras)
-
-
-@_forward.register_fake
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return _new_results(q, v)
-
-
-def _run_forward(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
-) -> tuple[Tensor, Tensor]:
-    o, lse = _new_results(q, v)
-    if _needs_fp32(q):
-        wide_o, lse = _run_forward(q.float(), k.float(), v.float(), spec, _in_fp32(extras))
-        return o.copy_(wide_o), lse
-    if extras.cu_seqlens_q is not None:  # no program writes the tokens past the last sequence
-        o.zero_()
-        lse.fill_(-torch.inf)
-    if o.numel() > 0:
-        with _launching(q):
-            launch_forward(q, k, v, o, lse, spec, extras)
-    return o, lse
-
-
-@torch.library.custom_op("flashlayer::triton_backward", mutates_args=())
-def _backward(
-    do: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    wants_d_mask: bool,
-    scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    diagonal: str,
-    softcap: float | None,
-    dropout_p: float,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    attn_mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    dropout_seed: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    spec, extras = unflatten(
-        scale,
-        window_left,
-        window_right,
-        diagonal,
-        softcap,
-        dropout_p,
-        max_seqlen_q,
-        max_seqlen_k,
-        attn_mask,
-        alibi_slopes,
-        sinks,
-        dropout_seed,
-        cu_seqlens_q,
-        cu_seqlens_k,
-    )
-    return _run_backward(do, dlse, q, k, v, o, lse, wants_d_mask, spec, extras)
-
-
-@_backward.register_fake
-def _backward_fake(
-    do: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    wants_d_mask: bool,
-    *options: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _, extras = unflatten(*options)
-    return _new_gradients(q, k, v, wants_d_mask, extras.attn_mask, extras.sinks)
-
-
-def _run_backward(
-    do: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    wants_d_mask: bool,
-    spec: AttentionSpec,
-    extras: AttentionExtras,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, d_mask, d_sinks = _new_gradients(
-        q, k, v, wants_d_mask, extras.attn_mask, extras.sinks
-    )
+    dq, dk, dv = empty_gradients(q, k, v)
+    d_mask = None
+    if wants_d_mask and extras.attn_mask is not None:
+        d_mask = extras.attn_mask.new_empty(extras.attn_mask.shape)
     if _needs_fp32(q):
         wide_do, wide_q, wide_k, wide_v, wide_o = (x.float() for x in (do, q, k, v, o))
         tensors = (wide_do, dlse, wide_q, wide_k, wide_v, wide_o, lse)
-        wide = _run_backward(*tensors, wants_d_mask, spec, _in_fp32(extras))
-        results = (dq, dk, dv, d_mask, d_sinks)
-        return tuple(x.copy_(y) for x, y in zip(results, wide, strict=True))  # type: ignore[return-value]
+        wide_spec = replace(spec, mask_gradient=wants_d_mask)
+        *wide, wide_d_mask, d_sinks = backward(*tensors, wide_spec, _in_fp32(extras))
+        for narrow, gradient in zip((dq, dk, dv), wide, strict=True):
+            narrow.copy_(gradient)
+        if d_mask is not None and wide_d_mask is not None:
+            d_mask.copy_(wide_d_mask)
+        if d_sinks is not None and extras.sinks is not None:
+            d_sinks = d_sinks.to(extras.sinks.dtype)
+        return dq, dk, dv, d_mask, d_sinks
     if extras.cu_seqlens_q is not None or q.numel() == 0 or k.numel() == 0:
         # Tokens past the last sequence, and problems without a pair of a query and a key.
         for gradient in (dq, dk, dv, d_mask):
-            gradient.zero_()
+            if gradient is not None:
+                gradient.zero_()
     delta = torch.empty_like(lse)
     if lse.numel() > 0:
         with _launching(q):
-            launch_backward(
-                do, dlse, q, k, v, o, lse, dq, dk, dv, delta, d_mask, wants_d_mask, spec, extras
-            )
-    gradient = extras.sinks_gradient(lse, delta)
-    if gradient is not None:
-        d_sinks.copy_(gradient)
-    return dq, dk, dv, d_mask, d_sinks
+            tensors = (do, dlse, q, k, v, o, lse, dq, dk, dv, delta, d_mask)
+            launch_backward(*tensors, _with_lengths(spec, extras), extras)
+    return dq, dk, dv, d_mask, extras.sinks_gradient(lse, delta)
+
+
+def _with_lengths(spec: AttentionSpec, extras: AttentionExtras) -> AttentionSpec:
+    """The spec with the longest packed sequences, which an observed call can't read."""
+    if extras.cu_seqlens_q is not None and spec.max_seqlen_q is None:
+        spec = replace(spec, max_seqlen_q=longest_sequence(extras.cu_seqlens_q))
+    if extras.cu_seqlens_k is not None and spec.max_seqlen_k is None:
+        spec = replace(spec, max_seqlen_k=longest_sequence(extras.cu_seqlens_k))
+    return spec
 
 
 def launch_forward(
@@ -317,8 +178,7 @@ def launch_backward(
     dk: Tensor,
     dv: Tensor,
     delta: Tensor,
-    d_mask: Tensor,
-    wants_d_mask: bool,
+    d_mask: Tensor | None,
     spec: AttentionSpec,
     extras: AttentionExtras,
 ) -> None:
@@ -392,7 +252,7 @@ def launch_backward(
             num_blocks=num_blocks,
             **tiles.launch_options(),
         )
-    if wants_d_mask:
+    if d_mask is not None:
         mask_batch, mask_heads, mask_q, mask_k = d_mask.shape
         q_blocks = _num_blocks(None, mask_q, tiles.BLOCK_M)
         k_blocks = _num_blocks(None, mask_k, tiles.BLOCK_N)
@@ -512,26 +372,15 @@ def _own_stride(x: Tensor, dim: int) -> int:
     return 0 if x.shape[dim] == 1 else x.stride(dim)
 
 
-def _new_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """See :class:`flashlayer.spec.Backend`."""
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return _empty_like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
-def _new_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    wants_d_mask: bool,
-    attn_mask: Tensor | None,
-    sinks: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """An operator returns tensors only: what is not wanted is one of no elements."""
-    d_mask = q.new_empty(0)
-    if wants_d_mask and attn_mask is not None:
-        d_mask = attn_mask.new_empty(attn_mask.shape)
-    d_sinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
-    dq, dk, dv = (_empty_like(x, x.shape[3]) for x in (q, k, v))
-    return dq, dk, dv, d_mask, d_sinks
+def empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See :class:`flashlayer.spec.Backend`."""
+    return _empty_like(q, q.shape[3]), _empty_like(k, k.shape[3]), _empty_like(v, v.shape[3])
 
 
 def _empty_like(x: Tensor, head_dim: int) -> Tensor:

@@ -8,23 +8,20 @@ The kernel knows full and top-left causal attention. Packed sequences, padding m
 the bottom-right diagonal are several such problems, each a *part*: some queries, and the keys they
 see (:mod:`flashlayer.backends.aten.parts`). Parts of the same queries merge by their LSE. What no
 part names costs nothing.
-
-The two entry points are custom ops, so a compiled graph holds them whole; outside of one the same
-functions are called as they are, since an op made in Python costs more than the kernel does on a
-short sequence.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashlayer import online_softmax
-from flashlayer.backends.aten.flash import flash_backward, flash_forward, unsee
-from flashlayer.backends.aten.parts import is_empty, is_one_part, split
-from flashlayer.spec import AttentionExtras, AttentionSpec, Diagonal, Problem
+from flashlayer.backends.aten.flash import flash_backward, flash_forward
+from flashlayer.backends.aten.parts import is_empty, split
+from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, is_observed
 
 name = "aten"
 
@@ -62,8 +59,7 @@ def _refuses_mask(problem: Problem, has_band: bool) -> str | None:
         return "it has no attn_mask together with a bottom-right diagonal of unlike lengths"
     # Causal positions survive the removal of hidden keys only at the ends. That is for the values
     # of the mask to say, which a traced one has not.
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if traced or type(mask) is not Tensor:
+    if is_observed(mask) or torch._C._are_functorch_transforms_active():
         return "it has no attn_mask together with causal in a traced call"
     edges = mask[:, 0, 0].long().diff(dim=-1).ne_(0).sum(dim=-1)
     starts_hidden = ~mask[:, 0, 0, 0]
@@ -76,10 +72,30 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple[Tensor, Tensor]:
     """See :class:`flashlayer.spec.Backend`."""
-    arguments = (q, k, v, *_flatten(q, k, spec, extras))
-    if torch.compiler.is_compiling():
-        return _forward_op(*arguments)
-    return _forward(*arguments)
+    is_one_part = _is_one_part(q, k, spec, extras)
+    if is_one_part and _is_whole(q, k, extras):
+        return flash_forward(q, k, v, spec.scale, spec.window_right == 0)
+    o, lse = empty_results(q, v)
+    o.zero_()
+    lse.fill_(-torch.inf)
+    for part in split(q, k, _banded(spec, is_one_part), extras):
+        results = flash_forward(
+            part.queries(q),
+            part.keys(k),
+            part.keys(v),
+            spec.scale,
+            part.causal,
+            part.band,
+            not is_one_part,
+        )
+        o_part, lse_part = (part.restored(x) for x in results)
+        rows = part.batch, slice(None), part.q_rows
+        if part.merges:
+            before = online_softmax.state_of(o[rows], lse[rows])
+            state = online_softmax.merge(before, online_softmax.state_of(o_part, lse_part))
+            o_part, lse_part = online_softmax.finalize(state), online_softmax.lse(state)
+        o[rows], lse[rows] = o_part, lse_part
+    return o, lse
 
 
 def backward(
@@ -94,85 +110,17 @@ def backward(
     extras: AttentionExtras,
 ) -> tuple[Tensor, Tensor, Tensor, None, None]:
     """See :class:`flashlayer.spec.Backend`."""
-    arguments = (do, dlse, q, k, v, o, lse, *_flatten(q, k, spec, extras))
-    if torch.compiler.is_compiling():
-        return *_backward_op(*arguments), None, None
-    return *_backward(*arguments), None, None
-
-
-def _flatten(q: Tensor, k: Tensor, spec: AttentionSpec, extras: AttentionExtras) -> tuple:
-    # Of like lengths both diagonals are one; they are where both cu_seqlens are one tensor.
-    cu_seqlens = (extras.cu_seqlens_q, extras.cu_seqlens_k)
-    alike = q.shape[2] == k.shape[2] if cu_seqlens[0] is None else cu_seqlens[0] is cu_seqlens[1]
-    diagonal = "top_left" if alike else spec.diagonal
-    band = (spec.window_left, spec.window_right, diagonal)
-    return spec.scale, *band, extras.attn_mask, *cu_seqlens
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    diagonal: Diagonal,
-    attn_mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    whole = attn_mask is None and cu_seqlens_q is None and not is_empty(q, k)
-    if whole and is_one_part(window_left, window_right, diagonal):
-        o, lse = flash_forward(q, k, v, scale, window_right == 0)
-        return o, lse
-    o, lse = _results(q)
-    o.zero_()
-    lse.fill_(-torch.inf)
-    shared = not is_one_part(window_left, window_right, diagonal)
-    band = AttentionSpec(scale, window_left, window_right, diagonal=diagonal)
-    for part in split(q, k, band, attn_mask, cu_seqlens_q, cu_seqlens_k):
-        q_part, k_part = part.queries(q), part.keys(k)
-        results = flash_forward(q_part, k_part, part.keys(v), scale, part.causal, part.band)
-        if shared:
-            unsee(q_part, k_part, results[1], scale, part)
-        o_part, lse_part = (part.restored(x) for x in results)
-        rows = part.batch, slice(None), part.q_rows
-        if part.merges:
-            before = online_softmax.state_of(o[rows], lse[rows])
-            state = online_softmax.merge(before, online_softmax.state_of(o_part, lse_part))
-            o_part, lse_part = online_softmax.finalize(state), online_softmax.lse(state)
-        o[rows], lse[rows] = o_part, lse_part
-    return o, lse
-
-
-def _backward(
-    do: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    diagonal: Diagonal,
-    attn_mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    whole = attn_mask is None and cu_seqlens_q is None and not is_empty(q, k)
-    if whole and is_one_part(window_left, window_right, diagonal):
-        grads = flash_backward(do, dlse, q, k, v, o, lse, scale, window_right == 0)
-        return _settled(grads[0]), _settled(grads[1]), _settled(grads[2])
+    is_one_part = _is_one_part(q, k, spec, extras)
+    if is_one_part and _is_whole(q, k, extras):
+        return (
+            *flash_backward(do, dlse, q, k, v, o, lse, spec.scale, spec.window_right == 0),
+            None,
+            None,
+        )
     # Where parts share rows, their gradients are summed in fp32 at the least.
-    shared = not is_one_part(window_left, window_right, diagonal)
-    dtype = torch.promote_types(k.dtype, torch.float32) if shared else k.dtype
+    dtype = k.dtype if is_one_part else torch.promote_types(k.dtype, torch.float32)
     dq, dk, dv = (_empty(x, dtype).zero_() for x in (q, k, v))
-    # A row whose scores are all -inf: exp(-inf - -inf) is NaN, exp(-inf - inf) is 0.
-    lse = torch.where(lse == -torch.inf, torch.inf, lse)
-    band = AttentionSpec(scale, window_left, window_right, diagonal=diagonal)
-    for part in split(q, k, band, attn_mask, cu_seqlens_q, cu_seqlens_k):
+    for part in split(q, k, _banded(spec, is_one_part), extras):
         grads = flash_backward(
             part.queries(do),
             None if dlse is None else part.queries(dlse),
@@ -181,16 +129,44 @@ def _backward(
             part.keys(v),
             part.queries(o),
             part.queries(lse),
-            scale,
+            spec.scale,
             part.causal,
             part.band,
-            shared,
+            not is_one_part,
         )
         for whole, rows, grad in zip(
             (dq, dk, dv), (part.q_rows, part.k_rows, part.k_rows), grads, strict=True
         ):
             whole[part.batch][:, :, rows] += part.restored(grad)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def _is_one_part(q: Tensor, k: Tensor, spec: AttentionSpec, extras: AttentionExtras) -> bool:
+    """Whether a stretch of queries and keys is a problem that the kernel knows as it stands.
+
+    That is full and top-left causal attention; of like lengths both diagonals are one.
+    """
+    if spec.window_left is not None:
+        return False
+    if spec.window_right is None:
+        return True
+    if spec.window_right != 0:
+        return False
+    if spec.diagonal == "top_left":
+        return True
+    if extras.cu_seqlens_q is None:
+        return q.shape[2] == k.shape[2]
+    return extras.cu_seqlens_q is extras.cu_seqlens_k
+
+
+def _is_whole(q: Tensor, k: Tensor, extras: AttentionExtras) -> bool:
+    """Whether there is one stretch of queries and keys, and it is not empty."""
+    return extras.attn_mask is None and extras.cu_seqlens_q is None and not is_empty(q, k)
+
+
+def _banded(spec: AttentionSpec, is_one_part: bool) -> AttentionSpec:
+    """The spec as the parts read it: the diagonal of a stretch that is one part is top-left."""
+    return replace(spec, diagonal="top_left") if is_one_part else spec
 
 
 def _strides(x: Tensor) -> tuple[int, int, int, int]:
@@ -204,71 +180,14 @@ def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty_strided(x.shape, _strides(x), dtype=dtype or x.dtype)
 
 
-def _settled(x: Tensor) -> Tensor:
-    """``x`` in the layout of :func:`_empty`, which it has but for the odd case."""
-    return x if x.stride() == _strides(x) else _empty(x).copy_(x)
-
-
-def _results(q: Tensor) -> tuple[Tensor, Tensor]:
+def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """See :class:`flashlayer.spec.Backend`."""
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     _, heads, seqlen, _ = q.shape
     strides = (seqlen * heads, 1, heads)
     return torch.empty_like(q), q.new_empty_strided(q.shape[:3], strides, dtype=lse_dtype)
 
 
-@torch.library.custom_op("flashlayer::aten_forward", mutates_args=())
-def _forward_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    diagonal: str,
-    attn_mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    tensors = (attn_mask, cu_seqlens_q, cu_seqlens_k)
-    band: tuple[Any, Any, Any] = (window_left, window_right, diagonal)
-    o, lse = _forward(q, k, v, scale, *band, *tensors)
-    expected = _results(q)  # the kernel's own layout but where q had to be copied or folded for it
-    o, lse = (
-        actual if actual.stride() == fake.stride() else fake.copy_(actual)
-        for actual, fake in zip((o, lse), expected, strict=True)
-    )
-    return o, lse
-
-
-@_forward_op.register_fake
-def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return _results(q)
-
-
-@torch.library.custom_op("flashlayer::aten_backward", mutates_args=())
-def _backward_op(
-    do: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    diagonal: str,
-    attn_mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = (attn_mask, cu_seqlens_q, cu_seqlens_k)
-    band: tuple[Any, Any, Any] = (window_left, window_right, diagonal)
-    return _backward(do, dlse, q, k, v, o, lse, scale, *band, *tensors)
-
-
-@_backward_op.register_fake
-def _(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: object
-) -> tuple[Tensor, Tensor, Tensor]:
+def empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See :class:`flashlayer.spec.Backend`."""
     return _empty(q), _empty(k), _empty(v)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashlayer.spec import AttentionSpec, Diagonal
+from flashlayer.spec import AttentionExtras, AttentionSpec
 
 # A window that is as wide as this is cut into causal triangles, of its width: narrower ones are too
 # small for the kernel.
@@ -55,28 +55,16 @@ class Part(NamedTuple):
         return x
 
 
-def is_one_part(window_left: int | None, window_right: int | None, diagonal: Diagonal) -> bool:
-    """Whether a stretch of queries and keys is a problem that the kernel knows as it stands."""
-    is_causal = window_left is None and window_right == 0
-    return (is_causal and diagonal == "top_left") or window_left is window_right is None
-
-
-def split(
-    q: Tensor,
-    k: Tensor,
-    band: AttentionSpec,
-    attn_mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-) -> Iterator[Part]:
+def split(q: Tensor, k: Tensor, band: AttentionSpec, extras: AttentionExtras) -> Iterator[Part]:
     """The parts of a problem, none of them empty; together they hold every pair that is seen."""
     if is_empty(q, k):
         return
     causal = band.window_left is None and band.window_right == 0
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        stretches = _sequences(cu_seqlens_q.tolist(), cu_seqlens_k.tolist())
-    elif attn_mask is not None:
-        stretches = _unmasked(attn_mask.expand(-1, -1, -1, k.shape[2]), q.shape[2], causal)
+    if extras.cu_seqlens_q is not None and extras.cu_seqlens_k is not None:
+        stretches = _sequences(extras.cu_seqlens_q.tolist(), extras.cu_seqlens_k.tolist())
+    elif extras.attn_mask is not None:
+        mask = extras.attn_mask.expand(-1, -1, -1, k.shape[2])
+        stretches = _unmasked(mask, q.shape[2], causal)
     else:
         stretches = iter((Part(slice(None), slice(0, q.shape[2]), slice(0, k.shape[2])),))
     has_window = not causal and (band.window_left, band.window_right) != (None, None)
