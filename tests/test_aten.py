@@ -12,7 +12,7 @@ from flashlayer import available_backends, flash_attention, flash_attention_varl
 from flashlayer.backends import aten
 from flashlayer.backends.aten import flash, parts, short
 from flashlayer.backends.aten.parts import split
-from flashlayer.spec import AttentionSpec
+from flashlayer.spec import NO_EXTRAS, AttentionSpec
 from tests.tolerance import assert_matches_standard
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -64,7 +64,7 @@ def test_the_parts_of_a_band_hold_every_pair_once(
     band = AttentionSpec(1.0, left, right, "top_left" if is_top_left else "bottom_right")
     i, j = (torch.arange(length).view(1, 1, -1, 1) for length in (queries, keys))
     count = torch.zeros(queries, keys)
-    for part in split(q, k, band, None, None, None):
+    for part in split(q, k, band, NO_EXTRAS):
         for rows, columns in zip(part.queries(i), part.keys(j), strict=True):
             seen = torch.ones(rows.shape[1], columns.shape[1])
             seen = seen.tril() if part.causal else seen
@@ -78,7 +78,7 @@ def test_the_parts_of_a_band_hold_every_pair_once(
 def test_a_wide_window_needs_no_mask() -> None:
     q = torch.zeros(1, 1, 1024, 1)
     band = AttentionSpec(1.0, 128, 0, diagonal="top_left")
-    found = split(q, q, band, None, None, None)
+    found = split(q, q, band, NO_EXTRAS)
     assert [(part.blocks, part.band) for part in found] == [(1, None), (7, None), (7, None)]
 
 
@@ -87,7 +87,7 @@ def test_triangles_come_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "TRIANGLE_ROWS", 100)
     q, k, v = qkv(2, 4, 2, 400, torch.float32)
     band = AttentionSpec(1.0, 40, 0, diagonal="top_left")
-    found = split(q, k, band, None, None, None)
+    found = split(q, k, band, NO_EXTRAS)
     assert [part.blocks for part in found] == [1, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1]
     assert_matches_standard(q, k, v, backend="aten", with_noise=True, window_size=(40, 0))
 
@@ -212,23 +212,6 @@ def test_a_group_of_heads_is_folded_into_rows(seqlen_q: int, dtype: torch.dtype)
         few_rows = 3 * seqlen_q <= flash.FOLDED_ROWS_MAX
         assert flash.folds(q, k) == (few_rows and (dtype == torch.bfloat16 or keys > 90))
         assert_matches_standard(q, k, v, backend="aten", with_noise=True)
-
-
-@pytest.mark.parametrize("option", ["window", "padding", "packed"])
-def test_the_custom_ops_are_what_they_say(option: str) -> None:
-    q, k, v = qkv(1, 2, 1, 40, torch.float32)
-    edges = torch.tensor([0, 30, 40], dtype=torch.int32)
-    options = {
-        "window": (0.25, 9, 0, "top_left", None, None, None),
-        "padding": (0.25, None, None, "top_left", padding(40, (0, 31)), None, None),
-        "packed": (0.25, None, 0, "bottom_right", None, edges, edges.clone()),
-    }[option]
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    forward, backward = torch.ops.flashlayer.aten_forward, torch.ops.flashlayer.aten_backward
-    torch.library.opcheck(forward, (q, k, v, *options), test_utils=checks)
-    o, lse = forward(q, k, v, *options)
-    arguments = (torch.randn_like(o), None, q, k, v, o, lse, *options)
-    torch.library.opcheck(backward, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])

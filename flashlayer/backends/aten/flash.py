@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashlayer.backends.aten.parts import Part
 from flashlayer.backends.aten.short import is_short, short_backward
 
 # Python's own binding of the operator takes 2 us less than the one in torch.ops.
@@ -21,6 +20,14 @@ _FLASH: Any = vars(torch)["_scaled_dot_product_flash_attention_for_cpu"]
 FOLDED_ROWS_MAX = 64
 FOLDED_FP32_MIN = 2**18
 
+# From so many keys on (fp32 numbers in an AVX-512 register) the maximum of a row of NaN is NaN.
+VECTOR_KEYS = 16
+
+# Numbers of keys gathered at once to compute scores anew: 4 MB.
+SCORES_AT_ONCE = 2**20
+
+_HALF = (torch.float16, torch.bfloat16)
+
 
 def flash_forward(
     q: Tensor,
@@ -29,17 +36,23 @@ def flash_forward(
     scale: float,
     causal: bool,
     band: Tensor | None = None,
+    shares_rows: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The kernel, with at least one query and one key."""
+    """The kernel, with at least one query and one key.
+
+    ``shares_rows`` says that the queries see other keys as well, in another part, so that ``lse``
+    has to be right for a merge also in rows of no weight.
+    """
     if causal:
         k, v = _seen(k, q), _seen(v, q)
     heads, kv_heads = q.shape[1], k.shape[1]
     if heads != kv_heads and not causal and band is None and folds(q, k):
-        o, lse = flash_forward(q.reshape(*k.shape[:2], -1, q.shape[3]), k, v, scale, causal)
+        rows = q.reshape(*k.shape[:2], -1, q.shape[3])
+        o, lse = flash_forward(rows, k, v, scale, causal, band, shares_rows)
         # Of one kv head a reshape is a view, which forward mode takes for no output.
         reshape = torch.reshape if kv_heads > 1 else torch.ops.aten._unsafe_view.default
         return reshape(o, q.shape), reshape(lse, q.shape[:3])
-    return _FLASH(
+    o, lse = _FLASH(
         _unit_stride(q),
         _unit_stride(k),
         _unit_stride(v),
@@ -47,24 +60,51 @@ def flash_forward(
         attn_mask=band if band is None else band.to(q.dtype),
         scale=scale,
     )
+    if q.dtype in _HALF and not float(lse.amax()) < torch.inf:
+        # Its exp for half precision turns the NaN of inf - inf into 0.
+        o.masked_fill_((lse == torch.inf).unsqueeze(-1), torch.nan)
+        lse.masked_fill_(lse == torch.inf, torch.nan)
+    few_keys = k.shape[2] < VECTOR_KEYS
+    if (few_keys or shares_rows) and int(lse.count_nonzero()) < lse.numel():
+        _mend_rows_of_lse_0(q, k, o, lse, scale, causal, band)
+    return o, lse
 
 
-def unsee(q: Tensor, k: Tensor, lse: Tensor, scale: float, part: Part) -> None:
-    """Set ``lse`` to -inf for rows whose scores are all -inf, as a product that overflows is.
+def _mend_rows_of_lse_0(
+    q: Tensor,
+    k: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    band: Tensor | None,
+) -> None:
+    """Set ``o`` and ``lse`` of rows that the kernel took to see no key although they do.
 
-    The kernel gives such a row o = 0 and lse = 0, which merged would weigh as much as a key of
-    score 0. Few other rows have that lse, and those are told by their scores.
+    It gives o = 0 and lse = 0 to a row whose running maximum stays -inf. That is a row whose scores
+    are all -inf, as a product that overflows is: its lse is -inf, or a merge would weigh it like a
+    key of score 0. And it is a row whose scores are all NaN, of fewer keys than a vector register
+    holds, for the kernel's scalar maximum ignores NaN: its results are NaN. Any other row of lse 0
+    is right, so the rows' scores are computed anew.
     """
-    # A tracer has no values; it gets what the kernel says.
-    if type(lse) is not Tensor or torch._C._len_torch_dispatch_stack() > 0:
-        return
-    group_size = q.shape[1] // k.shape[1]
+    group_size, keys = q.shape[1] // k.shape[1], k.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)  # the kernel sums in fp32 at the least
-    for batch, head, row in (lse == 0).nonzero().tolist():
-        keys = k[batch, head // group_size, : row + 1 if part.causal else None].to(wide)
-        scores = keys @ q[batch, head, row].to(wide) * scale
-        if (scores if part.band is None else scores + part.band[row]).amax() == -torch.inf:
-            lse[batch, head, row] = -torch.inf
+    key = torch.arange(keys, device=q.device)
+    at_once = max(1, SCORES_AT_ONCE // k[0, 0].numel())
+    for rows in (lse == 0).nonzero().split(at_once):  # [n, 3]
+        batch, head, row = rows.unbind(1)
+        row_keys = k[batch, head // group_size].to(wide)  # [n, Sk, D]
+        scores = (row_keys @ q[batch, head, row].to(wide).unsqueeze(-1)).squeeze(-1) * scale
+        if causal:
+            scores = scores.masked_fill(key > row.unsqueeze(-1), -torch.inf)
+        if band is not None:
+            scores = scores.masked_fill(band[row] == -torch.inf, -torch.inf)
+        largest = scores.amax(dim=-1)  # [n], NaN if one of them is
+        right = lse[batch, head, row].masked_fill(largest == -torch.inf, -torch.inf)
+        lse[batch, head, row] = right.masked_fill(largest.isnan(), torch.nan)
+        o[batch, head, row] = o[batch, head, row].masked_fill(
+            largest.isnan().unsqueeze(-1), torch.nan
+        )
 
 
 def folds(q: Tensor, k: Tensor) -> bool:
@@ -98,6 +138,9 @@ def flash_backward(
     seqlen_k = k.shape[2]
     if causal:
         k, v = _seen(k, q), _seen(v, q)
+    if shares_rows or k.shape[2] < VECTOR_KEYS:
+        # A row whose scores are all -inf: exp(-inf - -inf) is NaN, exp(-inf - inf) is 0.
+        lse = torch.where(lse == -torch.inf, torch.inf, lse)
     if not shares_rows and is_short(q, k):
         dq, dk, dv = short_backward(do, dlse, q, k, v, scale, causal)
     else:
@@ -141,8 +184,10 @@ def _kernel_backward(
         attn_mask=band if band is None else band.to(q.dtype),
         scale=scale,
     )
-    if dlse is not None:
-        dq, dk, dv = dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim]
+    if dlse is not None:  # a copy without the column, in the kernel's own layout (B, S, H, D)
+        dq, dk, dv = (
+            x[..., :head_dim].transpose(1, 2).contiguous().transpose(1, 2) for x in (dq, dk, dv)
+        )
     return dq, dk, dv
 
 
