@@ -7,6 +7,7 @@ tangent is one more tensor of the primal's size, so memory stays O(Sq + Sk).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flashlayer.spec import NO_EXTRAS, AttentionExtras, AttentionSpec, Backend, Problem
+
+# Of torch's older vmap, which keeps its tensors to itself.
+_is_batched: Any = vars(torch._C)["_functorch"].is_legacy_batchedtensor
+_add_batch_dim, _remove_batch_dim = (vars(torch)[f"_{act}_batch_dim"] for act in ("add", "remove"))
 
 # Gradients, tangents and saved tensors: a Tensor, or None where an option is off.
 Tensors = tuple[Any, ...]
@@ -75,6 +80,40 @@ def _is_transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def _unbatched(method: Callable[..., Tensors]) -> Callable[..., Tensors]:
+    """Run a Function's method once for each element of a hidden batch dimension.
+
+    ``torch.autograd.grad(is_grads_batched=True)``, ``jacobian(vectorize=True)`` and ``gradcheck``
+    with ``check_batched_grad`` vmap the derivatives by torch's older vmap, which neither calls a
+    Function's ``vmap`` nor takes in-place operations on what it has not batched.
+    """
+
+    @functools.wraps(method)
+    def each(ctx: Any, *args: Any) -> Tensors:
+        in_dims = tuple(0 if isinstance(x, Tensor) and _is_batched(x) else None for x in args)
+        if not any(dim == 0 for dim in in_dims):
+            return method(ctx, *args)
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        # A tensor that only an outer level has batched comes out with one element, for all.
+        args = tuple(
+            x if dim is None else _remove_batch_dim(x, level, 1, 0)
+            for x, dim in zip(args, in_dims, strict=True)
+        )
+        sizes = {len(x) for x, dim in zip(args, in_dims, strict=True) if dim == 0}
+        size = max(sizes - {1}, default=1)
+        args = tuple(
+            x if dim is None or len(x) == size else x.expand(size, *x.shape[1:])
+            for x, dim in zip(args, in_dims, strict=True)
+        )
+        outputs, _ = _map(functools.partial(method, ctx), size, in_dims, args)
+        return tuple(
+            None if output is None else _add_batch_dim(output, 0, level) for output in outputs
+        )
+
+    return each
+
+
 class FlashAttentionFunction(torch.autograd.Function):
     """``apply(call, q, k, v, *extras) -> (o, lse)``, once differentiable.
 
@@ -116,6 +155,7 @@ class TransformableAttention(FlashAttentionFunction):
             ctx.save_for_forward(*inputs[1:])
 
     @staticmethod
+    @_unbatched
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Tensors:
         """Call the backend's backward, itself differentiable where someone may ask for that."""
         if not torch.is_grad_enabled() and not _is_transformed():
@@ -127,6 +167,7 @@ class TransformableAttention(FlashAttentionFunction):
         return None, *_by_input(grads, tensors[3:])
 
     @staticmethod
+    @_unbatched
     def jvp(ctx: Any, _call: None, *tangents: Tensor | None) -> Tensors:
         """Push the tangents of q, k, v and the extras through the tiled forward."""
         return _push(_tiled_forward(ctx.call), ctx.saved_tensors, tangents)
@@ -134,7 +175,7 @@ class TransformableAttention(FlashAttentionFunction):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensors, tuple[int | None, ...]]:
         """One call for each element of the mapped dimension."""
-        return _map(TransformableAttention, info.batch_size, in_dims, args)
+        return _map(TransformableAttention.apply, info.batch_size, in_dims, args)
 
 
 # ``apply`` without its preparations for ``torch.func``: half the time of a short call.
@@ -162,7 +203,11 @@ class FlashAttentionBackward(torch.autograd.Function):
     ) -> Tensors:
         """Call the backend."""
         q, k, v, *extras = tensors
-        return call.backend.backward(do, dlse, q, k, v, o, lse, call.spec, _as_extras(extras))
+        grads = call.backend.backward(do, dlse, q, k, v, o, lse, call.spec, _as_extras(extras))
+        if forward_ad._current_level < 0:
+            return grads
+        # ATen's gradients are views; PyTorch sets no tangent of other strides on a view.
+        return tuple(None if x is None else x.clone() for x in grads)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
@@ -173,6 +218,7 @@ class FlashAttentionBackward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @_unbatched
     def backward(ctx: Any, *cotangents: Tensor | None) -> Tensors:
         """The Hessian times the cotangents."""
         do, dlse, *tensors = ctx.saved_tensors
@@ -183,6 +229,7 @@ class FlashAttentionBackward(torch.autograd.Function):
         return None, d_do, d_dlse if dlse is not None else None, None, None, *grads
 
     @staticmethod
+    @_unbatched
     def jvp(ctx: Any, _call: None, *tangents: Tensor | None) -> Tensors:
         """Push the tangents through the tiled forward and backward; forward over reverse mode."""
         do_tangent, dlse_tangent, _, _, *rest = tangents
@@ -196,7 +243,7 @@ class FlashAttentionBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensors, tuple[int | None, ...]]:
         """One call for each element of the mapped dimension."""
-        return _map(FlashAttentionBackward, info.batch_size, in_dims, args)
+        return _map(FlashAttentionBackward.apply, info.batch_size, in_dims, args)
 
 
 class FlashAttentionSecond(torch.autograd.Function):
@@ -216,6 +263,7 @@ class FlashAttentionSecond(torch.autograd.Function):
         """Nothing to keep."""
 
     @staticmethod
+    @_unbatched
     def backward(ctx: Any, *cotangents: Tensor | None) -> Tensors:
         """Refuse.
 
@@ -227,7 +275,7 @@ class FlashAttentionSecond(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensors, tuple[int | None, ...]]:
         """One call for each element of the mapped dimension."""
-        return _map(FlashAttentionSecond, info.batch_size, in_dims, args)
+        return _map(FlashAttentionSecond.apply, info.batch_size, in_dims, args)
 
 
 def _as_extras(extras: Sequence[Any]) -> AttentionExtras:
@@ -293,15 +341,16 @@ def _push_at_this_level(
 
 
 def _map(
-    function: type[torch.autograd.Function], size: int, in_dims: tuple, args: tuple
+    function: Callable[..., Tensors], size: int, in_dims: tuple, args: tuple
 ) -> tuple[Tensors, tuple[int | None, ...]]:
+    """The results of ``function`` for each element of the mapped dimensions, stacked."""
     if size == 0:  # the shapes of one element that is not there
         args = tuple(
             arg if dim is None else arg.new_zeros(arg.movedim(dim, 0).shape[1:]).unsqueeze(dim)
             for arg, dim in zip(args, in_dims, strict=True)
         )
     results = [
-        function.apply(
+        function(
             *(
                 arg if dim is None else arg.select(dim, index)
                 for arg, dim in zip(args, in_dims, strict=True)
