@@ -16,6 +16,7 @@ from flashlayer.functional import (
     flash_attention,
     flash_attention_varlen,
 )
+from flashlayer.heads import Heads, local_heads
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -181,18 +182,24 @@ class FlashAttention(nn.Module):
         """
         self._check_inputs(x, context, attn_mask, cu_seqlens, max_seqlen, cache)
         source = x if context is None else context
-        q = rearrange(self.q_proj(x), "... s (h d) -> ... h s d", h=self.num_heads)
-        k = rearrange(self.k_proj(source), "... s (h d) -> ... h s d", h=self.num_kv_heads)
-        v = rearrange(self.v_proj(source), "... s (h d) -> ... h s d", h=self.num_kv_heads)
+        q, k, v = self.q_proj(x), self.k_proj(source), self.v_proj(source)
+        heads = self._heads(q, k, v)
+        # Tensor parallelism makes fewer heads than num_heads, never narrower ones.
+        q, k, v = (rearrange(y, "... s (h d) -> ... h s d", d=self.head_dim) for y in (q, k, v))
+        if heads is not None:
+            k, v = heads.keys(k), heads.keys(v)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        sharding = self._sharding(x)
+            if heads is None:
+                q, k = self.q_norm(q), self.k_norm(k)
+            else:
+                q, k = heads.normalize(self.q_norm, q), heads.normalize(self.k_norm, k)
+        sharding = self._sharding(q)
         if self.rotary_base is not None:
             if sharding is None:
-                position = _positions(x, cu_seqlens, 0 if cache is None else cache.length)
+                position = _positions(q, cu_seqlens, 0 if cache is None else cache.length)
             else:
-                position = distributed.position_ids(x.shape[1], device=x.device, **sharding)
-            q, k = (rotate(heads, self.rotary_base, position) for heads in (q, k))
+                position = distributed.position_ids(q.shape[-2], device=q.device, **sharding)
+            q, k = (rotate(y, self.rotary_base, position) for y in (q, k))
         if cache is not None:
             k, v = cache.append(k, v)
         options: dict[str, Any] = {
@@ -200,16 +207,16 @@ class FlashAttention(nn.Module):
             "window_size": self.window_size,
             "scale": self.scale,
             "softcap": self.softcap,
-            "sinks": self.sinks,
+            "sinks": self.sinks if heads is None or self.sinks is None else heads.sinks(self.sinks),
             "backend": self.backend,
         }
         if sharding is not None:
             out: Any = distributed.ring_attention(q, k, v, **sharding, **options)
             return self.out_proj(rearrange(out, "b h s d -> b s (h d)"))
-        options["alibi_slopes"] = alibi_slopes(self.num_heads, x.device) if self.alibi else None
+        options["alibi_slopes"] = self._slopes(heads, q.device) if self.alibi else None
         options["dropout_p"] = self.dropout if self.training else 0.0
         if cu_seqlens is not None:
-            q, k, v = (rearrange(heads, "h t d -> t h d") for heads in (q, k, v))
+            q, k, v = (rearrange(y, "h t d -> t h d") for y in (q, k, v))
             out = flash_attention_varlen(
                 q, k, v, cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen, **options
             )
@@ -217,17 +224,34 @@ class FlashAttention(nn.Module):
         if cache is not None and attn_mask is None:
             out = attend_to_cache(q, k, v, **options)
         else:
+            if attn_mask is not None and heads is not None:
+                attn_mask = heads.mask(attn_mask)
             out = flash_attention(q, k, v, attn_mask=attn_mask, **options)
         return self.out_proj(rearrange(out, "b h s d -> b s (h d)"))
 
-    def _sharding(self, x: Tensor) -> dict[str, Any] | None:
-        """Where the shards of ``x`` are, as arguments; None where it is a whole sequence."""
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> Heads | None:
+        """The heads of this process; None where it has all of the layer's."""
+        whole = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        widths = q.shape[-1], k.shape[-1], v.shape[-1]
+        weight = getattr(self.q_proj, "weight", None)
+        if widths == (whole[0], whole[1], whole[1]) and type(weight) is nn.Parameter:
+            return None
+        named = dict(zip(("q_proj", "k_proj", "v_proj"), widths, strict=True))
+        return local_heads(named, weight, self.head_dim, self.num_heads, self.num_kv_heads)
+
+    def _slopes(self, heads: Heads | None, device: torch.device) -> Tensor:
+        if heads is None:
+            return alibi_slopes(self.num_heads, device)
+        return heads.of_heads(alibi_slopes(heads.total, device), 0, "alibi")
+
+    def _sharding(self, q: Tensor) -> dict[str, Any] | None:
+        """Where the shards of ``q`` are, as arguments; None where it is a whole sequence."""
         group, placement = self.context_parallel_group, self.context_parallel_placement
         if group is None:
             return None
-        lengths = [x.shape[1]] * group.size()
+        lengths = [q.shape[-2]] * group.size()
         if placement == "contiguous":
-            lengths = distributed.shard_lengths(x, group=group)
+            lengths = distributed.shard_lengths(q, group=group, dim=2)
         return {"group": group, "placement": placement, "lengths": lengths}
 
     def _check_inputs(
