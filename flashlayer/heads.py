@@ -58,7 +58,7 @@ class Heads:
         if self.first is None:
             raise ValueError(
                 f"{name} is about {self.total} heads and q_proj makes {self.count} of them, its "
-                f"weight does not say which: shard it by torch's parallelize_module (ColwiseParallel)"
+                f"weight does not say which: shard it with parallelize_module and ColwiseParallel"
             )
         return self.share(x).narrow(dim, self.first, self.count)
 
@@ -95,7 +95,7 @@ class Heads:
 
 
 def local_heads(
-    widths: dict[str, int], q_weight: Any, head_dim: int, num_heads: int, num_kv_heads: int
+    widths: tuple[int, int, int], q_weight: Any, head_dim: int, num_heads: int, num_kv_heads: int
 ) -> Heads | None:
     """What the widths of the projections' outputs come to; None if this is the whole layer.
 
@@ -117,19 +117,16 @@ def local_heads(
         num_heads = q_weight.shape[0] // head_dim
         num_kv_heads = num_heads // group_size
         first = _first_row(q_weight) // head_dim
-    counts = {}
-    for name, most in (("q_proj", num_heads), ("k_proj", num_kv_heads), ("v_proj", num_kv_heads)):
-        counts[name], rest = divmod(widths[name], head_dim)
-        if rest or not 1 <= counts[name] <= most:
+    names, most = ("q_proj", "k_proj", "v_proj"), (num_heads, num_kv_heads, num_kv_heads)
+    for name, width, limit in zip(names, widths, most, strict=True):
+        if width % head_dim or not head_dim <= width <= limit * head_dim:
             raise ValueError(
-                f"{name} must make 1 to {most} whole heads of head_dim={head_dim}, "
-                f"got {widths[name]} features: the ranks must divide the heads"
+                f"{name} must make 1 to {limit} whole heads of head_dim={head_dim}, "
+                f"got {width} features: the ranks must divide the heads"
             )
-    count, kv_count = counts["q_proj"], counts["k_proj"]
-    if kv_count != counts["v_proj"]:
-        raise ValueError(
-            f"k_proj and v_proj must make as many heads, got {kv_count} and {counts['v_proj']}"
-        )
+    count, kv_count, v_count = (width // head_dim for width in widths)
+    if kv_count != v_count:
+        raise ValueError(f"k_proj and v_proj must make as many heads, got {kv_count} and {v_count}")
     if (count, kv_count) == (num_heads, num_kv_heads):
         return None
     known = mesh is not None and count < num_heads
@@ -146,6 +143,18 @@ def local_heads(
         kv_index = [head // group_size for head in range(start, start + count)]
         kv_index = [0] * count if num_kv_heads == 1 else kv_index
     return Heads(num_heads, count, first if known else None, kv_index, mesh, placements)
+
+
+def local_features(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the projections made here, also where they return it as ``DTensor``s of all ranks."""
+    if type(q) is Tensor or not _is_dtensor(q):
+        return q, k, v
+    dtensor: DTensor = q  # pyright: ignore[reportAssignmentType]
+    if not any(place.is_shard(q.ndim - 1) or place.is_shard(-1) for place in dtensor.placements):
+        return q, k, v
+    # RowwiseParallel takes the plain tensor that the heads are put together to as a shard again.
+    q, k, v = (y.to_local() if _is_dtensor(y) else y for y in (q, k, v))  # pyright: ignore
+    return q, k, v
 
 
 def _is_dtensor(x: Any) -> bool:

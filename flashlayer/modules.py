@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from flashlayer import distributed, online_softmax
+from flashlayer import distributed
+from flashlayer.cache import KVCache, attend_to_cache
 from flashlayer.functional import (
     WindowSize,
     check_backend,
     flash_attention,
     flash_attention_varlen,
 )
-from flashlayer.heads import Heads, local_heads
+from flashlayer.heads import Heads, local_features, local_heads
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -59,6 +59,12 @@ class FlashAttention(nn.Module):
             which costs a small exchange a call; zigzag's are taken to be alike.
         device: device of the parameters.
         dtype: dtype of the parameters.
+
+    Tensor parallelism: ``parallelize_module`` with ``ColwiseParallel`` for ``q_proj``, ``k_proj``
+    and ``v_proj`` and ``RowwiseParallel`` for ``out_proj`` gives every rank some of the heads, with
+    their slopes, sinks and rows of a mask; outputs and gradients are those of one process. Where
+    the ranks don't divide the kv heads, shard ``q_proj`` and ``out_proj`` alone. Dropout draws from
+    each rank's own generator.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -182,7 +188,7 @@ class FlashAttention(nn.Module):
         """
         self._check_inputs(x, context, attn_mask, cu_seqlens, max_seqlen, cache)
         source = x if context is None else context
-        q, k, v = self.q_proj(x), self.k_proj(source), self.v_proj(source)
+        q, k, v = local_features(self.q_proj(x), self.k_proj(source), self.v_proj(source))
         heads = self._heads(q, k, v)
         # Tensor parallelism makes fewer heads than num_heads, never narrower ones.
         q, k, v = (rearrange(y, "... s (h d) -> ... h s d", d=self.head_dim) for y in (q, k, v))
@@ -236,8 +242,7 @@ class FlashAttention(nn.Module):
         weight = getattr(self.q_proj, "weight", None)
         if widths == (whole[0], whole[1], whole[1]) and type(weight) is nn.Parameter:
             return None
-        named = dict(zip(("q_proj", "k_proj", "v_proj"), widths, strict=True))
-        return local_heads(named, weight, self.head_dim, self.num_heads, self.num_kv_heads)
+        return local_heads(widths, weight, self.head_dim, self.num_heads, self.num_kv_heads)
 
     def _slopes(self, heads: Heads | None, device: torch.device) -> Tensor:
         if heads is None:
@@ -320,121 +325,6 @@ class FlashAttention(nn.Module):
         if self.context_parallel_group is not None:
             parts.append(f"context_parallel={self.context_parallel_placement!r}")
         return ", ".join(parts)
-
-
-class KVCache:
-    """Keys and values of the positions a layer has already seen, for generation.
-
-    One for each layer; starts empty and grows as it must, in steps that double it, so that ``n``
-    tokens cost O(n) copying. Meant for inference: appending writes into one buffer.
-
-    Attributes:
-        length: number of positions held.
-
-    Example:
-        >>> layer, cache = FlashAttention(64, 4, causal=True).eval(), KVCache()
-        >>> with torch.inference_mode():
-        ...     prompt = layer(torch.randn(1, 100, 64), cache=cache)
-        ...     step = layer(torch.randn(1, 1, 64), cache=cache)
-        >>> cache.length
-        101
-    """
-
-    def __init__(self) -> None:
-        self.length = 0
-        self._buffers: list[Tensor] = []  # keys and values, (B, Hkv, capacity, D) each
-
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add positions ``(B, Hkv, S, D)``; returns all keys and values so far, as views.
-
-        Raises:
-            ValueError: they do not fit what the cache holds.
-        """
-        new = [key.detach(), value.detach()]
-        if not self._buffers:
-            self._buffers = [x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in new]
-        elif self._buffers[0].shape[:2] != key.shape[:2]:
-            raise ValueError(
-                f"the cache holds (batch, kv_heads) = {tuple(self._buffers[0].shape[:2])}, "
-                f"got keys of {tuple(key.shape)}"
-            )
-        stop = self.length + key.shape[2]
-        self._buffers = [self._with_room(buffer, stop) for buffer in self._buffers]
-        for buffer, x in zip(self._buffers, new, strict=True):
-            buffer[:, :, self.length : stop] = x
-        self.length = stop
-        return self._buffers[0][:, :, :stop], self._buffers[1][:, :, :stop]
-
-    def _with_room(self, buffer: Tensor, needed: int) -> Tensor:
-        batch, kv_heads, capacity, dim = buffer.shape
-        if needed <= capacity:
-            return buffer
-        grown = buffer.new_empty(batch, kv_heads, max(needed, 2 * capacity), dim)
-        grown[:, :, : self.length] = buffer[:, :, : self.length]
-        return grown
-
-
-# A step of one token has B * Hkv programs' worth of work, too few to fill a GPU: its keys are split
-# until there are this many, none shorter than MIN_SPLIT keys.
-PROGRAMS_TO_FILL_A_GPU = 256
-MIN_SPLIT = 256
-
-
-def attend_to_cache(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-    """:func:`flash_attention` of the newest queries to all keys; one token is split over the keys.
-
-    Args:
-        q: ``(B, H, S, D)``.
-        k: ``(B, Hkv, Sk, D)``.
-        v: ``(B, Hkv, Sk, Dv)``.
-        **options: those of :func:`flash_attention`.
-    """
-    batch, _, seqlen_q, _ = q.shape
-    splits = 1
-    if q.device.type != "cpu" and seqlen_q == 1:
-        wanted = PROGRAMS_TO_FILL_A_GPU // (batch * k.shape[1])
-        splits = max(1, min(wanted, k.shape[2] // MIN_SPLIT))
-    # ALiBi and a window count positions from the end of the keys, which a split no longer knows.
-    whole = options.get("alibi_slopes") is not None or options["window_size"][0] is not None
-    if splits == 1 or whole or options["dropout_p"] > 0:
-        return flash_attention(q, k, v, **options)
-    return split_attention(q, k, v, splits, **options)
-
-
-def split_attention(q: Tensor, k: Tensor, v: Tensor, splits: int, **options: Any) -> Tensor:
-    """One query against ``splits`` parts of the keys, side by side, merged by their LSE.
-
-    Args:
-        q: ``(B, H, 1, D)``, a query that sees every key.
-        k: ``(B, Hkv, Sk, D)``.
-        v: ``(B, Hkv, Sk, Dv)``.
-        splits: number of parts of equal length; the keys that are left over make one more.
-        **options: ``scale``, ``softcap``, ``sinks`` and ``backend`` of :func:`flash_attention`.
-    """
-    kept: dict[str, Any] = {name: options.get(name) for name in ("scale", "softcap")}
-    kept["backend"] = options.get("backend", "auto")
-    group_size, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
-    length = k.shape[2] // splits
-    # The parts become kv heads of their own; each keeps its group of query heads.
-    q_parts = rearrange(q, "b (h g) s d -> b h g s d", g=group_size)
-    q_parts = q_parts.unsqueeze(2).expand(-1, -1, splits, -1, -1, -1).flatten(1, 3)
-    k_parts, v_parts = (
-        rearrange(x[:, :, : splits * length], "b h (n s) d -> b (h n) s d", n=splits)
-        for x in (k, v)
-    )
-    out, lse = flash_attention(q_parts, k_parts, v_parts, return_lse=True, **kept)
-    unfold = {"h": kv_heads, "n": splits, "g": group_size}
-    out = rearrange(out, "b (h n g) s d -> n b (h g) s d", **unfold)
-    lse = rearrange(lse, "b (h n g) s -> n b (h g) s", **unfold)
-    states = [online_softmax.state_of(out[part], lse[part]) for part in range(splits)]
-    if splits * length < k.shape[2]:
-        rest = (x[:, :, splits * length :] for x in (k, v))
-        rest_out, rest_lse = flash_attention(q, *rest, return_lse=True, **kept)
-        states.append(online_softmax.state_of(rest_out, rest_lse))
-    if options.get("sinks") is not None:
-        sink = options["sinks"].to(lse.dtype).view(-1, 1).expand_as(lse[0])
-        states.append(online_softmax.state_of(torch.zeros_like(out[0]), sink))
-    return online_softmax.finalize(functools.reduce(online_softmax.merge, states)).to(q.dtype)
 
 
 def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:

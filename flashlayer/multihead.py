@@ -297,6 +297,12 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
                 F.linear(x, weight, bias)
                 for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
             )
+        for name, features in (("query", q), ("key", k), ("value", v)):
+            if features.shape[-1] != self.embed_dim:
+                raise _FailedShape(
+                    f"the projection of {name} must make embed_dim={self.embed_dim} features, got "
+                    f"{features.shape[-1]}: FlashAttention's heads can be sharded, these can't"
+                )
         if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat((k, self.bias_k.expand(len(k), 1, -1)), dim=1)
             v = torch.cat((v, self.bias_v.expand(len(v), 1, -1)), dim=1)

@@ -108,15 +108,43 @@ def parallelize(layer: FlashAttention, mesh: DeviceMesh, *names: str) -> FlashAt
 def work(rank: int, device: torch.device) -> dict[str, Any]:
     ranks = dist.get_world_size()
     mesh = init_device_mesh(device.type, (ranks,), mesh_dim_names=("tp",))
+    if ranks == 4:
+        check_ring_of_shards_of_heads(rank, device)
     results = {}
     for name in LAYERS:
+        if build(name).num_heads % ranks:
+            continue
         layer = build(name)
-        sharded = ("q_proj",) if name in WHOLE_KEYS else SHARDED
+        whole = name in WHOLE_KEYS or layer.num_kv_heads % ranks
+        sharded = ("q_proj",) if whole else SHARDED
         inputs = calls(layer)
         layer = parallelize(layer, mesh, *sharded)
         results[name] = {call: run(layer, inputs[call]) for call in inputs}
-    check_other_ways(rank, mesh)
+    if ranks == 2:
+        check_other_ways(rank, mesh)
     return results
+
+
+def check_ring_of_shards_of_heads(rank: int, device: torch.device) -> None:
+    """Two shards of the sequence on each of two shards of the heads, by four ranks."""
+    mesh = init_device_mesh(device.type, (2, 2), mesh_dim_names=("cp", "tp"))
+    options = {"causal": True, "rotary_base": 100.0, "sinks": True, "num_kv_heads": 2}
+    torch.manual_seed(4)
+    layer = FlashAttention(EMBED, 4, dtype=torch.float64, **options)
+    nn.init.normal_(layer.sinks)
+    ring = FlashAttention(
+        EMBED, 4, dtype=torch.float64, **options, context_parallel_group=mesh["cp"].get_group()
+    )
+    ring.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 8, EMBED, dtype=torch.float64)
+    expected = run(layer, {"x": x})
+    part = mesh["cp"].get_local_rank()
+    actual = run(parallelize(ring, mesh["tp"], *SHARDED), {"x": x.chunk(2, dim=1)[part]})
+    for name in ("out", "dx"):
+        torch.testing.assert_close(actual[name], expected[name].chunk(2, dim=1)[part], msg=name)
+    for name, _ in layer.named_parameters():
+        dist.all_reduce(actual[name], group=mesh["cp"].get_group())
+        torch.testing.assert_close(actual[name], expected[name], msg=name)
 
 
 def check_other_ways(rank: int, mesh: DeviceMesh) -> None:
@@ -150,6 +178,15 @@ def check_other_ways(rank: int, mesh: DeviceMesh) -> None:
     parallelize_module(layer, mesh, styles)
     out = layer(x[:, :4].chunk(ranks, dim=1)[rank])
     torch.testing.assert_close(out, expected["out"].chunk(ranks, dim=1)[rank])
+    # Projections that return DTensors.
+    layer = build("everything")
+    expected = run(layer, {"x": x})
+    styles = {name: ColwiseParallel(use_local_output=False) for name in SHARDED}
+    actual = run(
+        parallelize_module(layer, mesh, styles | {"out_proj": RowwiseParallel()}), {"x": x}
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, msg=name)
     # A mesh of two dimensions, of which one shards the heads.
     for plan in (("q_proj",), SHARDED):
         wide = init_device_mesh(mesh.device_type, (1, ranks), mesh_dim_names=("dp", "tp"))
@@ -163,9 +200,8 @@ def check_other_ways(rank: int, mesh: DeviceMesh) -> None:
     torch.testing.assert_close(compiled(x), layer(x))
     # Heads that the ranks do not divide.
     layer = FlashAttention(EMBED, 3, head_dim=8, dtype=torch.float64)
-    if ranks == 2:
-        with pytest.raises(ValueError, match=r"q_proj must make 1 to 3 whole heads .* got 12"):
-            parallelize(layer, mesh, *SHARDED)(x)
+    with pytest.raises(ValueError, match=r"q_proj must make 1 to 3 whole heads .* got 12"):
+        parallelize(layer, mesh, *SHARDED)(x)
     layer = FlashAttention(EMBED, 4, num_kv_heads=1, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"k_proj must make 1 to 1 whole heads of head_dim=6"):
         parallelize(layer, mesh, *SHARDED)(x)
@@ -173,11 +209,12 @@ def check_other_ways(rank: int, mesh: DeviceMesh) -> None:
         parallelize(build("plain"), mesh, "k_proj", "v_proj")(x)
 
 
-@pytest.mark.parametrize("ranks", [2])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_sharded_heads_compute_what_one_process_does(ranks: int, tmp_path: Path) -> None:
     """Outputs and every gradient, of dense, packed, masked, cached and crossed attention."""
     by_rank = run_group(work, ranks, tmp_path)
-    for name in LAYERS:
+    assert len(by_rank[0]) >= 9
+    for name in by_rank[0]:
         layer = build(name)
         for call, arguments in calls(layer).items():
             expected = run(layer, arguments)
