@@ -17,6 +17,7 @@ from flashlayer.functional import (
     flash_attention_varlen,
 )
 from flashlayer.heads import Heads, local_features, local_heads
+from flashlayer.tracing import leaf_call
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -156,6 +157,11 @@ class FlashAttention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(num_heads, **factory)) if sinks else None
         self.q_norm = nn.RMSNorm(head_dim, **factory) if qk_norm else None
         self.k_norm = nn.RMSNorm(head_dim, **factory) if qk_norm else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """:meth:`forward` with its hooks; one node under ``torch.fx.symbolic_trace``."""
+        traced = leaf_call(self, args, kwargs)
+        return super().__call__(*args, **kwargs) if traced is None else traced
 
     def forward(
         self,

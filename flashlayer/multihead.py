@@ -17,6 +17,7 @@ from flashlayer.functional import (
     flash_attention,
     has_autocast,
 )
+from flashlayer.tracing import leaf_call
 
 # Attention weights computed at once, over all heads: 16 MB in fp32.
 WEIGHTS_AT_ONCE = 2**22
@@ -143,6 +144,11 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         for row in (self.bias_k, self.bias_v):
             if row is not None:
                 nn.init.xavier_normal_(row)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """:meth:`forward` with its hooks; one node under ``torch.fx.symbolic_trace``."""
+        traced = leaf_call(self, args, kwargs)
+        return super().__call__(*args, **kwargs) if traced is None else traced
 
     def forward(
         self,

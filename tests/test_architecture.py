@@ -36,9 +36,17 @@ ALLOWED = {
     "distributed": {"functional", "online_softmax", "spec", "torch"},
     "heads": {"torch"},
     "cache": {"functional", "online_softmax", "torch", "einops"},
-    "modules": {"cache", "distributed", "functional", "heads", "torch", "einops"},
-    "multihead": {"functional", "torch"},
-    "integrations/*": {"functional", "integrations", "multihead", "online_softmax", "torch"},
+    "tracing": {"torch"},
+    "modules": {"cache", "distributed", "functional", "heads", "tracing", "torch", "einops"},
+    "multihead": {"functional", "tracing", "torch"},
+    "integrations/*": {
+        "functional",
+        "integrations",
+        "multihead",
+        "online_softmax",
+        "tracing",
+        "torch",
+    },
     "integrations/transformers": {"functional", "online_softmax", "torch", "transformers"},
 }
 
