@@ -224,7 +224,7 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         if self.training and self.dropout > 0:
             options["dropout_p"] = self.dropout
             if need_weights:  # they show the mask that the output was made with
-                options["dropout_seed"] = int(torch.randint(2**63 - 1, ()))
+                options["dropout_seed"] = torch.randint(2**63 - 1, (), device=q.device)
         result = flash_attention(
             q,
             k,
@@ -386,7 +386,7 @@ def attention_weights(
     attn_mask: Tensor | None = None,
     causal: bool = False,
     dropout_p: float = 0.0,
-    dropout_seed: int = 0,
+    dropout_seed: int | Tensor = 0,
 ) -> Tensor:
     """``exp(score - lse)``, ``(B, H, Sq, Sk)`` or averaged over heads ``(B, Sq, Sk)``.
 

@@ -62,7 +62,7 @@ def flash_attn_func(
     """
     check_qkv(q, k, v, ("batch", "sequence"))
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
-    dropout = _dropout(dropout_p, return_attn_probs)
+    dropout = _dropout(dropout_p, return_attn_probs, q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     result = flash_attention(q, k, v, **options, **dropout, return_lse=return_attn_probs)
     if isinstance(result, Tensor):
@@ -180,7 +180,7 @@ def flash_attn_varlen_func(
         "max_seqlen_q": (max_seqlen_q := _longest(max_seqlen_q, q)),
         "max_seqlen_k": (max_seqlen_k := _longest(max_seqlen_k, k)),
     }
-    dropout = _dropout(dropout_p, return_attn_probs)
+    dropout = _dropout(dropout_p, return_attn_probs, q.device)
     result = flash_attention_varlen(q, k, v, **options, **dropout, return_lse=return_attn_probs)
     if isinstance(result, Tensor):
         return result.contiguous()
@@ -425,10 +425,10 @@ def _options(
     }
 
 
-def _dropout(dropout_p: float, show: bool) -> dict[str, Any]:
+def _dropout(dropout_p: float, show: bool, device: torch.device) -> dict[str, Any]:
     """With a seed of our own where the mask is to be shown."""
     if dropout_p > 0 and show:
-        return {"dropout_p": dropout_p, "dropout_seed": int(torch.randint(2**63 - 1, ()))}
+        return {"dropout_p": dropout_p, "dropout_seed": torch.randint(2**63 - 1, (), device=device)}
     return {"dropout_p": dropout_p}
 
 
@@ -444,7 +444,7 @@ def _longest(max_seqlen: int | Tensor, tokens: Tensor) -> int:
     return _integer(max_seqlen)
 
 
-def _sign_by_dropout(probabilities: Any, dropout_p: float, dropout_seed: int) -> Tensor:
+def _sign_by_dropout(probabilities: Any, dropout_p: float, dropout_seed: Tensor) -> Tensor:
     batch, heads, rows, keys = probabilities.shape
     device = probabilities.device
     kept = dropout_keep_mask(batch, heads, rows, keys, dropout_p, dropout_seed, device)
