@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from flashlayer import distributed
 from flashlayer.cache import KVCache, attend_to_cache
@@ -123,8 +125,11 @@ class FlashAttention(nn.Module):
                     f"got {embed_dim} and {num_heads}"
                 )
             head_dim = embed_dim // num_heads
+        for name, number in (("rotary_base", rotary_base), ("dropout", dropout)):
+            if number is not None and (not isinstance(number, Real) or isinstance(number, bool)):
+                raise TypeError(f"{name} must be a float, got {type(number).__name__}")
         if rotary_base is not None:
-            if rotary_base <= 0:
+            if not rotary_base > 0:
                 raise ValueError(f"rotary_base must be positive, got {rotary_base}")
             if head_dim % 2:
                 raise ValueError(f"rotary_base needs an even head_dim, got {head_dim}")
@@ -277,11 +282,19 @@ class FlashAttention(nn.Module):
         group = self.context_parallel_group
         layout, ndim = ("(batch, sequence", 3) if cu_seqlens is None else ("(tokens", 2)
         for name, tensor in (("x", x), ("context", x if context is None else context)):
+            if not isinstance(tensor, Tensor):
+                # A tracer's own, where the layer is no submodule of what is traced.
+                proxy = ": trace a model that holds the layer" if isinstance(tensor, Proxy) else ""
+                raise TypeError(
+                    f"{name} must be a torch.Tensor, got {type(tensor).__name__}{proxy}"
+                )
             if tensor.ndim != ndim or tensor.shape[-1] != self.embed_dim:
                 raise ValueError(
                     f"{name} must be {layout}, embed_dim={self.embed_dim}), "
                     f"got {tuple(tensor.shape)}"
                 )
+        if cache is not None and not isinstance(cache, KVCache):
+            raise TypeError(f"cache must be a KVCache or None, got {type(cache).__name__}")
         if max_seqlen is not None and cu_seqlens is None:
             raise ValueError("max_seqlen needs cu_seqlens: it is about packed sequences")
         exclusions = (

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 from flashlayer.functional import (
@@ -332,7 +333,9 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         )
         for name, x, _ in named:
             if not isinstance(x, Tensor):
-                raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+                # A tracer's own, where the module is no submodule of what is traced.
+                proxy = ": trace a model that holds the module" if isinstance(x, Proxy) else ""
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}{proxy}")
         try:
             batched = _shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         except AssertionError as error:

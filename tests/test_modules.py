@@ -146,6 +146,13 @@ BAD_LAYERS = {
     "odd_rotary": ({"head_dim": 5, "rotary_base": 1e4}, ValueError, "needs an even head_dim"),
     "rotary": ({"rotary_base": -1.0}, ValueError, "rotary_base must be positive"),
     "dropout": ({"dropout": -0.1}, ValueError, "dropout must be a probability"),
+    "dropout_type": (
+        {"dropout": torch.tensor(2.0)},
+        TypeError,
+        "dropout must be a float, got Tensor",
+    ),
+    "rotary_type": ({"rotary_base": "1e4"}, TypeError, "rotary_base must be a float, got str"),
+    "rotary_nan": ({"rotary_base": float("nan")}, ValueError, "rotary_base must be positive"),
 }
 
 
@@ -161,6 +168,7 @@ def test_bad_layer(name: str) -> None:
     [
         ((torch.zeros(5, 16),), {}, ValueError, r"x must be \(batch, sequence, embed_dim=16\)"),
         ((torch.zeros(2, 5, 8),), {}, ValueError, r"got \(2, 5, 8\)"),
+        (([1.0],), {}, TypeError, "x must be a torch.Tensor, got list"),
         ((torch.zeros(2, 5, 16), torch.zeros(2, 16)), {}, ValueError, "context must be"),
         (
             (torch.zeros(2, 5, 16), torch.zeros(2, 5, 16)),

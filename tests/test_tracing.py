@@ -142,6 +142,15 @@ def test_a_tracer_with_rules_of_its_own_is_asked() -> None:
     torch.testing.assert_close(graph(x), model(x))
 
 
+@pytest.mark.parametrize("module", [FlashAttention, FlashMultiheadAttention])
+def test_a_leaf_is_not_a_whole_model(module: Any) -> None:
+    """torch's module can't be traced alone either."""
+    with pytest.raises(TypeError, match=r"got Proxy: trace a model that holds"):
+        fx.symbolic_trace(module(E, H))
+    with pytest.raises(fx.proxy.TraceError):
+        fx.symbolic_trace(nn.MultiheadAttention(E, H))
+
+
 class Tagged(nn.MultiheadAttention):
     """Has a __call__ of its own."""
 

@@ -98,6 +98,8 @@ def _why_not(module: nn.MultiheadAttention) -> str | None:
         return "parametrized: remove that first"
     if type(module).forward is not HOST_FORWARD:
         return f"{type(module).__name__} has a forward of its own"
+    if "_call_impl" in vars(module):
+        return "its call was replaced on the instance: swap before that, or undo it first"
     own = vars(module).get("forward")
     if own is None or _is_hosts(own, module):
         return None

@@ -361,6 +361,22 @@ def test_generation_step_by_step_is_the_whole_sequence() -> None:
     close(torch.cat(steps, dim=1), door.flash_attn_func(*x, causal=True))
 
 
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("second", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_a_cache_of_one_mode_is_written_in_another(first: Any, second: Any) -> None:
+    x = torch.randn(3, B, 10, H, D, dtype=torch.float64)
+    with first():
+        caches = torch.full((2, B, 12, H, D), torch.nan, dtype=torch.float64)
+    steps = []
+    for mode, filled, stop in ((first, 0, 4), (second, 4, 7), (first, 7, 10)):
+        q, k, v = x[:, :, filled:stop]
+        with mode():
+            steps.append(
+                door.flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=filled, causal=True)
+            )
+    close(torch.cat(steps, dim=1), door.flash_attn_func(*x, causal=True))
+
+
 BAD_CACHE_CALLS = {
     "k_alone": ({"k": 1}, "k and v must be given together"),
     "no_seqlens": ({"k": 1, "v": 1}, "cache_seqlens must be given"),

@@ -361,6 +361,15 @@ def patch_with_the_method_of_another(module: Any) -> None:
     module.forward = nn.MultiheadAttention(E, H, batch_first=True, dtype=torch.float64).forward
 
 
+def patch_the_call(module: Any) -> None:
+    original = module.forward
+    module._call_impl = lambda *args, **kwargs: original(*args, **kwargs)
+
+
+def patch_by_compiling(module: Any) -> None:
+    module.forward = torch.compile(module.forward, backend="eager")
+
+
 def patch_then_hook(module: Any) -> None:
     patch_by_closure(module)
     add_hook(module, DoubledInput())
@@ -373,6 +382,8 @@ def patch_then_hook(module: Any) -> None:
         (patch_by_partial, "its forward was replaced on the instance"),
         (patch_by_method, "its forward was replaced on the instance"),
         (patch_with_the_method_of_another, "its forward was replaced on the instance"),
+        (patch_by_compiling, "its forward was replaced on the instance"),
+        (patch_the_call, "its call was replaced on the instance"),
         (patch_then_hook, "accelerate's hook is around another forward than torch's"),
     ],
 )
@@ -384,7 +395,7 @@ def test_a_forward_of_the_instance_is_left_alone_and_named(
     x = torch.randn(3, 7, E, dtype=torch.float64)
     expected = model[1](x)
     assert swap_attention(model) == ["0.attention"]
-    (message,) = caplog.messages
+    (message,) = [text for text in caplog.messages if text.startswith("not swapped")]
     assert message.startswith(f"not swapped: 1.attention ({reason}")
     assert type(model[1].attention) is nn.MultiheadAttention
     assert torch.equal(model[1](x), expected)

@@ -15,6 +15,7 @@ The arguments that several functions share:
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -374,8 +375,9 @@ def flash_attn_with_kvcache(
             row = cache_batch_idx[:, None]
         else:
             row = torch.arange(batch, device=q.device)[:, None]
-        k_cache[row, position] = k
-        v_cache[row, position] = v
+        for cache, new in ((k_cache, k), (v_cache, v)):
+            with _writable(cache):
+                cache[row, position] = new
     if block_table is not None:
         used = _used_blocks(block_table, stop, page)
         k_cache, v_cache = (x[used].flatten(1, 2) for x in (k_cache, v_cache))
@@ -403,6 +405,13 @@ def flash_attn_with_kvcache(
     out = out.reshape(batch, seqlen_q, heads, -1)
     lse = lse.view(heads, batch, seqlen_q).transpose(0, 1).contiguous()
     return (out, lse) if return_softmax_lse else out
+
+
+def _writable(cache: Tensor) -> AbstractContextManager[Any]:
+    """Only inference mode may write to a tensor that was made in it; Dynamo can't ask for it."""
+    if not torch.compiler.is_compiling() and cache.is_inference():
+        return torch.inference_mode()
+    return nullcontext()
 
 
 def _options(
