@@ -72,10 +72,11 @@ class Heads:
         return self.of_heads(sinks, 0, "sinks")
 
     def mask(self, attn_mask: Tensor) -> Tensor:
-        """This rank's of ``(B, H, S, Sk)``; a mask that is the same for all heads stays whole."""
-        if attn_mask.ndim >= 3 and attn_mask.shape[-3] == self.total:
+        """This rank's of ``(B, H, S, Sk)``; one of its heads, or the same for all, stays."""
+        heads = attn_mask.shape[-3] if attn_mask.ndim >= 3 else 1
+        if heads == self.total:
             return self.of_heads(attn_mask, attn_mask.ndim - 3, "attn_mask")
-        return self.share(attn_mask)
+        return self.share(attn_mask) if heads == 1 else attn_mask
 
     def keys(self, x: Tensor) -> Tensor:
         """``(..., Hkv, S, D)``, of which every query head here reads the head of its own index."""

@@ -219,19 +219,10 @@ class FlashAttention(nn.Module):
             q, k = (rotate(y, self.rotary_base, position) for y in (q, k))
         if cache is not None:
             k, v = cache.append(k, v)
-        options: dict[str, Any] = {
-            "causal": self.causal,
-            "window_size": self.window_size,
-            "scale": self.scale,
-            "softcap": self.softcap,
-            "sinks": self.sinks if heads is None or self.sinks is None else heads.sinks(self.sinks),
-            "backend": self.backend,
-        }
+        options = self._options(heads, q.device)
         if sharding is not None:
             out: Any = distributed.ring_attention(q, k, v, **sharding, **options)
             return self.out_proj(rearrange(out, "b h s d -> b s (h d)"))
-        options["alibi_slopes"] = self._slopes(heads, q.device) if self.alibi else None
-        options["dropout_p"] = self.dropout if self.training else 0.0
         if cu_seqlens is not None:
             q, k, v = (rearrange(y, "h t d -> t h d") for y in (q, k, v))
             out = flash_attention_varlen(
@@ -255,10 +246,26 @@ class FlashAttention(nn.Module):
             return None
         return local_heads(widths, weight, self.head_dim, self.num_heads, self.num_kv_heads)
 
-    def _slopes(self, heads: Heads | None, device: torch.device) -> Tensor:
-        if heads is None:
-            return alibi_slopes(self.num_heads, device)
-        return heads.of_heads(alibi_slopes(heads.total, device), 0, "alibi")
+    def _options(self, heads: Heads | None, device: torch.device) -> dict[str, Any]:
+        """Those of the attention function; the ring has no ALiBi and no dropout."""
+        options: dict[str, Any] = {
+            "causal": self.causal,
+            "window_size": self.window_size,
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "sinks": self.sinks if heads is None or self.sinks is None else heads.sinks(self.sinks),
+            "backend": self.backend,
+        }
+        if self.context_parallel_group is not None:
+            return options
+        slopes = None
+        if self.alibi:
+            slopes = alibi_slopes(self.num_heads if heads is None else heads.total, device)
+            slopes = slopes if heads is None else heads.of_heads(slopes, 0, "alibi")
+        return options | {
+            "alibi_slopes": slopes,
+            "dropout_p": self.dropout if self.training else 0.0,
+        }
 
     def _sharding(self, q: Tensor) -> dict[str, Any] | None:
         """Where the shards of ``q`` are, as arguments; None where it is a whole sequence."""

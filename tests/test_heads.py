@@ -122,6 +122,7 @@ def work(rank: int, device: torch.device) -> dict[str, Any]:
         results[name] = {call: run(layer, inputs[call]) for call in inputs}
     if ranks == 2:
         check_other_ways(rank, mesh)
+        check_other_layouts(rank, mesh)
     return results
 
 
@@ -148,7 +149,7 @@ def check_ring_of_shards_of_heads(rank: int, device: torch.device) -> None:
 
 
 def check_other_ways(rank: int, mesh: DeviceMesh) -> None:
-    """Sharded otherwise: the same result; what can't be known or does not divide is refused."""
+    """Projections, sinks, norms, masks and sequences sharded otherwise: the same result."""
     ranks = mesh.size()
     x = calls(build("plain"))["dense"]["x"]
     # Sinks that are a DTensor, sharded or not; norms under SequenceParallel over the heads.
@@ -187,6 +188,29 @@ def check_other_ways(rank: int, mesh: DeviceMesh) -> None:
     )
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, msg=name)
+    # Keys whose projection is sharded and its output gathered.
+    layer = build("mqa")
+    expected = run(layer, {"x": x})
+    gathered = {name: ColwiseParallel(output_layouts=Replicate()) for name in SHARDED[1:]}
+    parallelize_module(layer, mesh, gathered)
+    actual = run(parallelize(layer, mesh, "q_proj"), {"x": x})
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, msg=name)
+    # A mask of this rank's heads, whose gradient is its own.
+    layer, call = build("plain"), calls(build("plain"))["mask"]
+    expected = run(layer, call)
+    heads = slice(2 * rank, 2 * rank + 2)
+    own_mask = call["attn_mask"][:, heads]
+    actual = run(parallelize(layer, mesh, *SHARDED), call | {"attn_mask": own_mask})
+    expected["dattn_mask"] = expected["dattn_mask"][:, heads]
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, msg=name)
+
+
+def check_other_layouts(rank: int, mesh: DeviceMesh) -> None:
+    """The same on a mesh of two dimensions and compiled; heads that don't divide are refused."""
+    ranks = mesh.size()
+    x = calls(build("plain"))["dense"]["x"]
     # A mesh of two dimensions, of which one shards the heads.
     for plan in (("q_proj",), SHARDED):
         wide = init_device_mesh(mesh.device_type, (1, ranks), mesh_dim_names=("dp", "tp"))

@@ -123,25 +123,7 @@ def check_cache_arguments(
         TypeError: a tensor is none.
         ValueError: they don't fit each other.
     """
-    pages = ("batch", "sequence") if block_table is None else ("blocks", "page")
-    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.ndim != 4:
-            first = ("batch", "sequence") if name == "q" else pages
-            raise ValueError(
-                f"{name} must be ({', '.join(first)}, heads, head_dim), got {tuple(x.shape)}"
-            )
-    if v_cache.shape[:3] != k_cache.shape[:3]:
-        raise ValueError(
-            f"v_cache must be k_cache's shape but for head_dim, "
-            f"got k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)}"
-        )
-    if k_cache.shape[3] != q.shape[3]:
-        raise ValueError(
-            f"k_cache must have q's head_dim {q.shape[3]}, got k_cache {tuple(k_cache.shape)}"
-        )
-    _check_heads(q, "k_cache's", k_cache)
+    _check_cache_tensors(q, k_cache, v_cache, block_table is not None)
     if (k is None) != (v is None):
         raise ValueError("k and v must be given together")
     if (rotary_cos is None) != (rotary_sin is None):
@@ -176,6 +158,28 @@ def check_cache_arguments(
             raise ValueError(f"{name} must be of shape ({batch},), got {_shape(x)}")
     if block_table is not None:
         check_block_table(block_table, batch)
+
+
+def _check_cache_tensors(q: Any, k_cache: Any, v_cache: Any, paged: bool) -> None:
+    pages = ("blocks", "page") if paged else ("batch", "sequence")
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.ndim != 4:
+            first = ("batch", "sequence") if name == "q" else pages
+            raise ValueError(
+                f"{name} must be ({', '.join(first)}, heads, head_dim), got {tuple(x.shape)}"
+            )
+    if v_cache.shape[:3] != k_cache.shape[:3]:
+        raise ValueError(
+            f"v_cache must be k_cache's shape but for head_dim, "
+            f"got k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)}"
+        )
+    if k_cache.shape[3] != q.shape[3]:
+        raise ValueError(
+            f"k_cache must have q's head_dim {q.shape[3]}, got k_cache {tuple(k_cache.shape)}"
+        )
+    _check_heads(q, "k_cache's", k_cache)
 
 
 def check_block_table(block_table: Any, sequences: int) -> None:

@@ -368,16 +368,7 @@ def flash_attn_with_kvcache(
                 q = apply_rotary_emb(q, *rotary)
             else:  # every query at one position: they count as heads of one token
                 q = apply_rotary_emb(q.flatten(1, 2).unsqueeze(1), *rotary).view_as(q)
-        position = filled[:, None] + torch.arange(k.shape[1], device=q.device)  # [B, Snew]
-        if block_table is not None:
-            row, position = block_table.long().gather(1, position // page), position % page
-        elif cache_batch_idx is not None:
-            row = cache_batch_idx[:, None]
-        else:
-            row = torch.arange(batch, device=q.device)[:, None]
-        for cache, new in ((k_cache, k), (v_cache, v)):
-            with _writable(cache):
-                cache[row, position] = new
+        _write(k_cache, v_cache, k, v, filled, cache_batch_idx, block_table)
     if block_table is not None:
         used = _used_blocks(block_table, stop, page)
         k_cache, v_cache = (x[used].flatten(1, 2) for x in (k_cache, v_cache))
@@ -405,6 +396,29 @@ def flash_attn_with_kvcache(
     out = out.reshape(batch, seqlen_q, heads, -1)
     lse = lse.view(heads, batch, seqlen_q).transpose(0, 1).contiguous()
     return (out, lse) if return_softmax_lse else out
+
+
+def _write(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    filled: Tensor,
+    cache_batch_idx: Tensor | None,
+    block_table: Tensor | None,
+) -> None:
+    """The new keys and values behind the ``filled`` positions of each row, in place."""
+    position = filled[:, None] + torch.arange(k.shape[1], device=k.device)  # [B, Snew]
+    if block_table is not None:
+        page = k_cache.shape[1]
+        row, position = block_table.long().gather(1, position // page), position % page
+    elif cache_batch_idx is not None:
+        row = cache_batch_idx[:, None]
+    else:
+        row = torch.arange(len(k), device=k.device)[:, None]
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        with _writable(cache):
+            cache[row, position] = new
 
 
 def _writable(cache: Tensor) -> AbstractContextManager[Any]:
