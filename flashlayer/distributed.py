@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
@@ -661,7 +662,7 @@ def _own_length_checked(
     length: int, group: dist.ProcessGroup | None, lengths: Sequence[int] | None
 ) -> tuple[int, ...]:
     rank, ranks = _rank_in(group), dist.get_world_size(group)
-    lengths = (length,) * ranks if lengths is None else tuple(lengths)
+    lengths = (length,) * ranks if lengths is None else tuple(map(operator.index, lengths))
     if len(lengths) != ranks or lengths[rank] != length:
         raise ValueError(
             f"lengths must hold one number for each of {ranks} ranks and {length} for rank {rank}, "

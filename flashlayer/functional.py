@@ -43,7 +43,7 @@ def flash_attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
-    dropout_seed: int | None = None,
+    dropout_seed: int | Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -85,8 +85,9 @@ def flash_attention(
         dropout_p: probability, 0 to 1, that an attention weight is zeroed; the rest are divided by
             ``1 - dropout_p``. Which ones depends on the seed and the position only
             (:func:`dropout_keep_mask`): the same in both passes and in every backend.
-        dropout_seed: the seed; if None it is drawn from torch's generator of the device, so that
-            ``torch.manual_seed`` reproduces it and every call draws another.
+        dropout_seed: the seed, an int or a ``()`` int64 tensor, which is not read on the host; if
+            None it is drawn from torch's generator of the device, so that ``torch.manual_seed``
+            reproduces it and every call draws another.
         return_lse: also return the log-sum-exp of the scores.
         backend: ``"auto"``, or one of ``"triton"``, ``"aten"``, ``"tiled"``, ``"standard"``, see
             :func:`available_backends`. ``"auto"`` takes Triton on a GPU; on the CPU ATen's flash
@@ -167,7 +168,7 @@ def flash_attention_varlen(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
-    dropout_seed: int | None = None,
+    dropout_seed: int | Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -263,7 +264,7 @@ def dropout_keep_mask(
     seqlen_q: int,
     seqlen_k: int,
     dropout_p: float,
-    seed: int,
+    seed: int | Tensor,
     device: torch.device | str,
     *,
     first_query: int = 0,
@@ -288,7 +289,8 @@ def dropout_keep_mask(
     index = [torch.arange(size, device=device) for size in (batch, heads, seqlen_q, seqlen_k)]
     b, h, i, j = index
     b, h, i = b.view(-1, 1, 1, 1), h.view(-1, 1, 1), first_query + i.view(-1, 1)
-    return philox.keep_mask(torch.tensor(seed, device=device), b, h, i, j, dropout_p)
+    seed = torch.as_tensor(seed, device=device)
+    return philox.keep_mask(seed, b, h, i, j, dropout_p)
 
 
 def available_backends(
@@ -494,7 +496,7 @@ def build_problem(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
-    dropout_seed: int | None = None,
+    dropout_seed: int | Tensor | None = None,
     packing: Packing | None = None,
 ) -> Problem:
     """Check every argument and resolve it; the only place that does.
@@ -671,12 +673,19 @@ def _check_number(name: str, number: float) -> float:
     return float(number)
 
 
-def _check_dropout(dropout_p: float, dropout_seed: int | None) -> None:
+def _check_dropout(dropout_p: float, dropout_seed: int | Tensor | None) -> None:
     if not isinstance(dropout_p, (int, float)) or isinstance(dropout_p, bool):
         raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must be a probability from 0 to 1, got {dropout_p}")
     if dropout_seed is None:
+        return
+    if isinstance(dropout_seed, Tensor):
+        if dropout_seed.dtype != torch.int64 or dropout_seed.ndim != 0:
+            raise TypeError(
+                f"dropout_seed must be an int, a () int64 tensor or None, "
+                f"got {tuple(dropout_seed.shape)} {dropout_seed.dtype}"
+            )
         return
     if not isinstance(dropout_seed, int) or isinstance(dropout_seed, bool):
         raise TypeError(f"dropout_seed must be an int or None, got {type(dropout_seed).__name__}")
@@ -684,9 +693,13 @@ def _check_dropout(dropout_p: float, dropout_seed: int | None) -> None:
         raise ValueError(f"dropout_seed must fit into 64 bits, got {dropout_seed}")
 
 
-def _resolve_seed(dropout_p: float, dropout_seed: int | None, query: Tensor) -> Tensor | None:
+def _resolve_seed(
+    dropout_p: float, dropout_seed: int | Tensor | None, query: Tensor
+) -> Tensor | None:
     if dropout_p == 0:
         return None
+    if isinstance(dropout_seed, Tensor):
+        return dropout_seed.to(query.device)
     if dropout_seed is not None:
         return torch.full((), dropout_seed, dtype=torch.int64, device=query.device)
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=query.device)

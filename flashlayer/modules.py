@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import functools
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from flashlayer import distributed, online_softmax
+from flashlayer import distributed
+from flashlayer.cache import KVCache, attend_to_cache
 from flashlayer.functional import (
     WindowSize,
     check_backend,
     flash_attention,
     flash_attention_varlen,
 )
+from flashlayer.heads import Heads, local_features, local_heads
+from flashlayer.tracing import leaf_call
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -58,6 +62,12 @@ class FlashAttention(nn.Module):
             which costs a small exchange a call; zigzag's are taken to be alike.
         device: device of the parameters.
         dtype: dtype of the parameters.
+
+    Tensor parallelism: ``parallelize_module`` with ``ColwiseParallel`` for ``q_proj``, ``k_proj``
+    and ``v_proj`` and ``RowwiseParallel`` for ``out_proj`` gives every rank some of the heads, with
+    their slopes, sinks and rows of a mask; outputs and gradients are those of one process. Where
+    the ranks don't divide the kv heads, shard ``q_proj`` and ``out_proj`` alone. Dropout draws from
+    each rank's own generator.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -115,8 +125,11 @@ class FlashAttention(nn.Module):
                     f"got {embed_dim} and {num_heads}"
                 )
             head_dim = embed_dim // num_heads
+        for name, number in (("rotary_base", rotary_base), ("dropout", dropout)):
+            if number is not None and (not isinstance(number, Real) or isinstance(number, bool)):
+                raise TypeError(f"{name} must be a float, got {type(number).__name__}")
         if rotary_base is not None:
-            if rotary_base <= 0:
+            if not rotary_base > 0:
                 raise ValueError(f"rotary_base must be positive, got {rotary_base}")
             if head_dim % 2:
                 raise ValueError(f"rotary_base needs an even head_dim, got {head_dim}")
@@ -150,6 +163,11 @@ class FlashAttention(nn.Module):
         self.q_norm = nn.RMSNorm(head_dim, **factory) if qk_norm else None
         self.k_norm = nn.RMSNorm(head_dim, **factory) if qk_norm else None
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """:meth:`forward` with its hooks; one node under ``torch.fx.symbolic_trace``."""
+        traced = leaf_call(self, args, kwargs)
+        return super().__call__(*args, **kwargs) if traced is None else traced
+
     def forward(
         self,
         x: Tensor,
@@ -181,35 +199,32 @@ class FlashAttention(nn.Module):
         """
         self._check_inputs(x, context, attn_mask, cu_seqlens, max_seqlen, cache)
         source = x if context is None else context
-        q = rearrange(self.q_proj(x), "... s (h d) -> ... h s d", h=self.num_heads)
-        k = rearrange(self.k_proj(source), "... s (h d) -> ... h s d", h=self.num_kv_heads)
-        v = rearrange(self.v_proj(source), "... s (h d) -> ... h s d", h=self.num_kv_heads)
+        q, k, v = local_features(self.q_proj(x), self.k_proj(source), self.v_proj(source))
+        heads = self._heads(q, k, v)
+        # Tensor parallelism makes fewer heads than num_heads, never narrower ones.
+        q, k, v = (rearrange(y, "... s (h d) -> ... h s d", d=self.head_dim) for y in (q, k, v))
+        if heads is not None:
+            k, v = heads.keys(k), heads.keys(v)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        sharding = self._sharding(x)
+            if heads is None:
+                q, k = self.q_norm(q), self.k_norm(k)
+            else:
+                q, k = heads.normalize(self.q_norm, q), heads.normalize(self.k_norm, k)
+        sharding = self._sharding(q)
         if self.rotary_base is not None:
             if sharding is None:
-                position = _positions(x, cu_seqlens, 0 if cache is None else cache.length)
+                position = _positions(q, cu_seqlens, 0 if cache is None else cache.length)
             else:
-                position = distributed.position_ids(x.shape[1], device=x.device, **sharding)
-            q, k = (rotate(heads, self.rotary_base, position) for heads in (q, k))
+                position = distributed.position_ids(q.shape[-2], device=q.device, **sharding)
+            q, k = (rotate(y, self.rotary_base, position) for y in (q, k))
         if cache is not None:
             k, v = cache.append(k, v)
-        options: dict[str, Any] = {
-            "causal": self.causal,
-            "window_size": self.window_size,
-            "scale": self.scale,
-            "softcap": self.softcap,
-            "sinks": self.sinks,
-            "backend": self.backend,
-        }
+        options = self._options(heads, q.device)
         if sharding is not None:
             out: Any = distributed.ring_attention(q, k, v, **sharding, **options)
             return self.out_proj(rearrange(out, "b h s d -> b s (h d)"))
-        options["alibi_slopes"] = alibi_slopes(self.num_heads, x.device) if self.alibi else None
-        options["dropout_p"] = self.dropout if self.training else 0.0
         if cu_seqlens is not None:
-            q, k, v = (rearrange(heads, "h t d -> t h d") for heads in (q, k, v))
+            q, k, v = (rearrange(y, "h t d -> t h d") for y in (q, k, v))
             out = flash_attention_varlen(
                 q, k, v, cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen, **options
             )
@@ -217,17 +232,49 @@ class FlashAttention(nn.Module):
         if cache is not None and attn_mask is None:
             out = attend_to_cache(q, k, v, **options)
         else:
+            if attn_mask is not None and heads is not None:
+                attn_mask = heads.mask(attn_mask)
             out = flash_attention(q, k, v, attn_mask=attn_mask, **options)
         return self.out_proj(rearrange(out, "b h s d -> b s (h d)"))
 
-    def _sharding(self, x: Tensor) -> dict[str, Any] | None:
-        """Where the shards of ``x`` are, as arguments; None where it is a whole sequence."""
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> Heads | None:
+        """The heads of this process; None where it has all of the layer's."""
+        whole = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        widths = q.shape[-1], k.shape[-1], v.shape[-1]
+        weight = getattr(self.q_proj, "weight", None)
+        if widths == (whole[0], whole[1], whole[1]) and type(weight) is nn.Parameter:
+            return None
+        return local_heads(widths, weight, self.head_dim, self.num_heads, self.num_kv_heads)
+
+    def _options(self, heads: Heads | None, device: torch.device) -> dict[str, Any]:
+        """Those of the attention function; the ring has no ALiBi and no dropout."""
+        options: dict[str, Any] = {
+            "causal": self.causal,
+            "window_size": self.window_size,
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "sinks": self.sinks if heads is None or self.sinks is None else heads.sinks(self.sinks),
+            "backend": self.backend,
+        }
+        if self.context_parallel_group is not None:
+            return options
+        slopes = None
+        if self.alibi:
+            slopes = alibi_slopes(self.num_heads if heads is None else heads.total, device)
+            slopes = slopes if heads is None else heads.of_heads(slopes, 0, "alibi")
+        return options | {
+            "alibi_slopes": slopes,
+            "dropout_p": self.dropout if self.training else 0.0,
+        }
+
+    def _sharding(self, q: Tensor) -> dict[str, Any] | None:
+        """Where the shards of ``q`` are, as arguments; None where it is a whole sequence."""
         group, placement = self.context_parallel_group, self.context_parallel_placement
         if group is None:
             return None
-        lengths = [x.shape[1]] * group.size()
+        lengths = [q.shape[-2]] * group.size()
         if placement == "contiguous":
-            lengths = distributed.shard_lengths(x, group=group)
+            lengths = distributed.shard_lengths(q, group=group, dim=2)
         return {"group": group, "placement": placement, "lengths": lengths}
 
     def _check_inputs(
@@ -242,11 +289,19 @@ class FlashAttention(nn.Module):
         group = self.context_parallel_group
         layout, ndim = ("(batch, sequence", 3) if cu_seqlens is None else ("(tokens", 2)
         for name, tensor in (("x", x), ("context", x if context is None else context)):
+            if not isinstance(tensor, Tensor):
+                # A tracer's own, where the layer is no submodule of what is traced.
+                proxy = ": trace a model that holds the layer" if isinstance(tensor, Proxy) else ""
+                raise TypeError(
+                    f"{name} must be a torch.Tensor, got {type(tensor).__name__}{proxy}"
+                )
             if tensor.ndim != ndim or tensor.shape[-1] != self.embed_dim:
                 raise ValueError(
                     f"{name} must be {layout}, embed_dim={self.embed_dim}), "
                     f"got {tuple(tensor.shape)}"
                 )
+        if cache is not None and not isinstance(cache, KVCache):
+            raise TypeError(f"cache must be a KVCache or None, got {type(cache).__name__}")
         if max_seqlen is not None and cu_seqlens is None:
             raise ValueError("max_seqlen needs cu_seqlens: it is about packed sequences")
         exclusions = (
@@ -296,121 +351,6 @@ class FlashAttention(nn.Module):
         if self.context_parallel_group is not None:
             parts.append(f"context_parallel={self.context_parallel_placement!r}")
         return ", ".join(parts)
-
-
-class KVCache:
-    """Keys and values of the positions a layer has already seen, for generation.
-
-    One for each layer; starts empty and grows as it must, in steps that double it, so that ``n``
-    tokens cost O(n) copying. Meant for inference: appending writes into one buffer.
-
-    Attributes:
-        length: number of positions held.
-
-    Example:
-        >>> layer, cache = FlashAttention(64, 4, causal=True).eval(), KVCache()
-        >>> with torch.inference_mode():
-        ...     prompt = layer(torch.randn(1, 100, 64), cache=cache)
-        ...     step = layer(torch.randn(1, 1, 64), cache=cache)
-        >>> cache.length
-        101
-    """
-
-    def __init__(self) -> None:
-        self.length = 0
-        self._buffers: list[Tensor] = []  # keys and values, (B, Hkv, capacity, D) each
-
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add positions ``(B, Hkv, S, D)``; returns all keys and values so far, as views.
-
-        Raises:
-            ValueError: they do not fit what the cache holds.
-        """
-        new = [key.detach(), value.detach()]
-        if not self._buffers:
-            self._buffers = [x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in new]
-        elif self._buffers[0].shape[:2] != key.shape[:2]:
-            raise ValueError(
-                f"the cache holds (batch, kv_heads) = {tuple(self._buffers[0].shape[:2])}, "
-                f"got keys of {tuple(key.shape)}"
-            )
-        stop = self.length + key.shape[2]
-        self._buffers = [self._with_room(buffer, stop) for buffer in self._buffers]
-        for buffer, x in zip(self._buffers, new, strict=True):
-            buffer[:, :, self.length : stop] = x
-        self.length = stop
-        return self._buffers[0][:, :, :stop], self._buffers[1][:, :, :stop]
-
-    def _with_room(self, buffer: Tensor, needed: int) -> Tensor:
-        batch, kv_heads, capacity, dim = buffer.shape
-        if needed <= capacity:
-            return buffer
-        grown = buffer.new_empty(batch, kv_heads, max(needed, 2 * capacity), dim)
-        grown[:, :, : self.length] = buffer[:, :, : self.length]
-        return grown
-
-
-# A step of one token has B * Hkv programs' worth of work, too few to fill a GPU: its keys are split
-# until there are this many, none shorter than MIN_SPLIT keys.
-PROGRAMS_TO_FILL_A_GPU = 256
-MIN_SPLIT = 256
-
-
-def attend_to_cache(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-    """:func:`flash_attention` of the newest queries to all keys; one token is split over the keys.
-
-    Args:
-        q: ``(B, H, S, D)``.
-        k: ``(B, Hkv, Sk, D)``.
-        v: ``(B, Hkv, Sk, Dv)``.
-        **options: those of :func:`flash_attention`.
-    """
-    batch, _, seqlen_q, _ = q.shape
-    splits = 1
-    if q.device.type != "cpu" and seqlen_q == 1:
-        wanted = PROGRAMS_TO_FILL_A_GPU // (batch * k.shape[1])
-        splits = max(1, min(wanted, k.shape[2] // MIN_SPLIT))
-    # ALiBi and a window count positions from the end of the keys, which a split no longer knows.
-    whole = options.get("alibi_slopes") is not None or options["window_size"][0] is not None
-    if splits == 1 or whole or options["dropout_p"] > 0:
-        return flash_attention(q, k, v, **options)
-    return split_attention(q, k, v, splits, **options)
-
-
-def split_attention(q: Tensor, k: Tensor, v: Tensor, splits: int, **options: Any) -> Tensor:
-    """One query against ``splits`` parts of the keys, side by side, merged by their LSE.
-
-    Args:
-        q: ``(B, H, 1, D)``, a query that sees every key.
-        k: ``(B, Hkv, Sk, D)``.
-        v: ``(B, Hkv, Sk, Dv)``.
-        splits: number of parts of equal length; the keys that are left over make one more.
-        **options: ``scale``, ``softcap``, ``sinks`` and ``backend`` of :func:`flash_attention`.
-    """
-    kept: dict[str, Any] = {name: options.get(name) for name in ("scale", "softcap")}
-    kept["backend"] = options.get("backend", "auto")
-    group_size, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
-    length = k.shape[2] // splits
-    # The parts become kv heads of their own; each keeps its group of query heads.
-    q_parts = rearrange(q, "b (h g) s d -> b h g s d", g=group_size)
-    q_parts = q_parts.unsqueeze(2).expand(-1, -1, splits, -1, -1, -1).flatten(1, 3)
-    k_parts, v_parts = (
-        rearrange(x[:, :, : splits * length], "b h (n s) d -> b (h n) s d", n=splits)
-        for x in (k, v)
-    )
-    out, lse = flash_attention(q_parts, k_parts, v_parts, return_lse=True, **kept)
-    unfold = {"h": kv_heads, "n": splits, "g": group_size}
-    out = rearrange(out, "b (h n g) s d -> n b (h g) s d", **unfold)
-    lse = rearrange(lse, "b (h n g) s -> n b (h g) s", **unfold)
-    states = [online_softmax.state_of(out[part], lse[part]) for part in range(splits)]
-    if splits * length < k.shape[2]:
-        rest = (x[:, :, splits * length :] for x in (k, v))
-        rest_out, rest_lse = flash_attention(q, *rest, return_lse=True, **kept)
-        states.append(online_softmax.state_of(rest_out, rest_lse))
-    if options.get("sinks") is not None:
-        sink = options["sinks"].to(lse.dtype).view(-1, 1).expand_as(lse[0])
-        states.append(online_softmax.state_of(torch.zeros_like(out[0]), sink))
-    return online_softmax.finalize(functools.reduce(online_softmax.merge, states)).to(q.dtype)
 
 
 def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:

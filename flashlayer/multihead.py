@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 from flashlayer.functional import (
@@ -17,6 +18,7 @@ from flashlayer.functional import (
     flash_attention,
     has_autocast,
 )
+from flashlayer.tracing import leaf_call
 
 # Attention weights computed at once, over all heads: 16 MB in fp32.
 WEIGHTS_AT_ONCE = 2**22
@@ -144,6 +146,11 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
             if row is not None:
                 nn.init.xavier_normal_(row)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """:meth:`forward` with its hooks; one node under ``torch.fx.symbolic_trace``."""
+        traced = leaf_call(self, args, kwargs)
+        return super().__call__(*args, **kwargs) if traced is None else traced
+
     def forward(
         self,
         query: Tensor,
@@ -218,7 +225,7 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         if self.training and self.dropout > 0:
             options["dropout_p"] = self.dropout
             if need_weights:  # they show the mask that the output was made with
-                options["dropout_seed"] = int(torch.randint(2**63 - 1, ()))
+                options["dropout_seed"] = torch.randint(2**63 - 1, (), device=q.device)
         result = flash_attention(
             q,
             k,
@@ -297,6 +304,12 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
                 F.linear(x, weight, bias)
                 for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
             )
+        for name, features in (("query", q), ("key", k), ("value", v)):
+            if features.shape[-1] != self.embed_dim:
+                raise _FailedShape(
+                    f"the projection of {name} must make embed_dim={self.embed_dim} features, got "
+                    f"{features.shape[-1]}: FlashAttention's heads can be sharded, these can't"
+                )
         if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat((k, self.bias_k.expand(len(k), 1, -1)), dim=1)
             v = torch.cat((v, self.bias_v.expand(len(v), 1, -1)), dim=1)
@@ -320,7 +333,9 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         )
         for name, x, _ in named:
             if not isinstance(x, Tensor):
-                raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+                # A tracer's own, where the module is no submodule of what is traced.
+                proxy = ": trace a model that holds the module" if isinstance(x, Proxy) else ""
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}{proxy}")
         try:
             batched = _shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         except AssertionError as error:
@@ -374,7 +389,7 @@ def attention_weights(
     attn_mask: Tensor | None = None,
     causal: bool = False,
     dropout_p: float = 0.0,
-    dropout_seed: int = 0,
+    dropout_seed: int | Tensor = 0,
 ) -> Tensor:
     """``exp(score - lse)``, ``(B, H, Sq, Sk)`` or averaged over heads ``(B, Sq, Sk)``.
 

@@ -36,9 +36,19 @@ ALLOWED = {
     "functional": {"autograd", "backends", "philox", "spec", "torch"},
     "tuning": {"backends/triton", "functional", "kernels", "spec", "torch", "triton"},
     "distributed": {"functional", "online_softmax", "spec", "torch"},
-    "modules": {"distributed", "functional", "online_softmax", "torch", "einops"},
-    "multihead": {"functional", "torch"},
-    "integrations/*": {"functional", "integrations", "multihead", "online_softmax", "torch"},
+    "heads": {"torch"},
+    "cache": {"functional", "online_softmax", "torch", "einops"},
+    "tracing": {"torch"},
+    "modules": {"cache", "distributed", "functional", "heads", "tracing", "torch", "einops"},
+    "multihead": {"functional", "tracing", "torch"},
+    "integrations/*": {
+        "functional",
+        "integrations",
+        "multihead",
+        "online_softmax",
+        "tracing",
+        "torch",
+    },
     "integrations/transformers": {"functional", "online_softmax", "torch", "transformers"},
 }
 

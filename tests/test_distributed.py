@@ -309,8 +309,11 @@ def check_helpers(rank: int, device: torch.device) -> None:
         ring_attention(q[:, :, :7], q[:, :, :7], q[:, :, :7], placement="zigzag")
     with pytest.raises(ValueError, match="placement must be 'contiguous' or 'zigzag', got 'up'"):
         ring_attention(q, q, q, placement="up")
-    with pytest.raises(ValueError, match="lengths must hold one number for each of"):
-        ring_attention(q, q, q, lengths=[8])
+    for lengths in ([8], torch.tensor([8])):
+        with pytest.raises(ValueError, match=r"lengths must hold one number .*, got \(8,\)"):
+            ring_attention(q, q, q, lengths=lengths)
+    as_tensor = torch.tensor([8] * ranks)
+    assert torch.equal(ring_attention(q, q, q, lengths=as_tensor), ring_attention(q, q, q))
     with pytest.raises(ValueError, match="shards of one sequence, got lengths 8 and 7"):
         ring_attention(q, q[:, :, :7], q[:, :, :7])
     with pytest.raises(ValueError, match=f"needs a sequence that {2 * ranks} divides"):

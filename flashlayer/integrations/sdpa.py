@@ -15,6 +15,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import TorchFunctionMode
 
 from flashlayer.functional import SUPPORTED_DTYPES, check_backend, flash_attention
+from flashlayer.tracing import is_proxy_type
 
 HOST = F.scaled_dot_product_attention
 
@@ -81,9 +82,10 @@ class override(TorchFunctionMode):
     fused fast path; with ``need_weights=False`` they are routed, with weights they don't use SDPA.
     Under ``torch.compile`` the block may be around the compiled function or inside it; Dynamo
     guards on it, so outside of the block the same function runs torch's. Only nn.MultiheadAttention
-    is left to torch there (:func:`flashlayer.swap_attention` replaces it). Activation
-    checkpoints run the forward again in the backward pass, so that belongs inside the block as
-    well. Every torch call in the block costs a few microseconds more.
+    is left to torch there (:func:`flashlayer.swap_attention` replaces it).
+    ``torch.fx.symbolic_trace`` records SDPA, which is routed if the graph runs in a block.
+    Activation checkpoints run the forward again in the backward pass, so that belongs inside the
+    block as well. Every torch call in the block costs a few microseconds more.
 
     Args:
         backend: as in :func:`flashlayer.flash_attention`.
@@ -112,6 +114,9 @@ class override(TorchFunctionMode):
     ) -> Any:
         """Take the calls of SDPA, pass all others on."""
         kwargs = kwargs or {}
+        if any(map(is_proxy_type, types)):
+            # Recorded as it is: the graph is routed, or not, where it runs.
+            return func(*args, **kwargs)
         plain = all(kind in (Tensor, torch.nn.Parameter) for kind in types)
         if func is HOST:
             known = all(kind in (Tensor, torch.nn.Parameter, CausalBias) for kind in types)

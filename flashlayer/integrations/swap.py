@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,9 @@ from flashlayer.functional import check_backend
 from flashlayer.multihead import FlashMultiheadAttention
 
 logger = logging.getLogger(__name__)
+
+# What is replaced; a forward that was put in its place later computes something else.
+HOST_FORWARD = nn.MultiheadAttention.forward
 
 
 def swap_attention(model: nn.Module, *, backend: str = "auto") -> list[str]:
@@ -29,9 +33,11 @@ def swap_attention(model: nn.Module, *, backend: str = "auto") -> list[str]:
     nested path would fill in zeros.
 
     A subclass of ``nn.MultiheadAttention`` that inherits ``forward`` is swapped and remains an
-    instance of its class. One with a ``forward`` of its own is left alone, for what it computes is
-    not known; so is one under ``torch.nn.utils.parametrize``, whose class is not its own. A
-    warning in this module's log names them.
+    instance of its class. Left alone, and named with the reason in a warning of this module's log,
+    are a class or a single module with a ``forward`` of its own, for what it computes is not known,
+    and a module under ``torch.nn.utils.parametrize``, whose class is not its own. The hooks of
+    Hugging Face accelerate put a ``forward`` on each module and call the one before: that is
+    swapped under them, and they stay.
 
     Args:
         model: any module; changed in place.
@@ -64,15 +70,15 @@ def swap_attention(model: nn.Module, *, backend: str = "auto") -> list[str]:
             continue
         if isinstance(module, FlashMultiheadAttention):
             continue
-        if parametrize.is_parametrized(module):
-            skipped.append(f"{name} (parametrized: remove that first)")
-        elif type(module).forward is nn.MultiheadAttention.forward:
-            module.__class__ = _flash_class(type(module))
-            assert isinstance(module, FlashMultiheadAttention)
-            module._become_flash(backend)
-            swapped.append(name)
-        else:
-            skipped.append(f"{name} ({type(module).__name__} has a forward of its own)")
+        reason = _why_not(module)
+        if reason is not None:
+            skipped.append(f"{name} ({reason})")
+            continue
+        module.__class__ = _flash_class(type(module))
+        assert isinstance(module, FlashMultiheadAttention)
+        module._become_flash(backend)
+        _rebind_forward(module)
+        swapped.append(name)
     if not swapped:
         found = f"; left alone: {', '.join(skipped)}" if skipped else ""
         raise ValueError(f"no nn.MultiheadAttention to swap in {type(model).__name__}{found}")
@@ -84,6 +90,37 @@ def swap_attention(model: nn.Module, *, backend: str = "auto") -> list[str]:
         ):
             module.use_nested_tensor = False
     return swapped
+
+
+def _why_not(module: nn.MultiheadAttention) -> str | None:
+    """Why another class would not change what ``module`` computes, or not rightly; else None."""
+    if parametrize.is_parametrized(module):
+        return "parametrized: remove that first"
+    if type(module).forward is not HOST_FORWARD:
+        return f"{type(module).__name__} has a forward of its own"
+    if "_call_impl" in vars(module):
+        return "its call was replaced on the instance: swap before that, or undo it first"
+    own = vars(module).get("forward")
+    if own is None or _is_hosts(own, module):
+        return None
+    if "_hf_hook" not in vars(module):
+        return "its forward was replaced on the instance: swap before that, or undo it first"
+    if not _is_hosts(vars(module).get("_old_forward"), module):
+        return "accelerate's hook is around another forward than torch's: remove the hook first"
+    return None
+
+
+def _is_hosts(function: Any, module: nn.Module) -> bool:
+    """Whether ``function`` is ``module.forward`` as the class has it, kept as an attribute."""
+    bound = isinstance(function, MethodType) and function.__self__ is module
+    return bound and function.__func__ is HOST_FORWARD
+
+
+def _rebind_forward(module: FlashMultiheadAttention) -> None:
+    """Methods of the class before, as accelerate keeps them on the instance."""
+    for name in ("forward", "_old_forward"):
+        if _is_hosts(vars(module).get(name), module):
+            setattr(module, name, MethodType(type(module).forward, module))
 
 
 @functools.cache

@@ -488,6 +488,21 @@ def test_biases_may_be_of_another_dtype_than_the_weights() -> None:
     torch.testing.assert_close(ours(x, x, x), host(x, x, x))
 
 
+@pytest.mark.parametrize("options", [{}, {"kdim": 10}], ids=str)
+def test_projections_of_some_heads_only_are_refused(options: dict[str, Any]) -> None:
+    """Weights that were cut to a rank's heads."""
+    ours = FlashMultiheadAttention(E, H, bias=False, **options)
+    if options:
+        ours.k_proj_weight = nn.Parameter(ours.k_proj_weight[: E // 2])
+    else:
+        ours.in_proj_weight = nn.Parameter(ours.in_proj_weight[: 3 * E // 2])
+    x = torch.randn(L, N, E)
+    key = torch.randn(L, N, ours.kdim)
+    for error in (ValueError, RuntimeError):
+        with pytest.raises(error, match=r"must make embed_dim=16 features, got 8"):
+            ours(x, key if options else x, x)
+
+
 def test_code_that_reads_the_module_finds_torchs_attributes() -> None:
     """What is passed on to F.multi_head_attention_forward, or asked by adapters."""
     for options in CONSTRUCTORS.values():

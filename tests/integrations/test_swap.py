@@ -1,6 +1,7 @@
 """swap_attention: models of torch's own modules before and after."""
 
 import copy
+import functools
 import pickle
 import warnings
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import flashlayer
-from flashlayer import FlashMultiheadAttention, swap_attention
+from flashlayer import FlashMultiheadAttention, multihead, swap_attention
 
 E, H = 16, 4
 
@@ -252,6 +254,210 @@ def test_a_parametrized_module_is_left_alone() -> None:
     nn.utils.parametrizations.weight_norm(model[0], "in_proj_weight")
     with pytest.raises(ValueError, match="parametrized: remove that first"):
         flashlayer.swap_attention(model)
+
+
+class OneLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(E, H, batch_first=True, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class DoubledInput:
+    """A hook as accelerate's: what is called before and after forward."""
+
+    no_grad = False
+
+    def pre_forward(self, module: nn.Module, *args: Tensor, **kwargs: Any) -> Any:
+        return tuple(2 * x for x in args), kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        return -output[0], output[1]
+
+
+def add_hook(module: nn.Module, hook: Any) -> None:
+    """What accelerate's add_hook_to_module leaves on a module: three attributes of the instance."""
+    if not hasattr(module, "_old_forward"):
+        module._old_forward = module.forward
+    module._hf_hook = hook
+
+    def hooked(module: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = module._hf_hook.pre_forward(module, *args, **kwargs)
+        return module._hf_hook.post_forward(module, module._old_forward(*args, **kwargs))
+
+    wrapped = functools.partial(hooked, module)
+    module.forward = functools.update_wrapper(wrapped, module._old_forward)
+
+
+def remove_hook(module: nn.Module) -> None:
+    """What its remove_hook_from_module leaves: a method of the class, on the instance."""
+    module.forward = module._old_forward
+    del module._old_forward, module._hf_hook
+
+
+@pytest.fixture
+def attentions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every call that a swapped module makes."""
+    calls, original = [], multihead.flash_attention
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(multihead, "flash_attention", counted)
+    return calls
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_module_with_accelerates_hook_is_swapped_under_it(
+    copied: bool, attentions: list[int]
+) -> None:
+    model, x = OneLayer(), torch.randn(3, 7, E, dtype=torch.float64)
+    plain = model(x)
+    for module in (model.attention, model.attention.out_proj):
+        add_hook(module, DoubledInput())
+    model.attention.out_proj._hf_hook.post_forward = lambda module, output: output / 2
+    expected = -(model.attention._old_forward(2 * x, 2 * x, 2 * x)[0])
+    if copied:
+        model = copy.deepcopy(model)
+    assert swap_attention(model) == ["attention"]
+    assert attentions == []
+    for once_more in (model, copy.deepcopy(model)):
+        torch.testing.assert_close(once_more(x), expected)
+    assert attentions == [1, 1]
+    for module in (model.attention, model.attention.out_proj):
+        remove_hook(module)
+    torch.testing.assert_close(model(x), plain)
+    assert attentions == [1, 1, 1]
+
+
+def test_a_hook_that_was_removed_leaves_a_method_that_is_swapped(attentions: list[int]) -> None:
+    model, x = OneLayer(), torch.randn(3, 7, E, dtype=torch.float64)
+    expected = model(x)
+    add_hook(model.attention, DoubledInput())
+    remove_hook(model.attention)
+    assert "forward" in vars(model.attention)
+    assert swap_attention(model) == ["attention"]
+    torch.testing.assert_close(model(x), expected)
+    assert attentions == [1]
+
+
+def patch_by_closure(module: Any) -> None:
+    original = module.forward
+    module.forward = lambda *args, **kwargs: original(*args, **kwargs)
+
+
+def patch_by_partial(module: Any) -> None:
+    module.forward = functools.partial(module.forward, need_weights=True)
+
+
+def patch_by_method(module: Any) -> None:
+    module.forward = functools.partial(nn.MultiheadAttention.forward, module)
+
+
+def patch_with_the_method_of_another(module: Any) -> None:
+    module.forward = nn.MultiheadAttention(E, H, batch_first=True, dtype=torch.float64).forward
+
+
+def patch_the_call(module: Any) -> None:
+    original = module.forward
+    module._call_impl = lambda *args, **kwargs: original(*args, **kwargs)
+
+
+def patch_by_compiling(module: Any) -> None:
+    module.forward = torch.compile(module.forward, backend="eager")
+
+
+def patch_then_hook(module: Any) -> None:
+    patch_by_closure(module)
+    add_hook(module, DoubledInput())
+
+
+@pytest.mark.parametrize(
+    ("patch", "reason"),
+    [
+        (patch_by_closure, "its forward was replaced on the instance"),
+        (patch_by_partial, "its forward was replaced on the instance"),
+        (patch_by_method, "its forward was replaced on the instance"),
+        (patch_with_the_method_of_another, "its forward was replaced on the instance"),
+        (patch_by_compiling, "its forward was replaced on the instance"),
+        (patch_the_call, "its call was replaced on the instance"),
+        (patch_then_hook, "accelerate's hook is around another forward than torch's"),
+    ],
+)
+def test_a_forward_of_the_instance_is_left_alone_and_named(
+    patch: Any, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.ModuleList([OneLayer(), OneLayer()])
+    patch(model[1].attention)
+    x = torch.randn(3, 7, E, dtype=torch.float64)
+    expected = model[1](x)
+    assert swap_attention(model) == ["0.attention"]
+    (message,) = [text for text in caplog.messages if text.startswith("not swapped")]
+    assert message.startswith(f"not swapped: 1.attention ({reason}")
+    assert type(model[1].attention) is nn.MultiheadAttention
+    assert torch.equal(model[1](x), expected)
+    assert reason in swap_names_or_error(nn.ModuleList([model[1]]))
+
+
+def test_a_patched_class_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = nn.MultiheadAttention.forward
+    monkeypatch.setattr(nn.MultiheadAttention, "forward", lambda *a, **k: original(*a, **k))
+    assert "has a forward of its own" in swap_names_or_error(OneLayer())
+
+
+def compile_module(model: OneLayer) -> Any:
+    model.attention.compile(backend="eager")
+    return model
+
+
+def compile_model_in_place(model: OneLayer) -> Any:
+    model.compile(backend="eager")
+    return model
+
+
+def compile_model(model: OneLayer) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("prepare", [compile_module, compile_model_in_place, compile_model])
+def test_what_was_compiled_before_computes_the_swapped_module(
+    prepare: Any, attentions: list[int]
+) -> None:
+    torch._dynamo.reset()
+    model, x = OneLayer(), torch.randn(3, 7, E, dtype=torch.float64)
+    compiled = prepare(model)
+    expected = compiled(x)
+    assert swap_attention(model) == ["attention"]
+    torch.testing.assert_close(compiled(x), expected)
+    assert attentions == [1]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda m: nn.utils.weight_norm(m, "in_proj_weight"),
+        lambda m: nn.utils.spectral_norm(m, "in_proj_weight"),
+        lambda m: prune.random_unstructured(m, "in_proj_weight", 0.4),
+        lambda m: nn.utils.parametrizations.weight_norm(m.out_proj, "weight"),
+    ],
+    ids=["weight_norm", "spectral_norm", "prune", "out_proj"],
+)
+def test_weights_that_hooks_compute(prepare: Any, attentions: list[int]) -> None:
+    model, x = OneLayer(), torch.randn(3, 7, E, dtype=torch.float64)
+    prepare(model.attention)
+    model.eval()
+    expected = model(x)
+    parameters = list(model.parameters())
+    grads = torch.autograd.grad(expected.square().sum(), parameters)
+    assert swap_attention(model) == ["attention"]
+    out = model(x)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), parameters), grads)
+    assert attentions == [1]
 
 
 def test_wrong_arguments_leave_the_model_as_it_was() -> None:

@@ -15,18 +15,31 @@ The arguments that several functions share:
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from flashlayer.functional import dropout_keep_mask, flash_attention, flash_attention_varlen
+from flashlayer.integrations.flash_attn.checks import (
+    check_block_table,
+    check_cache_arguments,
+    check_cache_lengths,
+    check_pages,
+    check_qkv,
+    check_rotary,
+    raises_runtime_error,
+    unpacked,
+)
 from flashlayer.integrations.flash_attn.layers.rotary import apply_rotary_emb
 
 WindowSize = tuple[int, int]
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
 
 
+@raises_runtime_error
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -48,8 +61,9 @@ def flash_attn_func(
         ``(B, Sq, H, D)``; with ``return_attn_probs`` also ``softmax_lse`` ``(B, H, Sq)`` and
         ``S_dmask``.
     """
+    check_qkv(q, k, v, ("batch", "sequence"))
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
-    dropout = _dropout(dropout_p, return_attn_probs)
+    dropout = _dropout(dropout_p, return_attn_probs, q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     result = flash_attention(q, k, v, **options, **dropout, return_lse=return_attn_probs)
     if isinstance(result, Tensor):
@@ -64,6 +78,7 @@ def flash_attn_func(
     return out.transpose(1, 2).contiguous(), lse, probabilities
 
 
+@raises_runtime_error
 def flash_attn_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -77,7 +92,7 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """:func:`flash_attn_func` with keys and values in one tensor ``(B, Sk, 2, Hkv, D)``."""
-    k, v = kv.unbind(2)
+    k, v = unpacked("kv", kv, 2, 2)
     return flash_attn_func(
         q,
         k,
@@ -93,6 +108,7 @@ def flash_attn_kvpacked_func(
     )
 
 
+@raises_runtime_error
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
     dropout_p: float = 0.0,
@@ -105,7 +121,7 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """:func:`flash_attn_func` with all three in one tensor ``(B, S, 3, H, D)``."""
-    q, k, v = qkv.unbind(2)
+    q, k, v = unpacked("qkv", qkv, 3, 2)
     return flash_attn_func(
         q,
         k,
@@ -121,6 +137,7 @@ def flash_attn_qkvpacked_func(
     )
 
 
+@raises_runtime_error
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -154,15 +171,17 @@ def flash_attn_varlen_func(
         ``(N, H, max_seqlen_q, max_seqlen_k)``.
     """
     if block_table is not None:
-        lengths = cu_seqlens_k.diff()
-        k, v = (_packed_pages(x, block_table, lengths) for x in (k, v))
+        check_block_table(block_table, len(cu_seqlens_k) - 1)
+        check_pages(block_table, cu_seqlens_k.diff(), k, "cu_seqlens_k")
+        k, v = (_packed_pages(x, block_table, cu_seqlens_k) for x in (k, v))
+    check_qkv(q, k, v, ("tokens",))
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes) | {
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": (max_seqlen_q := _integer(max_seqlen_q)),
-        "max_seqlen_k": (max_seqlen_k := _integer(max_seqlen_k)),
+        "max_seqlen_q": (max_seqlen_q := _longest(max_seqlen_q, q)),
+        "max_seqlen_k": (max_seqlen_k := _longest(max_seqlen_k, k)),
     }
-    dropout = _dropout(dropout_p, return_attn_probs)
+    dropout = _dropout(dropout_p, return_attn_probs, q.device)
     result = flash_attention_varlen(q, k, v, **options, **dropout, return_lse=return_attn_probs)
     if isinstance(result, Tensor):
         return result.contiguous()
@@ -170,20 +189,21 @@ def flash_attn_varlen_func(
     probabilities = q.new_empty(0)
     if dropout_p > 0:
         with torch.no_grad():
-            sequence, position = _unpack(len(q), cu_seqlens_q)
-            _, key_position = _unpack(len(k), cu_seqlens_k)
-            eye = torch.zeros(len(k), k.shape[1], max_seqlen_k, dtype=q.dtype, device=q.device)
-            eye[: len(key_position)].scatter_(
-                2, key_position.view(-1, 1, 1).expand(-1, k.shape[1], 1), 1
-            )
+            sequence, position = _unpack(len(q), cu_seqlens_q, max_seqlen_q)
+            _, key_position = _unpack(len(k), cu_seqlens_k, max_seqlen_k)
+            index = key_position.view(-1, 1, 1).expand(-1, k.shape[1], 1)
+            eye = q.new_zeros(len(k), k.shape[1], max(max_seqlen_k, 1)).scatter_(2, index, 1)
             packed: Any = flash_attention_varlen(q, k, eye, **options)  # [Tq, H, max_seqlen_k]
-            shape = (len(cu_seqlens_q) - 1, max_seqlen_q, q.shape[1], max_seqlen_k)
+            # One sequence more, for the tokens past the last one.
+            shape = len(cu_seqlens_q), max(max_seqlen_q, 1), q.shape[1], packed.shape[2]
             probabilities = q.new_zeros(shape)
-            probabilities[sequence, position] = packed[: len(position)]
-            probabilities = _sign_by_dropout(probabilities.transpose(1, 2), **dropout)
+            probabilities[sequence, position] = packed
+            probabilities = probabilities[:-1, :max_seqlen_q, :, :max_seqlen_k].transpose(1, 2)
+            probabilities = _sign_by_dropout(probabilities, **dropout)
     return out.contiguous(), lse, probabilities
 
 
+@raises_runtime_error
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -201,7 +221,7 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """:func:`flash_attn_varlen_func`, keys and values in one tensor ``(Tk, 2, Hkv, D)``."""
-    k, v = kv.unbind(1)
+    k, v = unpacked("kv", kv, 2, 1)
     return flash_attn_varlen_func(
         q,
         k,
@@ -221,6 +241,7 @@ def flash_attn_varlen_kvpacked_func(
     )
 
 
+@raises_runtime_error
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -235,7 +256,7 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """:func:`flash_attn_varlen_func` with all three in one tensor ``(T, 3, H, D)``."""
-    q, k, v = qkv.unbind(1)
+    q, k, v = unpacked("qkv", qkv, 3, 1)
     return flash_attn_varlen_func(
         q,
         k,
@@ -255,6 +276,7 @@ def flash_attn_varlen_qkvpacked_func(
     )
 
 
+@raises_runtime_error
 @torch.no_grad()
 def flash_attn_with_kvcache(
     q: Tensor,
@@ -309,47 +331,44 @@ def flash_attn_with_kvcache(
         ``(B, Sq, H, D)``; with ``return_softmax_lse`` also ``(B, H, Sq)``.
 
     Raises:
-        ValueError: an argument that another one needs is missing, or the cache is too short.
+        ValueError: an argument that another one needs is missing, the cache or the block table is
+            too short, or names what is not there; a RuntimeError as well.
     """
-    batch, seqlen_q, heads, _ = q.shape
-    rows, page = k_cache.shape[:2]
+    check_cache_arguments(
+        q,
+        k_cache,
+        v_cache,
+        k,
+        v,
+        rotary_cos,
+        rotary_sin,
+        cache_seqlens,
+        cache_batch_idx,
+        cache_leftpad,
+        block_table,
+    )
+    batch, seqlen_q, heads, head_dim = q.shape
+    page = k_cache.shape[1]
     capacity = page if block_table is None else page * block_table.shape[1]
-    _check_cache(k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, block_table)
-    if block_table is None and cache_batch_idx is None and rows != batch:
-        raise ValueError(
-            f"k_cache must have query's batch size {batch} without cache_batch_idx, got {rows}"
-        )
     filled = capacity if cache_seqlens is None else cache_seqlens
     if not isinstance(filled, Tensor):
         filled = torch.full((batch,), filled, device=q.device)
-    elif filled.shape != (batch,):
-        raise ValueError(
-            f"cache_seqlens must be an int or of shape ({batch},), got {tuple(filled.shape)}"
-        )
     filled = filled.long()
     stop = filled if k is None else filled + k.shape[1]
-    # To look at lengths on a GPU would wait for it, and in a graph that is compiled break it.
-    visible = stop.device.type == "cpu" and not torch.compiler.is_compiling()
-    if visible and (stop > capacity).any():
-        raise ValueError(f"k_cache holds {capacity} positions, cache_seqlens and k need {stop}")
+    check_cache_lengths(cache_leftpad, filled, stop, k_cache, cache_batch_idx, block_table)
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
     if k is not None and v is not None:
         if rotary_cos is not None and rotary_sin is not None:
+            by_position = causal or options["window_size"] != (None, None)
+            last = torch.maximum(stop, filled + seqlen_q) if by_position else stop
+            check_rotary(rotary_cos, rotary_sin, last, head_dim)
             rotary = (rotary_cos, rotary_sin, rotary_interleaved, False, filled)
             k = apply_rotary_emb(k, *rotary)
-            if causal or options["window_size"] != (None, None):
+            if by_position:
                 q = apply_rotary_emb(q, *rotary)
             else:  # every query at one position: they count as heads of one token
                 q = apply_rotary_emb(q.flatten(1, 2).unsqueeze(1), *rotary).view_as(q)
-        position = filled[:, None] + torch.arange(k.shape[1], device=q.device)  # [B, Snew]
-        if block_table is not None:
-            row, position = block_table.long().gather(1, position // page), position % page
-        elif cache_batch_idx is not None:
-            row = cache_batch_idx[:, None]
-        else:
-            row = torch.arange(batch, device=q.device)[:, None]
-        k_cache[row, position] = k
-        v_cache[row, position] = v
+        _write(k_cache, v_cache, k, v, filled, cache_batch_idx, block_table)
     if block_table is not None:
         used = _used_blocks(block_table, stop, page)
         k_cache, v_cache = (x[used].flatten(1, 2) for x in (k_cache, v_cache))
@@ -379,25 +398,34 @@ def flash_attn_with_kvcache(
     return (out, lse) if return_softmax_lse else out
 
 
-def _check_cache(
-    k: Tensor | None,
-    v: Tensor | None,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-    cache_seqlens: int | Tensor | None,
+def _write(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    filled: Tensor,
     cache_batch_idx: Tensor | None,
     block_table: Tensor | None,
 ) -> None:
-    if (k is None) != (v is None):
-        raise ValueError("k and v must be given together")
-    if (rotary_cos is None) != (rotary_sin is None):
-        raise ValueError("rotary_cos and rotary_sin must be given together")
-    if k is not None and cache_seqlens is None:
-        raise ValueError("cache_seqlens must be given with k: it says where k is written")
-    if rotary_cos is not None and k is None:
-        raise ValueError("rotary_cos needs k: the keys in the cache are rotated already")
-    if block_table is not None and cache_batch_idx is not None:
-        raise ValueError("cache_batch_idx can't be combined with block_table, which says as much")
+    """The new keys and values behind the ``filled`` positions of each row, in place."""
+    position = filled[:, None] + torch.arange(k.shape[1], device=k.device)  # [B, Snew]
+    if block_table is not None:
+        page = k_cache.shape[1]
+        row, position = block_table.long().gather(1, position // page), position % page
+    elif cache_batch_idx is not None:
+        row = cache_batch_idx[:, None]
+    else:
+        row = torch.arange(len(k), device=k.device)[:, None]
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        with _writable(cache):
+            cache[row, position] = new
+
+
+def _writable(cache: Tensor) -> AbstractContextManager[Any]:
+    """Only inference mode may write to a tensor that was made in it; Dynamo can't ask for it."""
+    if not torch.compiler.is_compiling() and cache.is_inference():
+        return torch.inference_mode()
+    return nullcontext()
 
 
 def _options(
@@ -408,6 +436,8 @@ def _options(
     alibi_slopes: Tensor | None,
 ) -> dict[str, Any]:
     """From flash_attn's way of saying "none" to flashlayer's."""
+    if len(window_size) != 2:
+        raise ValueError(f"window_size must be (left, right), got {len(window_size)} numbers")
     left, right = map(_integer, window_size)
     return {
         "scale": softmax_scale,
@@ -418,10 +448,10 @@ def _options(
     }
 
 
-def _dropout(dropout_p: float, show: bool) -> dict[str, Any]:
+def _dropout(dropout_p: float, show: bool, device: torch.device) -> dict[str, Any]:
     """With a seed of our own where the mask is to be shown."""
     if dropout_p > 0 and show:
-        return {"dropout_p": dropout_p, "dropout_seed": int(torch.randint(2**63 - 1, ()))}
+        return {"dropout_p": dropout_p, "dropout_seed": torch.randint(2**63 - 1, (), device=device)}
     return {"dropout_p": dropout_p}
 
 
@@ -430,26 +460,44 @@ def _integer(number: int | Tensor) -> int:
     return int(number) if isinstance(number, Tensor) else number
 
 
-def _sign_by_dropout(probabilities: Any, dropout_p: float, dropout_seed: int) -> Tensor:
+def _longest(max_seqlen: int | Tensor, tokens: Tensor) -> int:
+    """A bound on the longest sequence; of a tensor without values, all tokens."""
+    if isinstance(max_seqlen, FakeTensor):
+        return tokens.shape[0]
+    return _integer(max_seqlen)
+
+
+def _sign_by_dropout(probabilities: Any, dropout_p: float, dropout_seed: Tensor) -> Tensor:
     batch, heads, rows, keys = probabilities.shape
     device = probabilities.device
     kept = dropout_keep_mask(batch, heads, rows, keys, dropout_p, dropout_seed, device)
     return torch.where(kept, probabilities, -probabilities)
 
 
-def _unpack(tokens: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Sequence of every token, and its position there; tokens past the last sequence left out."""
-    token = torch.arange(min(tokens, int(cu_seqlens[-1])), device=cu_seqlens.device)
+def _unpack(tokens: int, cu_seqlens: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """Sequence of every token, and its position there; both of tokens past the last are bounded."""
+    token = torch.arange(tokens, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
-    return sequence, token - cu_seqlens[sequence]
+    return sequence, (token - cu_seqlens[sequence]).clamp(max=max(longest - 1, 0))
 
 
-def _packed_pages(pages: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
+def _packed_pages(pages: Tensor, block_table: Tensor, cu_seqlens: Tensor) -> Tensor:
     """``(blocks, page, Hkv, D)`` to the packed ``(Tk, Hkv, D)``."""
-    used = _used_blocks(block_table, lengths, pages.shape[1])
-    rows = pages[used].flatten(1, 2)  # [N, capacity, Hkv, D]
-    filled = torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]
-    return rows[filled]
+    page, per_row = pages.shape[1], block_table.shape[1]
+    # Where the sum of the lengths can't be read there are as many tokens as the table holds: those
+    # past the last sequence take no part.
+    tokens = int(cu_seqlens[-1]) if _is_readable(cu_seqlens) else page * block_table.numel()
+    token = torch.arange(tokens, device=pages.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+    inside = sequence < block_table.shape[0]
+    sequence = torch.where(inside, sequence, 0)
+    position = torch.where(inside, token - cu_seqlens[sequence], 0)
+    used = _used_blocks(block_table, cu_seqlens.diff(), page)
+    return pages[used[sequence, (position // page).clamp(max=per_row - 1)], position % page]
+
+
+def _is_readable(x: Tensor) -> bool:
+    return not isinstance(x, FakeTensor) and not torch.compiler.is_compiling()
 
 
 def _used_blocks(block_table: Tensor, lengths: Tensor, page: int) -> Tensor:

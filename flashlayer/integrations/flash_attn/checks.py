@@ -1,0 +1,312 @@
+"""What a call of :mod:`flash_attn_interface` must look like, in flash_attn's names and layouts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+# flash_attn raises RuntimeError for whatever its C++ checks refuse; this library raises ValueError,
+# TypeError and, where an index leaves a table, torch's IndexError. Callers of either find what they
+# look for.
+class _FailedValue(ValueError, RuntimeError):
+    pass
+
+
+class _FailedType(TypeError, RuntimeError):
+    pass
+
+
+class _FailedIndex(IndexError, RuntimeError):
+    pass
+
+
+_FAILED = {ValueError: _FailedValue, TypeError: _FailedType, IndexError: _FailedIndex}
+
+
+def raises_runtime_error(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """``function``, whose errors are a ``RuntimeError`` too."""
+
+    @functools.wraps(function)
+    def door(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        try:
+            return function(*args, **kwargs)
+        except tuple(_FAILED) as error:
+            if isinstance(error, RuntimeError):
+                raise
+            kind = next(kind for base, kind in _FAILED.items() if isinstance(error, base))
+            raise kind(str(error)) from error
+
+    return door
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether looking at the values of ``x`` waits for no GPU and breaks no graph."""
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def unpacked(name: str, x: Tensor, count: int, dim: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values that lie in one tensor, ``count`` in dimension ``dim``."""
+    layout = "(tokens, " if dim == 1 else "(batch, sequence, "
+    if not isinstance(x, Tensor) or x.ndim != dim + 3 or x.shape[dim] != count:
+        raise ValueError(f"{name} must be {layout}{count}, heads, head_dim), got {_shape(x)}")
+    return x.unbind(dim)
+
+
+def check_qkv(q: Any, k: Any, v: Any, layout: tuple[str, ...]) -> None:
+    """Shapes of one call.
+
+    Args:
+        q: ``(B, Sq, H, D)``, packed ``(Tq, H, D)``.
+        k: ``(B, Sk, Hkv, D)``, packed ``(Tk, Hkv, D)``.
+        v: likewise; its ``D`` may differ.
+        layout: names of the dimensions before the heads.
+
+    Raises:
+        TypeError: one is not a tensor.
+        ValueError: they don't fit each other.
+    """
+    names = ", ".join((*layout, "heads", "head_dim"))
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.ndim != len(layout) + 2:
+            raise ValueError(f"{name} must be ({names}), got {tuple(x.shape)}")
+    if k.shape[-1] != q.shape[-1] or (len(layout) == 2 and k.shape[0] != q.shape[0]):
+        raise ValueError(
+            f"k must be ({names}) with q's {'batch and ' if len(layout) == 2 else ''}head_dim, "
+            f"got q {tuple(q.shape)} and k {tuple(k.shape)}"
+        )
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(
+            f"v must be k's shape but for head_dim, got k {tuple(k.shape)} and v {tuple(v.shape)}"
+        )
+    _check_heads(q, "k's and v's", k)
+
+
+def _check_heads(q: Tensor, of_keys: str, k: Tensor) -> None:
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if heads == 0 or kv_heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"q's heads must be a positive multiple of {of_keys}, got {heads} and {kv_heads}"
+        )
+
+
+def check_cache_arguments(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    cache_seqlens: int | Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    block_table: Tensor | None,
+) -> None:
+    """Which arguments need each other, and their shapes.
+
+    Raises:
+        TypeError: a tensor is none.
+        ValueError: they don't fit each other.
+    """
+    _check_cache_tensors(q, k_cache, v_cache, block_table is not None)
+    if (k is None) != (v is None):
+        raise ValueError("k and v must be given together")
+    if (rotary_cos is None) != (rotary_sin is None):
+        raise ValueError("rotary_cos and rotary_sin must be given together")
+    if k is not None and cache_seqlens is None:
+        raise ValueError("cache_seqlens must be given with k: it says where k is written")
+    if rotary_cos is not None and k is None:
+        raise ValueError("rotary_cos needs k: the keys in the cache are rotated already")
+    if block_table is not None and cache_batch_idx is not None:
+        raise ValueError("cache_batch_idx can't be combined with block_table, which says as much")
+    batch = q.shape[0]
+    if block_table is None and cache_batch_idx is None and k_cache.shape[0] != batch:
+        raise ValueError(
+            f"k_cache must have query's batch size {batch} without cache_batch_idx, "
+            f"got {k_cache.shape[0]}"
+        )
+    # Written to the cache by indices, which would broadcast them.
+    for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        if x is None or k is None:
+            continue
+        expected = (batch, k.shape[1], *cache.shape[2:])
+        if x.shape != expected:
+            raise ValueError(f"{name} must be {expected} to fit the cache, got {tuple(x.shape)}")
+        if x.dtype != cache.dtype:
+            raise TypeError(f"{name} must be {cache.dtype} as {name}_cache, got {x.dtype}")
+    if isinstance(cache_seqlens, Tensor) and cache_seqlens.shape != (batch,):
+        raise ValueError(
+            f"cache_seqlens must be an int or of shape ({batch},), got {tuple(cache_seqlens.shape)}"
+        )
+    for name, x in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
+        if x is not None and x.shape != (batch,):
+            raise ValueError(f"{name} must be of shape ({batch},), got {_shape(x)}")
+    if block_table is not None:
+        check_block_table(block_table, batch)
+
+
+def _check_cache_tensors(q: Any, k_cache: Any, v_cache: Any, paged: bool) -> None:
+    pages = ("blocks", "page") if paged else ("batch", "sequence")
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.ndim != 4:
+            first = ("batch", "sequence") if name == "q" else pages
+            raise ValueError(
+                f"{name} must be ({', '.join(first)}, heads, head_dim), got {tuple(x.shape)}"
+            )
+    if v_cache.shape[:3] != k_cache.shape[:3]:
+        raise ValueError(
+            f"v_cache must be k_cache's shape but for head_dim, "
+            f"got k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)}"
+        )
+    if k_cache.shape[3] != q.shape[3]:
+        raise ValueError(
+            f"k_cache must have q's head_dim {q.shape[3]}, got k_cache {tuple(k_cache.shape)}"
+        )
+    _check_heads(q, "k_cache's", k_cache)
+
+
+def check_block_table(block_table: Any, sequences: int) -> None:
+    """Its shape.
+
+    Raises:
+        TypeError: it is no tensor of integers.
+        ValueError: it hasn't a row for each sequence.
+    """
+    if not isinstance(block_table, Tensor) or block_table.dtype not in (torch.int32, torch.int64):
+        kind = block_table.dtype if isinstance(block_table, Tensor) else type(block_table).__name__
+        raise TypeError(f"block_table must be an int32 or int64 tensor, got {kind}")
+    if block_table.ndim != 2 or block_table.shape[0] != sequences:
+        raise ValueError(
+            f"block_table must be (sequences={sequences}, blocks of a sequence), "
+            f"got {tuple(block_table.shape)}"
+        )
+
+
+def check_pages(block_table: Tensor, lengths: Tensor, pages: Tensor, needed_by: str) -> None:
+    """That the table has room for every sequence and names pages that are there.
+
+    Args:
+        block_table: ``(N, blocks of a sequence)``.
+        lengths: ``(N,)``, positions of each sequence.
+        pages: ``(blocks, page, Hkv, D)``.
+        needed_by: the arguments that ``lengths`` came from.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if not (has_values(block_table) and has_values(lengths)):
+        return
+    blocks, page = pages.shape[:2]
+    per_row = block_table.shape[1]
+    longest = int(lengths.max()) if len(lengths) else 0
+    if longest > per_row * page:
+        raise ValueError(
+            f"block_table holds {per_row} pages of {page} = {per_row * page} positions a "
+            f"sequence, {needed_by} need {longest}"
+        )
+    used = block_table[page * torch.arange(per_row) < lengths[:, None]]
+    wrong = used[(used < 0) | (used >= blocks)]
+    if len(wrong):
+        raise ValueError(
+            f"block_table must name pages 0 to {blocks - 1} of k and v where a sequence has one, "
+            f"got {int(wrong[0])}"
+        )
+
+
+def check_cache_lengths(
+    start: Tensor | None,
+    filled: Tensor,
+    stop: Tensor,
+    k_cache: Tensor,
+    cache_batch_idx: Tensor | None,
+    block_table: Tensor | None,
+) -> None:
+    """The values of what :func:`check_cache_arguments` saw the shapes of.
+
+    Args:
+        start: ``(B,)``, ``cache_leftpad``.
+        filled: ``(B,)``, ``cache_seqlens``.
+        stop: ``(B,)``, the same with the new keys.
+        k_cache: the cache, or its pages.
+        cache_batch_idx: ``(B,)``, rows of the cache.
+        block_table: which pages hold a sequence.
+
+    Raises:
+        ValueError: one of them leaves the cache.
+    """
+    if not has_values(stop) or len(stop) == 0:
+        return
+    capacity = k_cache.shape[1]
+    if block_table is None and int(stop.max()) > capacity:
+        raise ValueError(
+            f"k_cache holds {capacity} positions, cache_seqlens and k need {int(stop.max())}"
+        )
+    if int(filled.min()) < 0:
+        raise ValueError(f"cache_seqlens must be at least 0, got {int(filled.min())}")
+    if start is not None and has_values(start):
+        outside = (start < 0) | (start > stop)
+        if outside.any():
+            row = int(outside.nonzero()[0])
+            raise ValueError(
+                f"cache_leftpad must be from 0 to the {int(stop[row])} positions of row {row}, "
+                f"got {int(start[row])}"
+            )
+    if cache_batch_idx is not None and has_values(cache_batch_idx):
+        wrong = cache_batch_idx[(cache_batch_idx < 0) | (cache_batch_idx >= k_cache.shape[0])]
+        if len(wrong):
+            raise ValueError(
+                f"cache_batch_idx must name rows 0 to {k_cache.shape[0] - 1} of the cache, "
+                f"got {int(wrong[0])}"
+            )
+    if block_table is not None:
+        check_pages(block_table, stop, k_cache, "cache_seqlens and k")
+
+
+def check_rotary(rotary_cos: Tensor, rotary_sin: Tensor, last: Tensor, head_dim: int) -> None:
+    """The tables of angles.
+
+    Args:
+        rotary_cos: ``(positions, R / 2)``.
+        rotary_sin: likewise.
+        last: positions that are looked up end before the largest of these.
+        head_dim: ``D``.
+
+    Raises:
+        ValueError: they don't fit.
+    """
+    if rotary_cos.ndim != 2 or rotary_cos.shape != rotary_sin.shape:
+        raise ValueError(
+            f"rotary_cos and rotary_sin must be (positions, rotated features / 2), "
+            f"got {tuple(rotary_cos.shape)} and {tuple(rotary_sin.shape)}"
+        )
+    if 2 * rotary_cos.shape[1] > head_dim:
+        raise ValueError(
+            f"rotary_cos must rotate at most head_dim={head_dim} features, "
+            f"got {2 * rotary_cos.shape[1]}"
+        )
+    if has_values(last) and len(last) and int(last.max()) > rotary_cos.shape[0]:
+        raise ValueError(
+            f"rotary_cos holds {rotary_cos.shape[0]} positions, cache_seqlens and the new tokens "
+            f"need {int(last.max())}"
+        )
+
+
+def _shape(x: Any) -> Any:
+    return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
