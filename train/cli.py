@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from tokenizers import Tokenizer
 
 from train import RunError, UsageError
@@ -30,7 +31,6 @@ from train.lit import GPTModule
 from train.metrics import MetricsFile
 from train.model import GPTConfig
 from train.parity import ParityOptions, run_parity
-from train.progress import progress
 from train.ranks import in_ranks
 from train.stop import StopAtNonFinite, StopAtSignal, Stopped
 
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             summary = run_parity(config.parity, shlex.join(["python", "-m", "train", *arguments]))
             return 0 if summary["verdict"] == "pass" else 1
-    except (ArgumentError, UsageError) as error:
+    except (ArgumentError, UsageError, MisconfigurationException) as error:
         print(f"error: {_sentence(error)}", file=sys.stderr)
         return 2
     except RunError as error:
@@ -135,7 +135,7 @@ def fit(config: Namespace) -> None:
         Stopped: after Ctrl-C or SIGTERM, once the checkpoint is saved.
         RunError: the run can't go on; its last good checkpoint is as it was.
     """
-    check(config)
+    check(config, "fit", logger=[], plugins=[WholeCheckpointIO()])
     InsightOptions(**config.insight.as_dict())
     CheckpointOptions(**config.checkpoint.as_dict())
     folder = RUNS / config.name / "checkpoints"
@@ -160,11 +160,10 @@ def fit_rank(config: Namespace, folder: Path) -> None:
             Checkpoints(folder, CheckpointOptions(**config.checkpoint.as_dict())),
             StopAtNonFinite(config.trainer.log_every_n_steps or 50),
             Insight(InsightOptions(**config.insight.as_dict())),
-            *progress(config.name),
         ],
+        label=config.name,
         logger=[metrics, *boards(config.name, step)],
         plugins=[WholeCheckpointIO()],
-        enable_model_summary=False,
     )
     if found:
         _require_same_run(*found, module, data)
@@ -181,7 +180,9 @@ def fit_rank(config: Namespace, folder: Path) -> None:
                 f"{folder / 'last.ckpt'}"
             )
         raise
-    print(f"trained {trainer.global_step} steps: {folder / 'last.ckpt'}")
+    # None, where trainer.max_time was over at once.
+    kept = f": {folder / 'last.ckpt'}" if trainer.global_step else ""
+    print(f"trained {trainer.global_step} steps{kept}")
 
 
 def _require_same_run(path: Path, saved: dict[str, Any], module: GPTModule, data: TextData) -> None:

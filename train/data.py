@@ -17,7 +17,7 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any, cast
 
-import datasets
+import datasets.config
 import huggingface_hub
 import lightning as L
 import numpy as np
