@@ -34,7 +34,7 @@ BYTES_VOCAB = 257  # every byte, and the end of a document
 # Part of the key of the cached text: datasets keys a generator by its name and arguments, not by
 # its code. To be raised whenever the same files are read as another text.
 READER = 2
-# GPT-2's pre-tokenizer with at most 64 characters a piece. A merge rescans every piece that it
+# GPT-2's pre-tokenizer with at most 64 characters a piece (a space and 63). A merge rescans every piece that it
 # occurs in, so that training on one unbroken run of n characters would take n^2.
 PIECE_CHARACTERS = 64
 PIECES = Regex(

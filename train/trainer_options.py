@@ -59,7 +59,9 @@ SPREAD = "parallel.data, parallel.context and parallel.shard say how a run is sp
 
 FIT: dict[str, Only] = {
     "accelerator": Only(
-        "the name of one", "an object can't be compared with what is there", _is_duration
+        "a name",
+        "an object can't be compared with what the machine has",
+        lambda value: isinstance(value, str),
     ),
     "strategy": _alone("auto", SPREAD),
     "devices": WORKS,  # or refused, see train.config.check_parallel

@@ -3,6 +3,8 @@
 import csv
 import inspect
 import os
+import runpy
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers.logger import Logger
 
+from train import RunError
 from train.cli import main, make_parser
 from train.parity import train_arm
 from train.trainer_options import FIT, PARITY
@@ -98,10 +101,13 @@ NOTES = ("--trainer.logger+", f"{Notes.__module__}.Notes")
 
 @pytest.fixture(autouse=True)
 def switches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Lightning sets some options for the whole process."""
+    """Lightning sets some options for the whole process: all off before, and as they were after."""
     monkeypatch.setitem(os.environ, "CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    yield
+    monkeypatch.setattr("train.insight.MATMULS", 1)  # a third of a second a run
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(before)
     torch.backends.cudnn.benchmark = False
 
 
@@ -126,12 +132,6 @@ def trained(steps: int) -> Callable[[Probe, str], bool]:
 Works = tuple[str, str, tuple[str, ...], Callable[[Probe, str], bool]]
 SIX = ("--trainer.max_steps", "6")
 FIT_WORKS: list[Works] = [
-    ("accelerator", "auto", (), trained(2)),
-    ("accelerator", "cpu", (), trained(2)),
-    ("strategy", "auto", (), trained(2)),
-    ("devices", "1", (), trained(2)),
-    ("devices", "auto", (), trained(2)),
-    ("num_nodes", "1", (), trained(2)),
     ("precision", "32-true", (), lambda probe, _: probe.dtype == torch.float32),
     ("precision", "64", (), lambda probe, _: probe.dtype == torch.float64),
     ("precision", "bf16-true", (), lambda probe, _: probe.dtype == torch.bfloat16),
@@ -146,17 +146,12 @@ FIT_WORKS: list[Works] = [
     ("callbacks", "ModelSummary", (), trained(2)),
     ("callbacks", "ModelCheckpoint", (), trained(2)),
     ("callbacks", "TQDMProgressBar", (), trained(2)),
-    ("fast_dev_run", "false", (), trained(2)),
-    ("max_epochs", "-1", (), trained(2)),
-    ("max_epochs", "null", (), trained(2)),
-    ("min_epochs", "null", (), trained(2)),
     ("max_steps", "3", (), trained(3)),
     ("min_steps", "4", (*SIX, "--trainer.callbacks.stop_at", "1"), trained(4)),
     ("min_steps", "0", (*SIX, "--trainer.callbacks.stop_at", "1"), trained(1)),
     ("min_steps", "null", (*SIX, "--trainer.callbacks.stop_at", "1"), trained(1)),
     ("max_time", "00:00:00:00", SIX, trained(0)),
     ("max_time", "{hours: 1}", (), trained(2)),
-    ("limit_train_batches", "1.0", (), trained(2)),
     (
         "limit_val_batches",
         "3",
@@ -170,9 +165,6 @@ FIT_WORKS: list[Works] = [
         lambda probe, _: probe.validations[0][1] == probe.trainer.num_val_batches[0] > 4,
     ),
     ("limit_val_batches", "0", (), lambda probe, _: probe.sanity_batches == 0),
-    ("limit_test_batches", "1.0", (), trained(2)),
-    ("limit_predict_batches", "null", (), trained(2)),
-    ("overfit_batches", "0.0", (), trained(2)),
     (
         "val_check_interval",
         "2",
@@ -186,7 +178,6 @@ FIT_WORKS: list[Works] = [
         lambda probe, _: [step for step, _ in probe.validations] == [1, 2],
     ),
     ("val_check_interval", "{hours: 1}", SIX, lambda probe, _: probe.validations == []),
-    ("check_val_every_n_epoch", "null", (), trained(2)),
     ("num_sanity_val_steps", "0", (), lambda probe, _: probe.sanity_batches == 0),
     ("num_sanity_val_steps", "1", (), lambda probe, _: probe.sanity_batches == 1),
     (
@@ -215,28 +206,44 @@ FIT_WORKS: list[Works] = [
     ("deterministic", "true", (), mode("deterministic")),
     ("deterministic", "warn", (), mode("deterministic, warn")),
     ("benchmark", "true", (), mode("benchmark")),
-    ("inference_mode", "true", (), mode("inference")),
+    # Of a validation outside a fit, which only an arm has: within one it is no_grad.
     ("inference_mode", "false", (), mode("no inference")),
-    ("use_distributed_sampler", "false", (), trained(2)),
     ("profiler", "simple", (), printed("run_training_batch")),
     ("profiler", "advanced", (), printed("Ordered by: cumulative time")),
     ("profiler", "SimpleProfiler", (), printed("run_training_batch")),
     ("detect_anomaly", "true", (), mode("anomaly")),
-    ("barebones", "false", (), trained(2)),
-    ("plugins", "null", (), trained(2)),
-    ("sync_batchnorm", "true", (), trained(2)),
-    ("reload_dataloaders_every_n_epochs", "0", (), trained(2)),
-    ("default_root_dir", "null", (), trained(2)),
     ("enable_autolog_hparams", "true", NOTES, lambda *_: "gpt" in Notes.last.hyperparameters),
     ("enable_autolog_hparams", "false", NOTES, lambda *_: Notes.last.hyperparameters == {}),
-    ("model_registry", "null", (), trained(2)),
 ]
+# All at once: values that ask for nothing but what is done anyway.
+FIT_TAKES: dict[str, str] = {
+    "accelerator": "auto",
+    "strategy": "auto",
+    "devices": "1",
+    "num_nodes": "1",
+    "fast_dev_run": "false",
+    "max_epochs": "-1",
+    "min_epochs": "0",
+    "limit_train_batches": "1.0",
+    "limit_test_batches": "1.0",
+    "limit_predict_batches": "1.0",
+    "overfit_batches": "0.0",
+    "check_val_every_n_epoch": "null",
+    "use_distributed_sampler": "false",
+    "barebones": "false",
+    "plugins": "null",
+    "sync_batchnorm": "true",  # of none
+    "reload_dataloaders_every_n_epochs": "0",
+    "default_root_dir": "null",
+    "model_registry": "null",
+}
+CPU = "lightning.pytorch.accelerators.CPUAccelerator"
 EPOCHS = "a run counts steps, its batches never end"
 # Option, its value, and what the sentence says.
 FIT_REFUSES: list[tuple[str, str, str]] = [
     ("accelerator", "warp", "invalid accelerator name"),
     ("accelerator", "tpu", "'torch_xla"),
-    ("accelerator", "CPUAccelerator", "trainer.accelerator must be the name of one"),
+    ("accelerator", f"{{class_path: {CPU}}}", "trainer.accelerator must be a name"),
     ("strategy", "ddp", "parallel.shard say how a run is spread over processes"),
     ("devices", "2", "trainer.devices (2) must be parallel.data x parallel.context"),
     ("devices", "-1", "trainer.devices (-1) must be"),
@@ -296,25 +303,15 @@ FIT_REFUSES: list[tuple[str, str, str]] = [
     ("model_registry", "model", "a run is kept in runs/<name>"),
 ]
 PARITY_REFUSES: list[tuple[str, str, str]] = [
-    *(
-        refused
-        for refused in FIT_REFUSES
-        if refused[0] not in ("logger", "log_every_n_steps", "val_check_interval")
-        and refused[:2]
-        not in [
-            ("enable_checkpointing", "false"),
-            ("num_sanity_val_steps", "-2"),
-            ("accumulate_grad_batches", "0"),
-            ("max_time", "soon"),
-            ("max_time", "{moons: 1}"),
-            ("limit_val_batches", "-1"),
-            ("profiler", "quick"),
-            ("profiler", "xla"),
-            ("precision", "transformer-engine"),
-        ]
-    ),
+    ("accelerator", "warp", "invalid accelerator name"),
+    ("fast_dev_run", "true", "trainer.max_steps under a --name of its own"),
+    ("max_epochs", "1", f"trainer.max_epochs must be left alone, not 1: {EPOCHS}"),
+    ("limit_train_batches", "5", "data.max_bytes for less text"),
+    ("barebones", "true", "trainer.barebones must be left alone, not True"),
+    ("plugins", "TorchCheckpointIO", "trainer.plugins must be left alone"),
+    ("gradient_clip_algorithm", "vague", "Allowed algorithms: ['value', 'norm']"),
     ("logger", "true", "report's metrics.csv"),
-    ("logger", "CSVLogger", "report's metrics.csv"),
+    ("logger", NOTES[1], "report's metrics.csv"),
     ("enable_checkpointing", "true", "an arm is trained in one go"),
     ("num_sanity_val_steps", "2", "the loss at step 0"),
     ("log_every_n_steps", "1", "report's metrics.csv"),
@@ -343,7 +340,8 @@ PARITY_WORKS: list[Works] = [
         lambda probe, _: (probe.sanity_batches, probe.validations) == (3, [(2, 3)]),
     ),
     ("gradient_clip_val", "0.01", (), lambda probe, _: 0.009 < probe.gradients < 0.0101),
-    ("inference_mode", "false", (), mode("no inference")),
+    ("inference_mode", "true", (), mode("inference")),
+    ("inference_mode", "false", (), lambda probe, _: "inference" not in probe.modes),
     ("deterministic", "true", (), mode("deterministic")),
     ("detect_anomaly", "true", (), mode("anomaly")),
 ]
@@ -364,7 +362,7 @@ def test_every_option_of_lightning_is_in_the_table(table: dict[str, object]) -> 
 
 def test_every_option_of_lightning_is_tried() -> None:
     worked, refused = ({case[0] for case in cases} for cases in (FIT_WORKS, FIT_REFUSES))
-    assert worked == set(OPTIONS)
+    assert worked | set(FIT_TAKES) == set(OPTIONS)
     assert refused == set(OPTIONS)
 
 
@@ -390,7 +388,60 @@ def test_fit_does_what_the_option_says(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main([*fit_arguments, *arguments(option, value, further)]) == 0
-    assert seen(Probe.last, capsys.readouterr().out)
+    assert seen(Probe.last, capsys.readouterr().out), Probe.last.modes
+
+
+def test_fit_takes_every_default_by_its_name(fit_arguments: list[str]) -> None:
+    given = [f"--trainer.{name}={value}" for name, value in FIT_TAKES.items()]
+    assert main([*fit_arguments, "--trainer.max_steps", "2", *PROBE, *given]) == 0
+    assert Probe.last.steps == 2
+    nulls = [f"--trainer.{name}=null" for name in ("max_epochs", "min_epochs", "logger")]
+    assert main([*fit_arguments, "--trainer.max_steps", "3", *PROBE, *nulls]) == 0
+    assert Probe.last.steps == 3
+
+
+def test_what_callbacks_keep_is_in_the_checkpoint_that_a_run_goes_on_from(
+    fit_arguments: list[str],
+) -> None:
+    stopping = ["--trainer.callbacks+", "EarlyStopping", "--trainer.callbacks.monitor", "val_loss"]
+    best = ["--trainer.callbacks+", "ModelCheckpoint", "--trainer.callbacks.monitor", "val_loss"]
+    time = ["--trainer.max_time", "00:01:00:00"]
+    line = [*fit_arguments, *PROBE, *stopping, *best, *time, "--trainer.val_check_interval", "1"]
+    assert main([*line, "--trainer.max_steps", "3"]) == 0
+    assert main([*line, "--trainer.max_steps", "5"]) == 0
+    states = {type(one).__name__: one.state_dict() for one in Probe.last.trainer.callbacks}
+    assert [step for step, _ in Probe.last.validations] == [4, 5]
+    assert states["Timer"]["time_elapsed"]["train"] > 0
+    validated = torch.load(FOLDER / "checkpoints/last.ckpt", weights_only=True)["callbacks"]
+    (found,) = (state for name, state in validated.items() if name.startswith("EarlyStopping"))
+    assert found["best_score"] == states["EarlyStopping"]["best_score"] < 5.5
+
+
+def test_the_run_of_no_time_promises_no_checkpoint(
+    fit_arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*fit_arguments, "--trainer.max_time", "00:00:00:00"]) == 0
+    assert capsys.readouterr().out.endswith("trained 0 steps\n")
+
+
+def test_an_arm_that_ends_early_is_no_arm(parity_arguments: list[str]) -> None:
+    line = [*parity_arguments, *PROBE, "--trainer.callbacks.stop_at", "3"]
+    with pytest.raises(RunError, match="ended the arm flash after 3 of 12 steps"):
+        train_arm(make_parser().parse_args(line).parity, "flash")
+
+
+def test_the_status_of_a_failed_verdict_is_no_crash(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def crash() -> None:
+        raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr("train.cli.main", crash)
+    monkeypatch.setattr(sys, "warnoptions", [])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_module("train", run_name="__main__")
+    assert exit_.value.code == 3
+    assert "ZeroDivisionError: a fault of ours" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("option", "value", "words"), FIT_REFUSES)
@@ -436,4 +487,4 @@ def test_an_arm_does_what_the_option_says(
 ) -> None:
     line = [*parity_arguments, *arguments(option, value, further)]
     train_arm(make_parser().parse_args(line).parity, "flash")
-    assert seen(Probe.last, capsys.readouterr().out)
+    assert seen(Probe.last, capsys.readouterr().out), Probe.last.modes
