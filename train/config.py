@@ -136,6 +136,12 @@ def check_parallel(config: Namespace) -> None:
             f"parallel.data x parallel.context is {ranks} and this machine has {gpus} "
             f"GPU{'s' * (gpus > 1)}: set trainer.accelerator to cpu, or use fewer ranks"
         )
+    if ranks > 1 and not isinstance(trainer.val_check_interval, int):
+        # Lightning asks each rank's own clock, and one that is late would wait for the others.
+        raise UsageError(
+            "trainer.val_check_interval must be a number of batches with more than one rank, not "
+            f"{trainer.val_check_interval!r}: ranks would not agree on a time"
+        )
     if parallel.shard and ranks == 1:
         raise UsageError("parallel.shard needs more than one rank: raise parallel.data")
     if config.data.batch_size % parallel.data:

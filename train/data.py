@@ -34,8 +34,8 @@ BYTES_VOCAB = 257  # every byte, and the end of a document
 # Part of the key of the cached text: datasets keys a generator by its name and arguments, not by
 # its code. To be raised whenever the same files are read as another text.
 READER = 2
-# GPT-2's pre-tokenizer with at most 64 characters a piece (a space and 63). A merge rescans every piece that it
-# occurs in, so that training on one unbroken run of n characters would take n^2.
+# GPT-2's pre-tokenizer with at most 64 characters a piece, a space and 63. A merge rescans every
+# piece that it occurs in, so that training on one unbroken run of n characters would take n^2.
 PIECE_CHARACTERS = 64
 PIECES = Regex(
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,#}| ?\p{N}{1,#}| ?[^\s\p{L}\p{N}]{1,#}"
@@ -125,6 +125,23 @@ class TextData(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The tokenizer travels in every checkpoint, so that sampling needs nothing else."""
         return {"tokenizer": self.tokenizer.to_str()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on with other tokens than the checkpoint's.
+
+        Raises:
+            UsageError: the tokenizer has been trained again, on other text or by other rules.
+        """
+        # The vocabulary and the merges; how a text is cut before that changes no token's meaning.
+        saved, now = (
+            json.loads(text)["model"] for text in (state_dict["tokenizer"], self.tokenizer.to_str())
+        )
+        if saved != now:
+            raise UsageError(
+                "the checkpoint was made with another tokenizer than the corpus "
+                f"{self.hparams['corpus']!r} gives now: choose another --name, or delete it to "
+                "start anew"
+            )
 
     @property
     def _corpus_options(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 import io
 import itertools
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,6 +100,18 @@ def test_bytes_in_are_the_bytes_trained_on(tmp_path: Path, name: str) -> None:
     assert sorted(text.encode() for text in trained_on) == sorted(filter(None, contents))
     if name == "bytes":
         assert [len(ids) for ids in documents] == [len(text.encode()) for text in trained_on]
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe:400"])
+def test_every_character_comes_back(tmp_path: Path, name: str) -> None:
+    points = [point for point in range(0x110000) if not 0xD800 <= point < 0xE000]
+    random.Random(0).shuffle(points)
+    text = "".join(map(chr, points[:40_000])) + "".join(map(chr, range(0x3000)))
+    (tmp_path / "characters").write_bytes(text.encode())
+    documents = load_documents(f"files:{tmp_path}/characters", 10**6)
+    assert documents["text"] == [text]
+    tokenizer = load_tokenizer(name, documents)
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe:300"])

@@ -424,6 +424,13 @@ def test_the_run_of_no_time_promises_no_checkpoint(
     assert capsys.readouterr().out.endswith("trained 0 steps\n")
 
 
+def test_ranks_validate_by_batches_and_not_by_their_clocks(
+    fit_arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [*fit_arguments, "--parallel.data", "2", "--trainer.val_check_interval", "00:00:01:00"]
+    refused(line, "trainer.val_check_interval must be a number of batches with more than", capsys)
+
+
 def test_an_arm_that_ends_early_is_no_arm(parity_arguments: list[str]) -> None:
     line = [*parity_arguments, *PROBE, "--trainer.callbacks.stop_at", "3"]
     with pytest.raises(RunError, match="ended the arm flash after 3 of 12 steps"):
