@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 
 # Spawned children import this file again; the guard keeps Lightning out of those that only time one
 # layer.
@@ -21,4 +22,10 @@ if __name__ == "__main__":
 
     from train.cli import main
 
-    sys.exit(main())
+    try:
+        status = main()
+    except Exception:
+        # Python's own status for it, 1, is that of a verdict that is fail.
+        traceback.print_exc()
+        status = 3
+    sys.exit(status)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from tokenizers import Tokenizer
 
 from train import RunError, UsageError
@@ -23,14 +24,13 @@ from train.checkpoint import (
 )
 from train.compare import compare
 from train.config import RUNS, as_parallel, build, check, quiet, training_parser
-from train.data import END_OF_DOCUMENT, TextData
+from train.data import END_OF_DOCUMENT, TextData, literal
 from train.disk import held
 from train.insight import Insight, InsightOptions, boards
 from train.lit import GPTModule
 from train.metrics import MetricsFile
 from train.model import GPTConfig
 from train.parity import ParityOptions, run_parity
-from train.progress import progress
 from train.ranks import in_ranks
 from train.stop import StopAtNonFinite, StopAtSignal, Stopped
 
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = make_parser().parse_args(arguments)
         command = config.subcommand
         if command == "sample":
-            print(sample(**config.sample.as_dict()))
+            _print_text(sample(**config.sample.as_dict()))
         elif command == "compare":
             print(compare(**config.compare.as_dict()))
         elif command == "fit":
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             summary = run_parity(config.parity, shlex.join(["python", "-m", "train", *arguments]))
             return 0 if summary["verdict"] == "pass" else 1
-    except (ArgumentError, UsageError) as error:
+    except (ArgumentError, UsageError, MisconfigurationException) as error:
         print(f"error: {_sentence(error)}", file=sys.stderr)
         return 2
     except RunError as error:
@@ -66,6 +66,12 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 128 + getattr(stop, "signal", signal.SIGINT)
     return 0
+
+
+def _print_text(text: str) -> None:
+    """Print what a model wrote, whatever the terminal can show: the rest of it as escapes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, errors="backslashreplace").decode(encoding))
 
 
 def _sentence(error: BaseException) -> str:
@@ -129,7 +135,7 @@ def fit(config: Namespace) -> None:
         Stopped: after Ctrl-C or SIGTERM, once the checkpoint is saved.
         RunError: the run can't go on; its last good checkpoint is as it was.
     """
-    check(config)
+    check(config, "fit", logger=[], plugins=[WholeCheckpointIO()])
     InsightOptions(**config.insight.as_dict())
     CheckpointOptions(**config.checkpoint.as_dict())
     folder = RUNS / config.name / "checkpoints"
@@ -154,11 +160,10 @@ def fit_rank(config: Namespace, folder: Path) -> None:
             Checkpoints(folder, CheckpointOptions(**config.checkpoint.as_dict())),
             StopAtNonFinite(config.trainer.log_every_n_steps or 50),
             Insight(InsightOptions(**config.insight.as_dict())),
-            *progress(config.name),
         ],
+        label=config.name,
         logger=[metrics, *boards(config.name, step)],
         plugins=[WholeCheckpointIO()],
-        enable_model_summary=False,
     )
     if found:
         _require_same_run(*found, module, data)
@@ -175,7 +180,9 @@ def fit_rank(config: Namespace, folder: Path) -> None:
                 f"{folder / 'last.ckpt'}"
             )
         raise
-    print(f"trained {trainer.global_step} steps: {folder / 'last.ckpt'}")
+    # None, where trainer.max_time was over at once.
+    kept = f": {folder / 'last.ckpt'}" if trainer.global_step else ""
+    print(f"trained {trainer.global_step} steps{kept}")
 
 
 def _require_same_run(path: Path, saved: dict[str, Any], module: GPTModule, data: TextData) -> None:
@@ -205,7 +212,8 @@ def sample(
 
     Args:
         checkpoint: file that ``fit`` made.
-        prompt: text to continue, at most as long as the model's context.
+        prompt: text to continue, at most as long as the model's context. An empty one begins a
+            document; the text ``<|endofdocument|>`` is the characters it is made of.
         count: tokens to add.
         temperature: lower is more predictable.
         top_k: choose among this many most likely tokens.
@@ -213,14 +221,21 @@ def sample(
         attention: any of the model's attentions; they compute the same.
 
     Returns:
-        The prompt and its continuation.
+        The prompt and its continuation. Bytes that are no UTF-8, such as a character that the last
+        token has cut, are U+FFFD.
     """
     if count < 1 or temperature <= 0 or top_k < 1:
         raise UsageError("count and top_k must be at least 1 and temperature above 0")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # of an argument with bytes that are no UTF-8
+        raise UsageError(
+            f"the prompt must be UTF-8 text, and is none at character {error.start}"
+        ) from error
     saved = read_checkpoint(checkpoint)
     try:
         shape: GPTConfig = replace(saved["hyper_parameters"]["gpt"], attention=attention)
-        tokenizer = Tokenizer.from_str(saved["TextData"]["tokenizer"])
+        tokenizer = literal(Tokenizer.from_str(saved["TextData"]["tokenizer"]))
         module = GPTModule(**(saved["hyper_parameters"] | {"gpt": shape}))
         module.load_state_dict(saved["state_dict"])
     except UsageError:

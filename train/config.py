@@ -11,10 +11,13 @@ from typing import Any
 import datasets
 import lightning as L
 import torch
-from jsonargparse import Namespace
+from jsonargparse import ArgumentError, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
 from train import UsageError
@@ -22,16 +25,22 @@ from train.data import TextData, vocab_size
 from train.lit import GPTModule
 from train.model import BACKENDS, GPTConfig
 from train.parallel import Parallel
+from train.progress import progress
+from train.trainer_options import Command, check_options
 
 RUNS = Path("runs")
+# Besides its own; a class that the configuration names as a callback or logger has the same.
+CONSTRUCTOR_ERRORS = (ValueError, TypeError, RuntimeError, LookupError, AttributeError, OSError)
 
 # A run counts steps, not epochs: its batches never end, see train.data.StepSampler.
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
+    "min_epochs": 0,  # left out it is 1 with min_steps, and nothing could stop the run early
     "max_steps": 200,
     "gradient_clip_val": 1.0,
     "check_val_every_n_epoch": None,
     "val_check_interval": 50,
+    "use_distributed_sampler": False,
 }
 
 
@@ -56,20 +65,50 @@ def training_parser(description: str) -> LightningArgumentParser:
     return parser
 
 
-def check(config: Namespace) -> None:
-    """Refuse what can't be trained, before anything is written; fills the data cache on the way."""
+def check(config: Namespace, command: Command, **trainer_options: Any) -> None:
+    """Refuse what can't be trained, before anything is written; fills the data cache on the way.
+
+    Args:
+        config: what :func:`training_parser` parsed.
+        command: who asks.
+        trainer_options: override ``config.trainer`` when it is built.
+    """
     GPTConfig(**config.model.gpt.as_dict())
-    if config.trainer.max_steps < 1:
-        raise UsageError(f"trainer.max_steps must be at least 1, not {config.trainer.max_steps}")
+    check_options(config.trainer, command)
     if config.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UsageError(
             f"trainer.accelerator is {config.trainer.accelerator!r} but PyTorch finds no GPU on "
             "this machine: use a machine that has one, or a configuration for the CPU"
         )
     check_parallel(config)
+    _check_constructor(config, trainer_options)
     data = TextData(**config.data.as_dict())
     data.prepare_data()
     data.setup()
+    _check_validation(config, len(data.val_blocks))
+
+
+def _check_constructor(config: Namespace, trainer_options: dict[str, Any]) -> None:
+    """Refuse what Lightning's constructor refuses: names it doesn't know, a missing package."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(L.Trainer, "trainer")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the run's own trainer gives them
+            options = parser.instantiate(Namespace(trainer=config.trainer.clone())).trainer
+            make_trainer(options.as_dict(), as_parallel(config.parallel), [], **trainer_options)
+    except (MisconfigurationException, ArgumentError, ImportError, *CONSTRUCTOR_ERRORS) as error:
+        raise UsageError(f"Lightning refuses the trainer's options: {error}") from error
+
+
+def _check_validation(config: Namespace, blocks: int) -> None:
+    """Refuse a part of the validation that is less than a batch."""
+    limit, batches = config.trainer.limit_val_batches, -(-blocks // config.data.batch_size)
+    if isinstance(limit, float) and 0 < limit * batches < 1:
+        raise UsageError(
+            f"trainer.limit_val_batches ({limit}) of {batches} batches is less than one: give at "
+            f"least {1 / batches:.3g}, a number of batches, or 0 for no validation"
+        )
 
 
 def check_parallel(config: Namespace) -> None:
@@ -86,11 +125,6 @@ def check_parallel(config: Namespace) -> None:
     if parallel.timeout <= 0:
         raise UsageError(f"parallel.timeout must be above 0, not {parallel.timeout}")
     ranks, trainer = parallel.ranks, config.trainer
-    if trainer.strategy != "auto" or trainer.num_nodes != 1:
-        raise UsageError(
-            "trainer.strategy and trainer.num_nodes must be left alone: parallel.data, "
-            "parallel.context and parallel.shard say how a run is spread over processes"
-        )
     if str(trainer.devices) not in ("auto", str(ranks)):
         raise UsageError(
             f"trainer.devices ({trainer.devices}) must be parallel.data x parallel.context "
@@ -101,6 +135,12 @@ def check_parallel(config: Namespace) -> None:
         raise UsageError(
             f"parallel.data x parallel.context is {ranks} and this machine has {gpus} "
             f"GPU{'s' * (gpus > 1)}: set trainer.accelerator to cpu, or use fewer ranks"
+        )
+    if ranks > 1 and not isinstance(trainer.val_check_interval, int):
+        # Lightning asks each rank's own clock, and one that is late would wait for the others.
+        raise UsageError(
+            "trainer.val_check_interval must be a number of batches with more than one rank, not "
+            f"{trainer.val_check_interval!r}: ranks would not agree on a time"
         )
     if parallel.shard and ranks == 1:
         raise UsageError("parallel.shard needs more than one rank: raise parallel.data")
@@ -157,32 +197,82 @@ def strategy(parallel: Parallel) -> Strategy | str:
 
 
 def build(
-    config: Namespace, callbacks: list[L.Callback], **trainer_options: Any
+    config: Namespace,
+    callbacks: list[L.Callback],
+    *,
+    label: str | None = None,
+    **trainer_options: Any,
 ) -> tuple[L.Trainer, GPTModule, TextData]:
     """The objects that ``config`` describes; the weights are drawn from ``config.seed`` alone.
 
     Args:
         config: what :func:`training_parser` parsed.
         callbacks: added to the ones in ``config.trainer``.
-        trainer_options: override ``config.trainer``.
+        label: show progress under this name, unless ``config.trainer`` has a bar of its own or
+            wants none.
+        trainer_options: override ``config.trainer``; loggers are added to the ones there.
     """
     quiet()
     L.seed_everything(config.seed, verbose=False)
     objects = training_parser("").instantiate(config)
-    options = objects.trainer.as_dict() | trainer_options
-    options["callbacks"] = [*(objects.trainer.callbacks or []), *callbacks]
-    options |= {
-        "devices": objects.parallel.ranks,
-        "strategy": strategy(objects.parallel),
-        "use_distributed_sampler": False,  # the ranks read the same batches, see train.parallel
-    }
-    if objects.parallel.ranks > 1 and not torch.cuda.is_available():
-        options["accelerator"] = "cpu"  # "auto" may be a GPU that has no process groups
-    options["enable_progress_bar"] = any(
-        isinstance(callback, ProgressBar) for callback in options["callbacks"]
-    )
+    options = objects.trainer.as_dict()
+    has_bar = any(isinstance(one, ProgressBar) for one in _listed(options["callbacks"]))
+    if label is not None and options["enable_progress_bar"] is not False and not has_bar:
+        callbacks = [*callbacks, *progress(label)]
     objects.model.parallel = objects.parallel
-    return L.Trainer(**options), objects.model, objects.data
+    trainer = make_trainer(options, objects.parallel, callbacks, **trainer_options)
+    return trainer, objects.model, objects.data
+
+
+def make_trainer(
+    options: dict[str, Any],
+    parallel: Parallel,
+    callbacks: list[L.Callback],
+    **trainer_options: Any,
+) -> L.Trainer:
+    """Lightning's trainer.
+
+    Args:
+        options: instantiated ``config.trainer``.
+        parallel: how the run is spread.
+        callbacks: added to the ones in ``options``.
+        trainer_options: override ``options``; loggers are added to the ones there.
+    """
+    loggers = [] if options["logger"] is True else _listed(options["logger"])
+    options |= trainer_options
+    if isinstance(options["logger"], list):
+        options["logger"] = [*options["logger"], *loggers]
+    options["callbacks"] = [*_listed(options["callbacks"]), *callbacks]
+    options |= {
+        "devices": parallel.ranks,
+        "strategy": strategy(parallel),
+        "enable_model_summary": options["enable_model_summary"] is True,
+    }
+    if parallel.ranks > 1 and not torch.cuda.is_available():
+        options["accelerator"] = "cpu"  # "auto" may be a GPU that has no process groups
+    if options["enable_progress_bar"] is not False:
+        options["enable_progress_bar"] = any(
+            isinstance(callback, ProgressBar) for callback in options["callbacks"]
+        )
+    trainer = L.Trainer(**options)
+    profiler = trainer.profiler  # pyright: ignore[reportAttributeAccessIssue]
+    if profiler.filename is None:
+        # It would describe what it found to Lightning's log, which quiet() has silenced.
+        profiler.describe = lambda: _print_profile(profiler)
+    return trainer
+
+
+def _listed(value: Any) -> list[Any]:
+    """An option that may be nothing, one object or several, as a list."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+@rank_zero_only
+def _print_profile(profiler: Profiler) -> None:
+    if found := profiler.summary():
+        print(found, flush=True)
 
 
 def quiet() -> None:

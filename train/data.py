@@ -1,28 +1,47 @@
 """Text to packed fixed-length blocks; blocks to batches keyed by step and seed alone."""
 
+import codecs
 import glob
+import hashlib
 import itertools
+import json
 import os
 import random
+import sys
 import sysconfig
 import urllib.request
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, cast
 
+import datasets.config
 import huggingface_hub
 import lightning as L
 import numpy as np
+import pyarrow
 from datasets import Dataset, Features, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, Sampler
 
 from train import UsageError
 
 END_OF_DOCUMENT = "<|endofdocument|>"
 BYTES_VOCAB = 257  # every byte, and the end of a document
+# Part of the key of the cached text: datasets keys a generator by its name and arguments, not by
+# its code. To be raised whenever the same files are read as another text.
+READER = 2
+# GPT-2's pre-tokenizer with at most 64 characters a piece, a space and 63. A merge rescans every
+# piece that it occurs in, so that training on one unbroken run of n characters would take n^2.
+PIECE_CHARACTERS = 64
+PIECES = Regex(
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,#}| ?\p{N}{1,#}| ?[^\s\p{L}\p{N}]{1,#}"
+    r"|\s{1,#}(?!\S)|\s{1,#}".replace("#", str(PIECE_CHARACTERS - 1))
+)
+DOCUMENTS_AT_ONCE = 64  # encoded together; an encoding takes some hundred bytes a token
 
 Fingerprints = tuple[tuple[str, int, int], ...]
 
@@ -50,11 +69,12 @@ class TextData(L.LightningDataModule):
             context: tokens the model reads at once.
             seed: of the order of the training blocks.
             corpus: ``stdlib`` (the sources of Python's own library), ``files:<glob>`` (your UTF-8
-                text) or ``hub:<name>`` (a dataset of the Hugging Face hub with a "text" column and
-                a "train" split).
+                text, trained on byte for byte: line ends, a byte order mark and the text of special
+                tokens stay as they are) or ``hub:<name>`` (a dataset of the Hugging Face hub with a
+                "text" column and a "train" split).
             tokenizer: ``bytes``, or ``bpe:<vocabulary size>`` trained on the corpus.
             batch_size: blocks per batch.
-            max_bytes: read no more text than this.
+            max_bytes: read no more bytes of text than this.
             val_fraction: part of the blocks held out for validation.
         """
         super().__init__()
@@ -105,6 +125,23 @@ class TextData(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The tokenizer travels in every checkpoint, so that sampling needs nothing else."""
         return {"tokenizer": self.tokenizer.to_str()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on with other tokens than the checkpoint's.
+
+        Raises:
+            UsageError: the tokenizer has been trained again, on other text or by other rules.
+        """
+        # The vocabulary and the merges; how a text is cut before that changes no token's meaning.
+        saved, now = (
+            json.loads(text)["model"] for text in (state_dict["tokenizer"], self.tokenizer.to_str())
+        )
+        if saved != now:
+            raise UsageError(
+                "the checkpoint was made with another tokenizer than the corpus "
+                f"{self.hparams['corpus']!r} gives now: choose another --name, or delete it to "
+                "start anew"
+            )
 
     @property
     def _corpus_options(self) -> dict[str, Any]:
@@ -159,20 +196,38 @@ def load_blocks(
     corpus: str, tokenizer: str, context: int, max_bytes: int
 ) -> tuple[Dataset, Tokenizer]:
     """A dataset with one column ``tokens``, of ``context + 1`` ids, and its tokenizer."""
-    documents = load_documents(corpus, max_bytes)
-    trained = load_tokenizer(tokenizer, documents)
-    block = context + 1
-    blocks = documents.map(
-        pack,
-        batched=True,
-        batch_size=len(
-            documents
-        ),  # one batch: blocks run on across documents, and only the very end is cut off
-        fn_kwargs={"tokenizer": trained.to_str(), "block": block},
-        remove_columns="text",
-        features=Features({"tokens": List(Value("int32"), length=block)}),
-    )
+    with _readable_cache():
+        documents = load_documents(corpus, max_bytes)
+        trained = load_tokenizer(tokenizer, documents)
+        block = context + 1
+        blocks = documents.map(
+            pack,
+            batched=True,
+            batch_size=len(
+                documents
+            ),  # one batch: blocks run on across documents, and only the very end is cut off
+            fn_kwargs={"tokenizer": trained.to_str(), "block": block},
+            remove_columns="text",
+            features=Features({"tokens": List(Value("int32"), length=block)}),
+        )
     return blocks, trained
+
+
+@contextmanager
+def _readable_cache() -> Iterator[None]:
+    """Say in one sentence where the cache is that can't be read or written.
+
+    Raises:
+        UsageError: a file in it is damaged or out of reach, or the disk is full.
+    """
+    try:
+        yield
+    except (OSError, pyarrow.ArrowException) as error:
+        folder = Path(datasets.config.HF_DATASETS_CACHE) / "generator"
+        raise UsageError(
+            f"the cache of prepared text in {folder} can't be used ({error}): make room or delete "
+            "the folder, it is filled again from the corpus"
+        ) from error
 
 
 def pack(texts: dict[str, list[str]], tokenizer: str, block: int) -> dict[str, np.ndarray]:
@@ -181,15 +236,27 @@ def pack(texts: dict[str, list[str]], tokenizer: str, block: int) -> dict[str, n
     Every token lands in exactly one block, in order; fewer than ``block`` tokens at the very end
     are left out.
     """
-    encoder = Tokenizer.from_str(tokenizer)
+    encoder = literal(Tokenizer.from_str(tokenizer))
     end = [encoder.token_to_id(END_OF_DOCUMENT)]
+    documents = texts["text"]
     row = [
         np.array(encoding.ids + end, np.int32)
-        for encoding in encoder.encode_batch_fast(texts["text"])
+        for first in range(0, len(documents), DOCUMENTS_AT_ONCE)
+        for encoding in encoder.encode_batch_fast(documents[first : first + DOCUMENTS_AT_ONCE])
     ]
     tokens = np.concatenate(row)
     whole = len(tokens) // block * block
     return {"tokens": tokens[:whole].reshape(-1, block)}
+
+
+def literal(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, set to read ``<|endofdocument|>`` in a text as the characters it is made of.
+
+    Only :func:`pack` and an empty prompt use the token. The setting is not part of a tokenizer's
+    JSON: it has to be made wherever one is loaded.
+    """
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def load_tokenizer(tokenizer: str, documents: Dataset) -> Tokenizer:
@@ -200,9 +267,15 @@ def load_tokenizer(tokenizer: str, documents: Dataset) -> Tokenizer:
     size = vocab_size(tokenizer)
     cache = Path(documents.cache_files[0]["filename"]).with_name(f"bpe-{size}.json")
     if cache.exists():
-        return Tokenizer.from_file(str(cache))
+        cached = _cached_tokenizer(cache, size)
+        if cached is not None:
+            return literal(cached)
+        print(
+            f"warning: {cache} is damaged or of other options: the tokenizer is trained again",
+            file=sys.stderr,
+        )
     trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.pre_tokenizer = _pre_tokenizer()
     trained.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
@@ -211,39 +284,66 @@ def load_tokenizer(tokenizer: str, documents: Dataset) -> Tokenizer:
         show_progress=False,
     )
     trained.train_from_iterator(documents["text"], trainer)
+    text = trained.to_str()
     unfinished = cache.with_suffix(f".{os.getpid()}")
-    trained.save(str(unfinished))
+    unfinished.write_text(
+        json.dumps({"digest": _tokenizer_digest(size, text), "tokenizer": text}), encoding="utf-8"
+    )
     unfinished.replace(cache)
-    return trained
+    return literal(trained)
+
+
+def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    """Cuts a text into bounded pieces and spells each in the alphabet of bytes."""
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(PIECES, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _cached_tokenizer(cache: Path, size: int) -> Tokenizer | None:
+    """The tokenizer in the file, or None if it is not what :func:`load_tokenizer` wrote there."""
+    try:
+        saved = json.loads(cache.read_bytes())
+        whole = saved["digest"] == _tokenizer_digest(size, saved["tokenizer"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None  # not a file, not JSON, or JSON of something else
+    return Tokenizer.from_str(saved["tokenizer"]) if whole else None
+
+
+def _tokenizer_digest(size: int, tokenizer: str) -> str:
+    """Fingerprint of a trained tokenizer and of the options that it was trained with."""
+    options = (size, PIECE_CHARACTERS, END_OF_DOCUMENT)
+    return hashlib.blake2b(repr((options, tokenizer)).encode(), digest_size=16).hexdigest()
 
 
 def load_documents(corpus: str, max_bytes: int) -> Dataset:
     """A dataset with one column ``text``, a document a row, cached by what it is read from."""
     kind, _, where = (part.strip() for part in corpus.partition(":"))
     if corpus == "stdlib":
-        read, source = (
-            read_files,
-            {"files": _fingerprints(Path(sysconfig.get_path("stdlib")).glob("*.py"))},
-        )
+        found = Path(sysconfig.get_path("stdlib")).glob("*.py")
+        read, source = read_files, {"files": _fingerprints(found)}
     elif kind == "files" and where:
-        read, source = (
-            read_files,
-            {"files": _fingerprints(map(Path, glob.iglob(where, recursive=True)))},
-        )
+        # A name may hold the characters of a pattern.
+        names = [where] if os.path.isfile(where) else glob.iglob(where, recursive=True)
+        read, source = read_files, {"files": _fingerprints(map(Path, names))}
     elif kind == "hub" and where:
         read, source = read_hub, {"name": where}
     else:
         raise UsageError(f"unknown corpus {corpus!r}: use stdlib, files:<glob> or hub:<name>")
     if source.get("files") == ():
-        raise UsageError(f"no file matches the corpus {corpus!r}")
+        hint = f": it is a folder, its files are files:{where}/**" if os.path.isdir(where) else ""
+        raise UsageError(f"no file matches the corpus {corpus!r}{hint}")
     try:
         return Dataset.from_generator(
             read,
             features=Features({"text": Value("large_string")}),
-            gen_kwargs={**source, "max_bytes": max_bytes},
+            gen_kwargs={**source, "max_bytes": max_bytes, "reader": READER},
         )
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UsageError):
+        if isinstance(error.__cause__, UsageError | OSError):
             raise error.__cause__ from error
         raise
 
@@ -251,33 +351,79 @@ def load_documents(corpus: str, max_bytes: int) -> Dataset:
 def _fingerprints(paths: Iterable[Path]) -> Fingerprints:
     """Every file's path, time and size: keyed by them, a cache serves no old text.
 
+    A file that is reached by several names (links, a pattern with ``**`` twice) counts once: a
+    second copy would put training text into the held-out part.
+
     The order is shuffled, the same everywhere: the files at the end, which are held out, and those
     that ``max_bytes`` leaves out are then like the others.
     """
-    files = sorted(path for path in paths if path.is_file())
-    random.Random(0).shuffle(files)
-    stats = ((str(path), path.stat()) for path in files)
+    files: dict[tuple[int, int], tuple[str, int, int]] = {}
+    for path in sorted(path for path in paths if path.is_file()):
+        stat = path.stat()
+        files.setdefault((stat.st_dev, stat.st_ino), (str(path), stat.st_mtime_ns, stat.st_size))
+    shuffled = list(files.values())
+    random.Random(0).shuffle(shuffled)
     # A tuple: datasets would take the items of a list for shards, each to be read by itself.
-    return tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats)
+    return tuple(shuffled)
 
 
-def read_files(files: Fingerprints, max_bytes: int) -> Iterator[dict[str, str]]:
-    """The text of the files, in order, as far as ``max_bytes``."""
+def read_files(files: Fingerprints, max_bytes: int, reader: int) -> Iterator[dict[str, str]]:
+    """The text of the files, byte for byte and in order, a non-empty file a row.
+
+    No byte past ``max_bytes`` is read. A character that the limit falls into is left out whole.
+
+    Args:
+        files: what :func:`_fingerprints` found.
+        max_bytes: of all files together.
+        reader: ``READER``; here for the cache's key alone.
+
+    Raises:
+        UsageError: there is no text, or a file can't be read or is not UTF-8.
+    """
     if not any(size for _, _, size in files):
         raise UsageError(f"the corpus is empty: there is no text in {files[0][0]}")
+    left = max_bytes
+    for path, _, _ in files:
+        try:
+            # Unbuffered: a buffer would read on past the limit.
+            with open(path, "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                data = _read(file, min(left, size))
+        except OSError as error:
+            raise UsageError(f"cannot read {path}: {error.strerror}") from error
+        try:
+            text = codecs.getincrementaldecoder("utf-8")().decode(data, final=left >= size)
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
+            ) from error
+        left -= len(data)
+        if text:
+            yield {"text": text}
+        if not left:
+            return
 
-    def texts() -> Iterator[str]:
-        for path, _, _ in files:
-            try:
-                yield Path(path).read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise UsageError(f"{path} is not UTF-8 text") from error
 
-    yield from _capped(texts(), max_bytes)
+def _read(file: RawIOBase, count: int) -> bytes:
+    """``count`` bytes, or those up to the end of the file; one system call may return fewer."""
+    parts = []
+    while count and (part := file.read(count)):
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
 
 
-def read_hub(name: str, max_bytes: int) -> Iterator[dict[str, str]]:
-    """The "text" column of a dataset of the Hugging Face hub, in order, as far as ``max_bytes``."""
+def read_hub(name: str, max_bytes: int, reader: int) -> Iterator[dict[str, str]]:
+    """The "text" column of a dataset of the Hugging Face hub, in order, as far as ``max_bytes``.
+
+    Args:
+        name: of the dataset.
+        max_bytes: of all rows together; a row without text is none.
+        reader: ``READER``; here for the cache's key alone.
+
+    Raises:
+        UsageError: the hub can't be reached, or the dataset has no column of texts.
+    """
     try:
         # Offline, the hub's own client tries for half a minute before it gives up; this asks once.
         urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=5).close()
@@ -289,16 +435,17 @@ def read_hub(name: str, max_bytes: int) -> Iterator[dict[str, str]]:
         ) from error
     if "text" not in (rows.column_names or []):
         raise UsageError(f'the dataset {name!r} has no "text" column')
-    yield from _capped((row["text"] for row in rows), max_bytes)
-
-
-def _capped(texts: Iterable[str], max_bytes: int) -> Iterator[dict[str, str]]:
-    """Rows of non-empty texts until ``max_bytes`` are out; the last one is cut there."""
     left = max_bytes
-    for text in texts:
-        data = text.encode()[:left]
+    for number, row in enumerate(rows):
+        text = row["text"]
+        if not isinstance(text, str | None):
+            raise UsageError(
+                f'the "text" column of {name!r} must hold strings, not {type(text).__name__} '
+                f"(row {number})"
+            )
+        data = (text or "").encode()[:left]
         left -= len(data)
-        if data:
-            yield {"text": data.decode(errors="ignore")}
+        if text := data.decode(errors="ignore"):
+            yield {"text": text}
         if not left:
             return

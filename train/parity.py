@@ -18,7 +18,7 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor
 
-from train import UsageError, report
+from train import RunError, UsageError, report
 from train.config import RUNS, as_parallel, build, check, check_parallel
 from train.lit import GPTModule, whole
 from train.measure import (
@@ -32,10 +32,15 @@ from train.measure import (
 )
 from train.model import GPTConfig
 from train.parallel import Parallel
-from train.progress import progress
 from train.ranks import in_ranks
 from train.verdict import CANDIDATE, CONTROL, REFERENCE, ArmRun, Rule, gap, judge
 
+# Of an arm's trainer, whatever the configuration says.
+ARM_OPTIONS: dict[str, Any] = {
+    "num_sanity_val_steps": -1,
+    "logger": False,
+    "enable_checkpointing": False,
+}
 WARM_UP_STEPS = 5  # not counted in an arm's tokens per second
 LAYER_DTYPES = {
     "bf16": torch.bfloat16,
@@ -135,13 +140,16 @@ def train_arm(config: Namespace, arm: str) -> ArmRun:
     recorder = Recorder(arm)
     trainer, module, data = build(
         _of_arm(config, arm),
-        callbacks=[recorder, *progress(arm)],
-        num_sanity_val_steps=-1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
+        callbacks=[recorder],
+        label=arm,
+        **ARM_OPTIONS,
     )
     trainer.fit(module, data)
+    if len(recorder.rows) < config.trainer.max_steps:
+        raise RunError(
+            f"a callback ended the arm {arm} after {len(recorder.rows)} of "
+            f"{config.trainer.max_steps} steps: arms are compared step by step"
+        )
     if recorder.rows[-1]["val_loss"] is None:  # the last step fell between two validations
         trainer.validate(module, data, verbose=False)
     return ArmRun(
@@ -299,16 +307,12 @@ def _check(config: Namespace) -> None:
             "parity.speed_rounds and parity.layer.rounds must be at least 1, and layer.lengths "
             "not empty"
         )
-    if config.trainer.accumulate_grad_batches != 1:
-        raise UsageError(
-            "trainer.accumulate_grad_batches must be 1: arms are compared batch by batch"
-        )
     if _bits(config) not in LAYER_DTYPES:
         raise UsageError(
             "trainer.precision must be 32-true, bf16-mixed or alike, "
             f"not {config.trainer.precision}"
         )
-    check(config)
+    check(config, "parity", **ARM_OPTIONS)
 
 
 def _of_arm(config: Namespace, arm: str) -> Namespace:

@@ -266,3 +266,16 @@ def test_one_run_is_trained_by_one_process(
         assert main(fit_arguments) == 2
         assert "runs/tiny is in use: another process trains this run" in capsys.readouterr().err
     assert main(fit_arguments) == 0
+
+
+def test_a_checkpoint_of_other_tokens_is_not_continued(
+    fit_arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [*fit_arguments, "--data.tokenizer", "bpe:300", "--data.corpus", "files:corpus.txt"]
+    Path("corpus.txt").write_text("the cat and the hat and the bat " * 60)
+    assert main([*line, "--trainer.max_steps", "2"]) == 0
+    Path("corpus.txt").write_text("one or another of several other words " * 60)
+    capsys.readouterr()
+    assert main([*line, "--trainer.max_steps", "3"]) == 2
+    told = capsys.readouterr().err
+    assert "made with another tokenizer than the corpus 'files:corpus.txt' gives now" in told

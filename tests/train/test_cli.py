@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -272,6 +273,29 @@ def test_sample_continues_a_prompt(
     ):
         assert main([*sample, *options]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_prompt_is_read_as_its_bytes(
+    fit_arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(fit_arguments) == 0
+    capsys.readouterr()
+    sample = ["sample", "--checkpoint", str(CHECKPOINT), "--count", "3", "--prompt"]
+    for prompt in ("a<|endofdocument|>b", "\r\n\r\ufeff", " \0 "):
+        assert main([*sample, prompt]) == 0
+        assert capsys.readouterr().out.startswith(prompt)
+    assert main([*sample, "bytes \udcff"]) == 2  # as Python passes on an argument b"bytes \xff"
+    assert "the prompt must be UTF-8 text, and is none at character 6" in capsys.readouterr().err
+
+
+def test_what_a_model_wrote_is_printed_on_any_terminal(
+    fit_arguments: list[str], capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    assert main([*fit_arguments, "--trainer.max_steps", "1"]) == 0
+    capsysbinary.readouterr()
+    sys.stdout.reconfigure(encoding="ascii")  # type: ignore[union-attr]
+    assert main(["sample", "--checkpoint", str(CHECKPOINT), "--prompt", "ä", "--count", "1"]) == 0
+    assert capsysbinary.readouterr().out.startswith(b"\\xe4")
 
 
 @pytest.mark.parametrize("command", [[], ["parity"], ["fit"], ["sample"], ["compare"]])
