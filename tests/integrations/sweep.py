@@ -71,6 +71,21 @@ SMALLER = re.compile(r"layer|depth|vocab_size|experts")
 # Options that no rule finds.
 OWN_OPTIONS: dict[str, dict[str, Any]] = {
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
+    "CodeGenConfig": {"n_head": 4, "rotary_dim": 8},
+    "PatchTSTConfig": {"context_length": 32, "num_input_channels": 2},
+}
+# Options that are None and computed from others, which fails for some tiny sizes.
+FILLED = {
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": VOCABULARY,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "decoder_start_token_id": PAD,
+    "prediction_length": 4,
 }
 
 
@@ -81,11 +96,13 @@ class Variant(NamedTuple):
         only: which options; None for all that have a rule.
         layers: so many, because some models have their first attention in the fourth.
         width: hidden size; sections of rotary embeddings may want heads of 128.
+        filled: whether options that are None get a value, too.
     """
 
     only: re.Pattern[str] | None = None
     layers: int = 2
     width: int = 32
+    filled: bool = False
 
 
 VARIANTS = (
@@ -94,6 +111,9 @@ VARIANTS = (
     Variant(width=256),
     Variant(layers=4, width=256),
     Variant(layers=8),
+    Variant(filled=True),
+    Variant(layers=4, filled=True),
+    Variant(width=256, filled=True),
     Variant(SMALLER),
     Variant(LAYERS),
 )
@@ -153,6 +173,9 @@ def tiny_options(config_class: type, variant: Variant, depth: int = 0) -> dict[s
             elif name == "pad_token_id" and value is None:
                 options[name] = PAD
             continue
+        if variant.filled and parameter.default is None and name in FILLED:
+            options[name] = variant.width // 2 if name == "head_dim" else FILLED[name]
+            continue
         small = _shrunk(name, parameter.default, variant)
         if small != parameter.default:
             options[name] = small
@@ -164,7 +187,10 @@ def build(name: str, implementation: str, options: dict) -> transformers.PreTrai
     model_class = getattr(transformers, name)
     config = model_class.config_class(**copy.deepcopy(options))
     torch.manual_seed(0)
-    return model_class._from_config(config, attn_implementation=implementation).eval()
+    model = model_class._from_config(config, attn_implementation=implementation)
+    if hasattr(model, "set_default_language"):  # X-MOD
+        model.set_default_language("en_XX")
+    return model.eval()
 
 
 def _candidates(name: str) -> Iterator[dict]:
@@ -183,6 +209,9 @@ def _candidates(name: str) -> Iterator[dict]:
             yield {"error": f"{count} parameters"}
             continue
         yield options
+
+
+Inputs = dict[str, Any]
 
 
 def _tokens(*shape: int) -> Tensor:
@@ -204,6 +233,15 @@ def _noise(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
 
 
+def _patches(model: transformers.PreTrainedModel, name: str) -> Inputs:
+    """Two images of different sizes, cut to patches one after the other."""
+    config = model.config
+    sides = getattr(config, "patch_size", 8) ** 2 * getattr(config, "temporal_patch_size", 1)
+    channels = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
+    grid = torch.tensor([[1, 4, 4], [1, 4, 8]])
+    return {name: _noise(16 + 32, channels * sides), "grid_thw": grid}
+
+
 def _features(model: transformers.PreTrainedModel) -> Iterator[Tensor]:
     config = model.config
     for option in ("num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels", "input_dim"):
@@ -212,9 +250,6 @@ def _features(model: transformers.PreTrainedModel) -> Iterator[Tensor]:
             yield _noise(BATCH, 24, width)
             frames = 2 * getattr(config, "max_source_positions", 12)
             yield _noise(BATCH, width, frames)
-
-
-Inputs = dict[str, Any]
 
 
 def input_sets(model: transformers.PreTrainedModel) -> Iterator[Inputs]:
@@ -230,7 +265,8 @@ def input_sets(model: transformers.PreTrainedModel) -> Iterator[Inputs]:
         ids = {"input_ids": _tokens(BATCH, LENGTH)} | extra
         yield ids | target
         if target:
-            yield ids
+            ends = torch.full((BATCH, 1), getattr(model.config, "eos_token_id", None) or 1)
+            yield {"input_ids": torch.cat([ids["input_ids"], ends], 1)}
         if "pixel_values" in parameters:
             yield ids | target | {"pixel_values": _images(model)}
         if "visual_feats" in parameters:
@@ -243,6 +279,12 @@ def input_sets(model: transformers.PreTrainedModel) -> Iterator[Inputs]:
     if "pixel_values" in parameters:
         yield {"pixel_values": _images(model)} | target
         yield {"pixel_values": _images(model), "decoder_input_ids": _tokens(BATCH, TARGET)}
+        frames = getattr(model.config, "num_frames", 2)
+        if isinstance(frames, int):
+            images = _images(model)[:, None].expand(-1, frames, -1, -1, -1)
+            yield {"pixel_values": images.contiguous()}
+    if "grid_thw" in parameters:
+        yield _patches(model, next(iter(parameters)))
     for features in _features(model):
         yield {"input_features": features} | target
     for name in ("input_values", "inputs_embeds", "hidden_states", "features"):
@@ -251,6 +293,8 @@ def input_sets(model: transformers.PreTrainedModel) -> Iterator[Inputs]:
             yield {name: _noise(BATCH, 1, 4000)} | target
             yield {name: _noise(BATCH, LENGTH, 32)} | target
     if "past_values" in parameters:
+        channels = getattr(model.config, "num_input_channels", 1)
+        yield {"past_values": _noise(BATCH, getattr(model.config, "context_length", 32), channels)}
         yield {"past_values": _noise(BATCH, 32), "past_observed_mask": torch.ones(BATCH, 32)}
         yield {"past_values": _noise(BATCH, 512, 1)}
 
@@ -400,7 +444,8 @@ def _reference(name: str) -> tuple[Any, dict, list[tuple[str, Inputs, dict[str, 
                 except Exception as error:
                     reasons.append(f"{side} padding: {type(error).__name__}: {error}")
             return model, options, runs
-    return " | ".join(dict.fromkeys(reason.splitlines()[0][:120] for reason in reasons if reason))
+    lines = (reason.strip().splitlines()[0][:120] for reason in reasons if reason.strip())
+    return " | ".join(dict.fromkeys(lines)) or "the error has no message"
 
 
 def outcome(name: str) -> str:

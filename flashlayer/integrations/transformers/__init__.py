@@ -27,7 +27,7 @@ from flashlayer.integrations.transformers.masks import (
     Packing,
 )
 from flashlayer.integrations.transformers.patterns import band_mask, recognise
-from flashlayer.integrations.transformers.tables import refuse_tables
+from flashlayer.integrations.transformers.tables import knows_is_causal, refuse_tables
 
 # transformers takes every name with "flash" in it for one of flash_attn's; the case saves this one.
 NAME = "FlashLayer"
@@ -251,6 +251,9 @@ def _band_without_mask(
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     if causal is None and seqlen_q > 1:
         _refuse(module, "attention_mask=None", "neither is_causal nor the module says what it is")
+    ambiguous = causal and is_causal is None and seqlen_q > 1 and packing is None
+    if ambiguous and not knows_is_causal(type(module).__module__):
+        _refuse(module, "attention_mask=None", "SDPA takes it for causal, and eager for no mask")
     if sliding_window is not None and sliding_window < seqlen_k:
         _refuse(module, "sliding_window", "it comes without a mask to say where the queries stand")
     if causal and seqlen_q not in (1, seqlen_k) and packing is None:

@@ -1,4 +1,4 @@
-"""Models that choose their attention from a table of classes say so, instead of a KeyError.
+"""What is only known from a model's Python module: tables of classes, and whether SDPA is supported.
 
 GPT-Neo, GPT-J, Falcon and others look their attention up with
 ``GPT_NEO_ATTENTION_CLASSES[config._attn_implementation]``. transformers checks the name of an
@@ -12,6 +12,7 @@ import functools
 import sys
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
 _searched: set[str] = set()
@@ -50,6 +51,23 @@ def _complete_tables(model_class: type, name: str) -> None:
         for title, table in list(vars(sys.modules.get(module, sys)).items()):
             if _is_table(table) and name not in table:
                 table[name] = functools.partial(_refuse, title, tuple(table))
+
+
+@torch.compiler.assume_constant_result
+def knows_is_causal(module: str) -> bool:
+    """Whether ``is_causal`` of an attention from this Python module means something.
+
+    Eager attention takes no notice of it, so it may be wrong in models that can't have SDPA.
+    """
+    from transformers import PreTrainedModel
+
+    models = [
+        value
+        for value in vars(sys.modules.get(module, sys)).values()
+        if isinstance(value, type) and issubclass(value, PreTrainedModel)
+    ]
+    models = [model for model in models if model.__module__ == module]
+    return not models or any(model._supports_sdpa for model in models)
 
 
 def _is_table(value: Any) -> bool:
