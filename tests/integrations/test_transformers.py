@@ -13,13 +13,15 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
 import flashlayer.integrations.transformers as door
 from flashlayer import dropout_keep_mask
 from flashlayer.integrations.transformers import BandMask, attention, make_mask, register
-from flashlayer.integrations.transformers.masks import DenseMask, GuardedMask
-from tests.integrations import hosts
+from flashlayer.integrations.transformers.masks import DenseMask, GuardedMask, readable
+from tests.integrations import hosts, sweep
 from tests.integrations.compatibility import read_table
 from tests.integrations.hosts import BATCH, HOSTS, LENGTH, NAME, SITUATIONS, Wide, build
 from tests.tolerance import GRADIENT_FACTOR, assert_accurate
@@ -350,24 +352,124 @@ def test_output_attentions_of_the_config_are_refused_by_name(host: str) -> None:
         model(**hosts._inputs(model, HOSTS[host].kind, None))
 
 
+def tiny(name: str, implementation: str) -> transformers.PreTrainedModel:
+    options = next(options for options in sweep._candidates(name) if "error" not in options)
+    return sweep.build(name, implementation, options)
+
+
 OWN_ATTENTION = {
-    "adds": ("XGLM", {"d_model": 32, "ffn_dim": 48, "num_layers": 1, "attention_heads": 4}),
-    "fills": ("Mpt", {"d_model": 32, "n_layers": 1, "n_heads": 4}),
+    "adds the mask": "XGLMForCausalLM",
+    "fills the scores by it": "MptForCausalLM",
+    "slices it and compares": "LongformerModel",
+    "casts it": "CanineModel",
+    "adds it to alibi": "BloomForCausalLM",
+    "adds it in blocks": "LEDForConditionalGeneration",
 }
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("reading", OWN_ATTENTION)
-def test_a_model_with_an_attention_of_its_own_is_refused_rather_than_wrong(reading: str) -> None:
+def test_a_model_with_an_attention_of_its_own_is_refused_rather_than_wrong(
+    reading: str, compiled: bool
+) -> None:
     """Built with our name it gets our bool mask, and would take it for eager's numbers."""
-    host, options = OWN_ATTENTION[reading]
-    config = getattr(transformers, f"{host}Config")(vocab_size=hosts.VOCABULARY, **options)
-    make = getattr(transformers, f"{host}ForCausalLM")._from_config
-    ids = hosts._tokens(2, 5)
-    assert make(copy.deepcopy(config), attn_implementation="eager")(ids).logits.isfinite().all()
-    model = make(config, attn_implementation=NAME)
-    for given in (None, torch.ones_like(ids)):
-        with pytest.raises(ValueError, match="attention is its own"):
+    torch.compiler.reset()
+    name = OWN_ATTENTION[reading]
+    ids = hosts._tokens(2, 8)
+    padding = torch.tensor([[1] * 8, [1] * 6 + [0] * 2])
+    eager, model = tiny(name, "eager"), tiny(name, NAME)
+    for given in (None, torch.ones_like(ids), padding):
+        assert next(iter(eager(ids, attention_mask=given).values())).isfinite().all()
+        if compiled:
+            model = torch.compile(tiny(name, NAME), backend="eager")
+        # Dynamo quotes the error in its own.
+        with pytest.raises(Exception if compiled else ValueError) as refusal:
             model(ids, attention_mask=given)
+        assert f"{eager.config.model_type}: the model's attention is its own" in str(refusal.value)
+
+
+TABLES = {
+    "GPTNeoForCausalLM": "gpt_neo",
+    "GPTJForCausalLM": "gptj",
+    "FalconForCausalLM": "falcon",
+    "GitModel": "git",
+    "Data2VecVisionModel": "data2vec-vision",
+    "SamVisionModel": "sam_vision_model",
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_model_that_chooses_from_a_table_of_classes_says_so(name: str) -> None:
+    """Not a bare KeyError, by _from_config, in the config, and in a fresh process."""
+    sentence = rf"^{TABLES[name]}: the model's attention is its own.*_ATTENTION_CLASSES, which has eager"
+    with pytest.raises(ValueError, match=sentence):
+        tiny(name, NAME)
+    model = tiny(name, "eager")
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = NAME
+    with pytest.raises(ValueError, match=sentence):
+        type(model)(config)
+    if not model._can_set_attn_implementation():
+        model.set_attn_implementation(NAME)  # transformers logs that it changes nothing
+        assert model.config._attn_implementation == "eager"
+    tiny(name, "eager")
+
+
+def test_the_check_of_tables_looks_at_no_other_name() -> None:
+    model = tiny("LlamaForCausalLM", "eager")
+    assert model.get_correct_attn_implementation("sdpa") == "sdpa"
+    assert model.get_correct_attn_implementation(None) == "sdpa"
+    with pytest.raises(ValueError, match='"no such name"` is not supported'):
+        model.get_correct_attn_implementation("no such name")
+    with pytest.raises(KeyError):
+        transformers.models.gptj.modeling_gptj.GPTJ_ATTENTION_CLASSES["no such name"]
+
+
+def test_a_part_with_an_attention_of_its_own_can_be_eager_beside_flashlayer() -> None:
+    """SAM's vision encoder chooses from a table; a users' own subclass of Llama does not matter."""
+    options = next(o for o in sweep._candidates("SamModel") if "error" not in o)
+    config = transformers.SamConfig(**options)
+    parts = {"": NAME, "vision_config": "eager", "mask_decoder_config": NAME}
+    model = transformers.SamModel._from_config(config, attn_implementation=parts)
+    assert model.config.vision_config._attn_implementation == "eager"
+
+    class Own(transformers.LlamaForCausalLM):
+        pass
+
+    llama = build("Llama")
+    own = Own._from_config(copy.deepcopy(llama.config), attn_implementation=NAME).eval()
+    own.load_state_dict(llama.state_dict())
+    ids = hosts._tokens(2, 6)
+    torch.testing.assert_close(own(ids).logits, llama(ids).logits)
+
+
+def test_none_for_a_mask_is_refused_where_eager_and_sdpa_read_is_causal_differently() -> None:
+    """BridgeTower's cross-modal layers say is_causal and mean no mask, and can't have SDPA."""
+    from transformers.models.bridgetower.modeling_bridgetower import BridgeTowerSelfAttention
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+
+    def module(kind: type) -> nn.Module:
+        made = kind.__new__(kind)
+        nn.Module.__init__(made)
+        made.is_causal = True
+        return made
+
+    q, k, v = small()
+    with pytest.raises(ValueError, match="attention_mask=None: SDPA takes it for causal"):
+        attention(module(BridgeTowerSelfAttention), q, k, v, None)
+    causal = attention(Module(), q, k, v, make_mask(2, 4, 4))[0]
+    torch.testing.assert_close(attention(module(GPT2Attention), q, k, v, None)[0], causal)
+
+
+def test_a_mask_of_one_query_counts_for_all() -> None:
+    q, k, v = small(4, 6)
+    padding = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]]).bool()
+    both = masking_utils.bidirectional_mask_function
+    row = make_mask(2, 1, 6, mask_function=both, attention_mask=padding)
+    dense = padding[:, None, None, :].expand(2, 1, 4, 6)
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, dense).transpose(1, 2)
+    torch.testing.assert_close(attention(Module(), q, k, v, row)[0], expected)
 
 
 def test_no_mask_is_what_is_causal_says() -> None:
@@ -492,6 +594,98 @@ def test_masks_of_meta_tensors_read_no_values(kind: str, given: str) -> None:
         if isinstance(mask, BandMask):
             mask = mask.separated(torch.arange(9, device="meta")[None], kind != "bidirectional")
         assert (mask.device.type, mask.dtype, mask.shape) == ("meta", torch.bool, (3, 1, 9, 9))
+
+
+def fake_outputs(host: str, implementation: str, situation: str) -> dict[str, torch.Size]:
+    """Shapes of what a model built and called inside FakeTensorMode returns, gradients included."""
+    kind = HOSTS[host].kind
+    with FakeTensorMode():
+        config = getattr(transformers, HOSTS[host].config)(**copy.deepcopy(HOSTS[host].options))
+        make = getattr(transformers, HOSTS[host].model)._from_config
+        model = make(config, attn_implementation=implementation, experts_implementation="eager")
+        if situation.startswith("packed"):
+            positions = torch.cat([torch.arange(5), torch.arange(LENGTH - 5)])[None]
+            inputs = {"input_ids": torch.ones(BATCH, LENGTH).long(), "position_ids": positions}
+            output = model(**inputs, use_cache=situation.endswith("cache"))
+            output.logits.sum().backward()
+        elif situation.endswith("cache"):
+            cache = hosts._cache(situation.split()[0], model, kind)
+            padding = hosts._padding("left padding")
+            for start, stop in ((0, 5), (5, 12), (12, 13)):
+                ids = torch.ones(BATCH, stop - start).long()
+                with torch.no_grad():
+                    output = model(ids, attention_mask=padding[:, :stop], past_key_values=cache)
+        else:
+            padding = None if situation == "no padding" else hosts._padding(situation)
+            output = model(**hosts._inputs(model, kind, padding))
+            output.loss.backward()
+        shapes = {key: x.shape for key, x in output.items() if isinstance(x, Tensor)}
+        named = model.named_parameters()
+        return shapes | {name: p.grad.shape for name, p in named if p.grad is not None}
+
+
+FAKE_SITUATIONS = {
+    "decoder": [
+        *("no padding", "left padding", "right padding", "packed", "packed with a cache"),
+        *("dynamic cache", "static cache"),
+    ],
+    "encoder": ["no padding", "left padding", "right padding"],
+    "text-to-text": ["no padding"],
+}
+
+
+@pytest.mark.parametrize(
+    ("host", "situation"),
+    [
+        (host, situation)
+        for host in ("Llama", "Mistral", "Gemma 3", "GPT-2", "BERT", "T5")
+        for situation in FAKE_SITUATIONS[HOSTS[host].kind]
+    ],
+)
+def test_fake_tensors_go_through_a_model_as_with_eager(host: str, situation: str) -> None:
+    """Nothing reads their values, which don't exist."""
+    assert fake_outputs(host, NAME, situation) == fake_outputs(host, "eager", situation)
+
+
+@pytest.mark.parametrize("kind", ["causal", "window", "bidirectional", "chunked"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_masks_of_fake_tensors_read_no_values(kind: str, padded: bool) -> None:
+    with FakeTensorMode():
+        positions = torch.arange(9).expand(3, 9)
+        functions = [mask_function(kind, 4, positions, positions)]
+        if not padded:
+            functions.append(mask_function(f"packed {kind}", 4, positions, positions))
+        padding = torch.ones(3, 9).bool() if padded else None
+        for function in functions:
+            for offset in (0, torch.zeros((), dtype=torch.int64)):
+                arguments = {"mask_function": function, "attention_mask": padding}
+                mask = make_mask(3, 9, 9, offset, **arguments)
+                if isinstance(mask, BandMask):
+                    mask = mask.separated(positions, kind != "bidirectional")
+                assert (mask.dtype, mask.shape) == (torch.bool, (3, 1, 9, 9))
+
+
+@pytest.mark.parametrize("name", ["meta", "fake", "functional", "batched", "traced"])
+def test_values_are_read_of_plain_tensors_alone(name: str) -> None:
+    found = []
+
+    def look(tensor: Tensor) -> Tensor:
+        found.append(readable(tensor))
+        return tensor.clone()
+
+    plain = torch.ones(2, 3)
+    look(plain)
+    if name == "meta":
+        look(plain.to("meta"))
+    elif name == "fake":
+        look(FakeTensorMode().from_tensor(plain))
+    elif name == "functional":
+        torch.func.functionalize(look)(plain)
+    elif name == "batched":
+        torch.vmap(look)(plain)
+    else:
+        make_fx(look, tracing_mode="real")(plain)
+    assert found == [True, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])

@@ -25,6 +25,7 @@ from flashlayer.integrations.transformers.masks import (
     DenseMask,
     GuardedMask,
     Packing,
+    readable,
 )
 from flashlayer.integrations.transformers.patterns import band_mask, recognise
 from flashlayer.integrations.transformers.tables import knows_is_causal, refuse_tables
@@ -313,6 +314,9 @@ def _attend(
         bias = torch.where(attn_mask, position_bias, -torch.inf)
     else:
         bias = position_bias + attn_mask
+    # Backends that skip padding read the mask; tiled reads none.
+    if bias is not None and not torch.compiler.is_compiling() and not readable(bias):
+        options = options | {"backend": "tiled"}
     out = flash_attention(query, key, value, attn_mask=bias, **options)
     return out.transpose(1, 2).contiguous()  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -404,6 +404,8 @@ def readable(tensor: Tensor) -> bool:
         return False
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
         return False
+    if torch._is_functional_tensor(tensor):
+        return False
     if torch._C._get_tracing_state() is not None or is_batchedtensor(tensor):
         return False
     return all(torch._C._get_dispatch_mode(mode) is None for mode in _TRACING_MODES)
