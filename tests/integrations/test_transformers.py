@@ -402,7 +402,9 @@ TABLES = {
 @pytest.mark.parametrize("name", TABLES)
 def test_a_model_that_chooses_from_a_table_of_classes_says_so(name: str) -> None:
     """Not a bare KeyError, by _from_config, in the config, and in a fresh process."""
-    sentence = rf"^{TABLES[name]}: the model's attention is its own.*_ATTENTION_CLASSES, which has eager"
+    sentence = (
+        rf"^{TABLES[name]}: the model's attention is its own.*_ATTENTION_CLASSES, which has eager"
+    )
     with pytest.raises(ValueError, match=sentence):
         tiny(name, NAME)
     model = tiny(name, "eager")

@@ -1,4 +1,4 @@
-"""What is only known from a model's Python module: tables of classes, and whether SDPA is supported.
+"""What only a model's Python module tells: tables of classes, and whether it can have SDPA.
 
 GPT-Neo, GPT-J, Falcon and others look their attention up with
 ``GPT_NEO_ATTENTION_CLASSES[config._attn_implementation]``. transformers checks the name of an
