@@ -88,9 +88,9 @@ Falcon), and at the first forward if it reads the mask (Bloom, MPT, XGLM, Longfo
 moved, sliced, joined and combined with `&`, `|` and `~`, and what comes out is guarded like the
 mask. `torch.where(mask, ...)` and `masked_fill(~mask, ...)` are the readings of a bool mask; every
 other one (arithmetic, casts, comparisons, reductions, indexing with it, writing to it) raises.
-`attn_implementation={{"": "FlashLayer", "vision_config": "eager"}}` keeps a part eager. A layer that
-says `is_causal` and has no mask is refused in models without SDPA (BridgeTower): eager takes no
-notice of `is_causal`. Refused types: {types}.
+`attn_implementation={{"": "FlashLayer", "vision_config": "eager"}}` keeps a part eager. A layer
+that says `is_causal` and has no mask is refused in models without SDPA (BridgeTower): eager takes
+no notice of `is_causal`. Refused types: {types}.
 """
 
 

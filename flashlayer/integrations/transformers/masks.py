@@ -404,7 +404,7 @@ def readable(tensor: Tensor) -> bool:
         return False
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
         return False
-    if torch._is_functional_tensor(tensor):
+    if torch._is_functional_tensor(tensor):  # pyright: ignore[reportPrivateImportUsage]
         return False
     if torch._C._get_tracing_state() is not None or is_batchedtensor(tensor):
         return False
