@@ -3,6 +3,7 @@
 Each cell of the table is what :func:`tests.integrations.hosts.outcome` found, just now.
 """
 
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,10 @@ mask. `torch.where(mask, ...)` and `masked_fill(~mask, ...)` are the readings of
 other one (arithmetic, casts, comparisons, reductions, indexing with it, writing to it) raises.
 `attn_implementation={{"": "FlashLayer", "vision_config": "eager"}}` keeps a part eager. A layer
 that says `is_causal` and has no mask is refused in models without SDPA (BridgeTower): eager takes
-no notice of `is_causal`. Refused types: {types}.
+no notice of `is_causal`.
+
+Types of the models that are refused:
+{types}.
 """
 
 
@@ -107,7 +111,7 @@ def sweep_counts() -> dict[str, Any]:
         "refused": kinds["refused"],
         "different": kinds["different"] + kinds["error"],
         "unbuilt": kinds["not built"],
-        "types": ", ".join(types),
+        "types": textwrap.fill(", ".join(types), 100, break_on_hyphens=False),
     }
 
 

@@ -9,7 +9,7 @@ from tests.integrations import sweep
 # Of each way in which models make, read and hand on their masks at least one.
 SOME = (
     "AfmoeModel",
-    "ASTModel",
+    "ViTModel",
     "BartModel",
     "BertForMultipleChoice",
     "BigBirdModel",
