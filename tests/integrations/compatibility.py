@@ -3,12 +3,16 @@
 Each cell of the table is what :func:`tests.integrations.hosts.outcome` found, just now.
 """
 
+import textwrap
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 from tests.integrations.hosts import HOSTS, SITUATIONS, outcome
+from tests.integrations.sweep import read_outcomes
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
@@ -40,7 +44,7 @@ What else makes a dense bool mask: mask functions of your own (`or_mask_function
 `torch.compile` of the whole model a window and a static cache whose position is a tensor. While
 compiling, `position_ids` can't be read, so a causal model without an `attention_mask` (and without
 a past) has a dense mask made from them, in compiled layers too; an `attention_mask`, be it of ones,
-avoids that. A model that slices or combines its mask gets the dense one too. One decoding step into
+avoids that. A model that slices or combines its mask gets a dense one too. One decoding step into
 a static cache has a mask of (B, 1, 1, Sk). A `position_bias` (T5) is as large as its model makes
 it, Sq x Sk for each head; padding makes it that for each row of the batch.
 
@@ -64,17 +68,59 @@ What is different from eager on purpose: a row of padding gives zeros, where eag
 values; and without an `attention_mask` restarting `position_ids` separate sequences in every causal
 model, as with flash_attn, also where eager is not told (with a cache, and gpt-oss).
 
-A model that does not ask `ALL_ATTENTION_FUNCTIONS` for its attention has its own (Bloom, MPT, XGLM,
-CodeGen, GPT-J, Falcon and others). `set_attn_implementation` logs a warning then and changes
-nothing; built with the name, it is refused at the first forward at the latest.
+## Every model class
+
+`python -m tests.integrations.sweep` builds a tiny model of every class that transformers' auto
+classes know and compares its results with its own eager attention, without padding, with padding on
+the right and on the left. Of {classes} classes:
+
+| outcome | classes |
+|---|---|
+| as eager, through flashlayer | {equal} |
+| as eager; they never ask for an attention function, and the name changes nothing | {own} |
+| refused by name | {refused} |
+| different | {different} |
+| no tiny model could be built and run with eager attention | {unbuilt} |
+
+A model that does not ask `ALL_ATTENTION_FUNCTIONS` for its attention has its own.
+`set_attn_implementation` logs a warning then and changes nothing. Built with the name it is refused
+with a `ValueError`: while it is built, if it chooses from a table of classes (GPT-Neo, GPT-J,
+Falcon), and at the first forward if it reads the mask (Bloom, MPT, XGLM, Longformer). A mask can be
+moved, sliced, joined and combined with `&`, `|` and `~`, and what comes out is guarded like the
+mask. `torch.where(mask, ...)` and `masked_fill(~mask, ...)` are the readings of a bool mask; every
+other one (arithmetic, casts, comparisons, reductions, indexing with it, writing to it) raises.
+`attn_implementation={{"": "FlashLayer", "vision_config": "eager"}}` keeps a part eager. A layer
+that says `is_causal` and has no mask is refused in models without SDPA (BridgeTower): eager takes
+no notice of `is_causal`.
+
+Types of the models that are refused:
+{types}.
 """
+
+
+def sweep_counts() -> dict[str, Any]:
+    """What the committed outcomes of the sweep come to."""
+    outcomes = read_outcomes()
+    kinds = Counter(outcome.split(":")[0] for outcome in outcomes.values())
+    refused = [outcome.split(":")[1] for outcome in outcomes.values() if outcome[:2] == "re"]
+    types = sorted({f"`{reason.split()[0]}`" for reason in refused})
+    return {
+        "classes": len(outcomes),
+        "equal": kinds["equal"],
+        "own": kinds["own attention"],
+        "refused": kinds["refused"],
+        "different": kinds["different"] + kinds["error"],
+        "unbuilt": kinds["not built"],
+        "types": textwrap.fill(", ".join(types), 100, break_on_hyphens=False),
+    }
 
 
 def read_table() -> dict[tuple[str, str], str]:
     """``(model, situation)`` and what the committed page says, refusals in full."""
     lines = PAGE.read_text().splitlines()
     notes = dict(line.split(". ", 1) for line in lines if line[:1].isdigit())
-    rows = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    table = lines[: lines.index("## Every model class")]
+    rows = [line.strip("|").split("|") for line in table if line.startswith("|")]
     header, _, *body = [[cell.strip() for cell in row] for row in rows]
     return {
         (row[0], situation): notes.get(cell, cell)
@@ -99,7 +145,8 @@ def write_table(cells: dict[tuple[str, str], str]) -> None:
         lines.append("| " + " | ".join(row) + " |")
     quoted = [f"{number}. {note}" for number, note in enumerate(notes, start=1)]
     versions = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
-    page = INTRODUCTION.format(**versions) + "\n".join([*lines, "", *quoted]) + "\n" + AFTER
+    page = INTRODUCTION.format(**versions) + "\n".join([*lines, "", *quoted]) + "\n"
+    page += AFTER.format(**sweep_counts())
     PAGE.write_text(page)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
 import flashlayer.integrations.transformers as door
 from flashlayer import dropout_keep_mask
 from flashlayer.integrations.transformers import BandMask, attention, make_mask, register
-from tests.integrations import hosts
+from flashlayer.integrations.transformers.masks import DenseMask, GuardedMask, readable
+from tests.integrations import hosts, sweep
 from tests.integrations.compatibility import read_table
 from tests.integrations.hosts import BATCH, HOSTS, LENGTH, NAME, SITUATIONS, Wide, build
 from tests.tolerance import GRADIENT_FACTOR, assert_accurate
@@ -138,24 +142,154 @@ def test_a_pattern_of_the_users_own_is_dense() -> None:
     ):
         arguments = {"batch_size": 2, "q_length": 5, "kv_length": 5, "mask_function": function}
         mask = make_mask(**arguments)
-        assert type(mask) is Tensor
+        assert type(mask) is DenseMask
         expected = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
-        assert torch.equal(mask, expected)
+        assert torch.equal(mask.dense(), expected)
 
 
-def test_a_band_mask_is_a_tensor_to_everybody_else() -> None:
+def padded_mask() -> BandMask:
     mask = make_mask(2, 5, 5, attention_mask=hosts._padding("left padding")[:, -5:].bool())
+    assert isinstance(mask, BandMask)
+    return mask
+
+
+@pytest.mark.parametrize("kind", [BandMask, DenseMask])
+def test_a_mask_is_a_bool_tensor_that_can_be_moved_and_combined(kind: type) -> None:
+    mask: Any = padded_mask()
     dense = mask.dense()
+    if kind is DenseMask:
+        mask = DenseMask(dense, "model")
     assert (mask.dtype, mask.ndim, mask.shape) == (torch.bool, 4, (2, 1, 5, 5))
-    assert mask.contiguous() is mask
-    assert torch.equal(mask[:, :, :, :3], dense[:, :, :, :3])
-    assert type(mask & dense) is Tensor
-    assert torch.equal(torch.where(mask, 0.0, -1.0), torch.where(dense, 0.0, -1.0))
+    assert mask.contiguous() is mask or kind is DenseMask
+    other = torch.ones(5, 5, dtype=torch.bool).tril(1)
+    rows = torch.tensor([4, 0])
+    for result, expected in (
+        (mask[:, :, :, :3], dense[:, :, :, :3]),
+        (mask[:, 0, 0], dense[:, 0, 0]),
+        (mask[:, None, ..., -1:], dense[:, None, ..., -1:]),
+        (mask[1], dense[1]),
+        (mask[:, :, rows], dense[:, :, rows]),
+        (mask.index_select(-1, rows), dense.index_select(-1, rows)),
+        (mask.expand(2, 4, 5, 5), dense.expand(2, 4, 5, 5)),
+        (mask.repeat(1, 2, 1, 1), dense.repeat(1, 2, 1, 1)),
+        (mask.squeeze(1), dense.squeeze(1)),
+        (mask.transpose(2, 3), dense.transpose(2, 3)),
+        (mask.flatten(1), dense.flatten(1)),
+        (mask.reshape(2, 25), dense.reshape(2, 25)),
+        (mask.clone(), dense),
+        (mask.detach(), dense),
+        (copy.deepcopy(mask), dense),
+        (mask & other, dense & other),
+        (other | mask, other | dense),
+        (~mask, ~dense),
+        (torch.cat([mask, mask], -1), torch.cat([dense, dense], -1)),
+        (
+            torch.cat([mask, other.expand(2, 1, 5, 5)], -1),
+            torch.cat([dense, other.expand_as(dense)], -1),
+        ),
+        (mask.split(2, -1)[1], dense.split(2, -1)[1]),
+        (next(iter(mask)), dense[0]),
+    ):
+        assert isinstance(result, GuardedMask)
+        assert torch.equal(result.clone().dense(), expected)
     moved = mask.to("meta")
-    assert isinstance(moved, BandMask)
+    assert isinstance(moved, kind)
     assert moved.device.type == "meta"
-    assert moved.band == mask.band
-    assert mask.to(torch.float32).dtype == torch.float32
+
+
+def test_what_only_a_bool_mask_can_be_used_for_is_allowed() -> None:
+    """Of eager's mask these raise: it is not bool."""
+    mask = padded_mask()
+    dense = mask.dense()
+    scores = torch.randn(2, 3, 5, 5)
+    assert torch.equal(torch.where(mask, 0.0, -1.0), torch.where(dense, 0.0, -1.0))
+    expected = scores.masked_fill(~dense, -1.0)
+    assert torch.equal(scores.masked_fill(~mask, -1.0), expected)
+    assert torch.equal(scores.clone().masked_fill_(~mask, -1.0), expected)
+    without_key = (~mask).all(-1)
+    assert isinstance(without_key, GuardedMask)
+    assert torch.equal(without_key.dense(), (~dense).all(-1))
+
+
+READINGS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "added": lambda mask, scores: scores + mask,
+    "added in place": lambda mask, scores: scores.add_(mask),
+    "added the other way": lambda mask, scores: mask + scores,
+    "subtracted from 1": lambda mask, scores: (1.0 - mask) * -1e9,
+    "multiplied": lambda mask, scores: mask * -1e9,
+    "divided": lambda mask, scores: mask / 2,
+    "negated": lambda mask, scores: -mask,
+    "added with baddbmm": lambda mask, scores: torch.baddbmm(mask, scores, scores),
+    "multiplied as a matrix": lambda mask, scores: mask @ scores,
+    "cast with float": lambda mask, scores: mask.float(),
+    "cast with half": lambda mask, scores: mask.half(),
+    "cast with int": lambda mask, scores: mask.int(),
+    "cast with bool": lambda mask, scores: mask.bool(),
+    "cast to a dtype": lambda mask, scores: mask.to(scores.dtype),
+    "cast to a tensor's": lambda mask, scores: mask.to(scores),
+    "cast with type": lambda mask, scores: mask.type(scores.dtype),
+    "cast with type_as": lambda mask, scores: mask.type_as(scores),
+    "cast to bool": lambda mask, scores: mask.to(torch.bool),
+    "cast to bool by name": lambda mask, scores: mask.to(dtype=torch.bool),
+    "compared to 0": lambda mask, scores: mask == 0,
+    "compared not to 0": lambda mask, scores: mask != 0,
+    "compared below 0": lambda mask, scores: mask < 0,
+    "compared above": lambda mask, scores: mask > -1,
+    "logically not": lambda mask, scores: mask.logical_not(),
+    "logically and": lambda mask, scores: torch.logical_and(mask, scores),
+    "xor": lambda mask, scores: mask ^ True,
+    "filled by": lambda mask, scores: scores.masked_fill(mask, -1e9),
+    "filled in place by": lambda mask, scores: scores.masked_fill_(mask, -1e9),
+    "filled": lambda mask, scores: mask.masked_fill(scores > 0, False),
+    "where inverted": lambda mask, scores: torch.where(~mask, scores, -1e9),
+    "where it is chosen": lambda mask, scores: torch.where(scores > 0, mask, False),
+    "summed": lambda mask, scores: mask.sum(-1),
+    "counted": lambda mask, scores: mask.count_nonzero(),
+    "cumulated": lambda mask, scores: mask.cumsum(-1),
+    "averaged": lambda mask, scores: mask.mean(-1, dtype=torch.float32),
+    "all": lambda mask, scores: mask.all(),
+    "any": lambda mask, scores: mask.any(-1),
+    "largest": lambda mask, scores: mask.max(),
+    "argmax": lambda mask, scores: mask.argmax(-1),
+    "sorted": lambda mask, scores: mask.sort(-1),
+    "nonzero": lambda mask, scores: mask.nonzero(),
+    "selects": lambda mask, scores: scores[mask],
+    "assigned by": lambda mask, scores: scores.__setitem__(mask, 0.0),
+    "assigned to": lambda mask, scores: mask.__setitem__(0, True),
+    "assigned from": lambda mask, scores: scores.__setitem__(slice(None), mask),
+    "copied from": lambda mask, scores: scores.copy_(mask),
+    "padded": lambda mask, scores: nn.functional.pad(mask, (0, 1)),
+    "cut to a triangle": lambda mask, scores: mask.tril(),
+    "joined with scores": lambda mask, scores: torch.cat([mask, scores], -1),
+    "stacked with scores": lambda mask, scores: torch.stack([mask, scores]),
+    "combined with numbers": lambda mask, scores: mask & (scores > 0).int(),
+    "read": lambda mask, scores: mask.flatten()[0].item(),
+    "listed": lambda mask, scores: mask.tolist(),
+    "made an array": lambda mask, scores: mask.numpy(),
+    "taken for true": lambda mask, scores: bool(mask.flatten()[0]),
+    "summed by einsum": lambda mask, scores: torch.einsum("bhqk,bhkd->bhqd", mask, scores),
+    "given to softmax": lambda mask, scores: torch.softmax(mask, -1, dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("derived", ["mask", "slice", "copy", "moved", "intersection", "view"])
+@pytest.mark.parametrize("reading", READINGS)
+def test_a_mask_and_whatever_is_made_of_it_raises_when_it_is_read_as_eagers(
+    reading: str, derived: str
+) -> None:
+    """By name, and whatever a model does with the mask."""
+    config = transformers.XGLMConfig()
+    mask = make_mask(2, 4, 4, attention_mask=torch.tensor([[0, 1, 1, 1]] * 2).bool(), config=config)
+    made = {
+        "mask": lambda: mask,
+        "slice": lambda: mask[:, 0, 0, :][:, None, None].expand(2, 1, 4, 4),
+        "copy": lambda: mask.clone(),
+        "moved": lambda: mask[:, :, :4].to("cpu").contiguous(),
+        "intersection": lambda: mask & torch.ones(4, 4, dtype=torch.bool),
+        "view": lambda: mask.view(2, 16).view(2, 1, 4, 4),
+    }
+    with pytest.raises(ValueError, match=r"^xglm: .*attention is its own.*use attn_implementation"):
+        READINGS[reading](made[derived](), torch.randn(2, 1, 4, 4))
 
 
 class Module(nn.Module):
@@ -218,24 +352,126 @@ def test_output_attentions_of_the_config_are_refused_by_name(host: str) -> None:
         model(**hosts._inputs(model, HOSTS[host].kind, None))
 
 
+def tiny(name: str, implementation: str) -> transformers.PreTrainedModel:
+    options = next(options for options in sweep._candidates(name) if "error" not in options)
+    return sweep.build(name, implementation, options)
+
+
 OWN_ATTENTION = {
-    "adds": ("XGLM", {"d_model": 32, "ffn_dim": 48, "num_layers": 1, "attention_heads": 4}),
-    "fills": ("Mpt", {"d_model": 32, "n_layers": 1, "n_heads": 4}),
+    "adds the mask": "XGLMForCausalLM",
+    "fills the scores by it": "MptForCausalLM",
+    "slices it and compares": "LongformerModel",
+    "casts it": "CanineModel",
+    "adds it to alibi": "BloomForCausalLM",
+    "adds it in blocks": "LEDForConditionalGeneration",
 }
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("reading", OWN_ATTENTION)
-def test_a_model_with_an_attention_of_its_own_is_refused_rather_than_wrong(reading: str) -> None:
+def test_a_model_with_an_attention_of_its_own_is_refused_rather_than_wrong(
+    reading: str, compiled: bool
+) -> None:
     """Built with our name it gets our bool mask, and would take it for eager's numbers."""
-    host, options = OWN_ATTENTION[reading]
-    config = getattr(transformers, f"{host}Config")(vocab_size=hosts.VOCABULARY, **options)
-    make = getattr(transformers, f"{host}ForCausalLM")._from_config
-    ids = hosts._tokens(2, 5)
-    assert make(copy.deepcopy(config), attn_implementation="eager")(ids).logits.isfinite().all()
-    model = make(config, attn_implementation=NAME)
-    for given in (None, torch.ones_like(ids)):
-        with pytest.raises(ValueError, match="attention is its own"):
+    torch.compiler.reset()
+    name = OWN_ATTENTION[reading]
+    ids = hosts._tokens(2, 8)
+    padding = torch.tensor([[1] * 8, [1] * 6 + [0] * 2])
+    eager, model = tiny(name, "eager"), tiny(name, NAME)
+    for given in (None, torch.ones_like(ids), padding):
+        assert next(iter(eager(ids, attention_mask=given).values())).isfinite().all()
+        if compiled:
+            model = torch.compile(tiny(name, NAME), backend="eager")
+        # Dynamo quotes the error in its own.
+        with pytest.raises(Exception if compiled else ValueError) as refusal:
             model(ids, attention_mask=given)
+        assert f"{eager.config.model_type}: the model's attention is its own" in str(refusal.value)
+
+
+TABLES = {
+    "GPTNeoForCausalLM": "gpt_neo",
+    "GPTJForCausalLM": "gptj",
+    "FalconForCausalLM": "falcon",
+    "GitModel": "git",
+    "Data2VecVisionModel": "data2vec-vision",
+    "SamVisionModel": "sam_vision_model",
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_model_that_chooses_from_a_table_of_classes_says_so(name: str) -> None:
+    """Not a bare KeyError, by _from_config, in the config, and in a fresh process."""
+    sentence = (
+        rf"^{TABLES[name]}: the model's attention is its own.*_ATTENTION_CLASSES, which has eager"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        tiny(name, NAME)
+    model = tiny(name, "eager")
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = NAME
+    with pytest.raises(ValueError, match=sentence):
+        type(model)(config)
+    if not model._can_set_attn_implementation():
+        model.set_attn_implementation(NAME)  # transformers logs that it changes nothing
+        assert model.config._attn_implementation == "eager"
+    tiny(name, "eager")
+
+
+def test_the_check_of_tables_looks_at_no_other_name() -> None:
+    model = tiny("LlamaForCausalLM", "eager")
+    assert model.get_correct_attn_implementation("sdpa") == "sdpa"
+    assert model.get_correct_attn_implementation(None) == "sdpa"
+    with pytest.raises(ValueError, match='"no such name"` is not supported'):
+        model.get_correct_attn_implementation("no such name")
+    with pytest.raises(KeyError):
+        transformers.models.gptj.modeling_gptj.GPTJ_ATTENTION_CLASSES["no such name"]
+
+
+def test_a_part_with_an_attention_of_its_own_can_be_eager_beside_flashlayer() -> None:
+    """SAM's vision encoder chooses from a table; a users' own subclass of Llama does not matter."""
+    options = next(o for o in sweep._candidates("SamModel") if "error" not in o)
+    config = transformers.SamConfig(**options)
+    parts = {"": NAME, "vision_config": "eager", "mask_decoder_config": NAME}
+    model = transformers.SamModel._from_config(config, attn_implementation=parts)
+    assert model.config.vision_config._attn_implementation == "eager"
+
+    class Own(transformers.LlamaForCausalLM):
+        pass
+
+    llama = build("Llama")
+    own = Own._from_config(copy.deepcopy(llama.config), attn_implementation=NAME).eval()
+    own.load_state_dict(llama.state_dict())
+    ids = hosts._tokens(2, 6)
+    torch.testing.assert_close(own(ids).logits, llama(ids).logits)
+
+
+def test_none_for_a_mask_is_refused_where_eager_and_sdpa_read_is_causal_differently() -> None:
+    """BridgeTower's cross-modal layers say is_causal and mean no mask, and can't have SDPA."""
+    from transformers.models.bridgetower.modeling_bridgetower import BridgeTowerSelfAttention
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+
+    def module(kind: type) -> nn.Module:
+        made = kind.__new__(kind)
+        nn.Module.__init__(made)
+        made.is_causal = True
+        return made
+
+    q, k, v = small()
+    with pytest.raises(ValueError, match="attention_mask=None: SDPA takes it for causal"):
+        attention(module(BridgeTowerSelfAttention), q, k, v, None)
+    causal = attention(Module(), q, k, v, make_mask(2, 4, 4))[0]
+    torch.testing.assert_close(attention(module(GPT2Attention), q, k, v, None)[0], causal)
+
+
+def test_a_mask_of_one_query_counts_for_all() -> None:
+    q, k, v = small(4, 6)
+    padding = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]]).bool()
+    both = masking_utils.bidirectional_mask_function
+    row = make_mask(2, 1, 6, mask_function=both, attention_mask=padding)
+    dense = padding[:, None, None, :].expand(2, 1, 4, 6)
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, dense).transpose(1, 2)
+    torch.testing.assert_close(attention(Module(), q, k, v, row)[0], expected)
 
 
 def test_no_mask_is_what_is_causal_says() -> None:
@@ -308,7 +544,8 @@ def test_only_restarting_positions_begin_a_sequence(
     separated = mask.separated(torch.stack([torch.tensor(positions), plain][:rows]), True)
     number = torch.tensor([sequences, [0] * 6][:rows])
     same = number[:, None, :, None] == number[:, None, None, :]
-    assert torch.equal(separated.clone(), same & torch.ones(6, 6, dtype=torch.bool).tril())
+    dense = separated.dense() if isinstance(separated, BandMask) else separated
+    assert torch.equal(dense, same & torch.ones(6, 6, dtype=torch.bool).tril())
 
 
 def test_an_attention_mask_rules_packing_out_as_in_eager() -> None:
@@ -359,6 +596,98 @@ def test_masks_of_meta_tensors_read_no_values(kind: str, given: str) -> None:
         if isinstance(mask, BandMask):
             mask = mask.separated(torch.arange(9, device="meta")[None], kind != "bidirectional")
         assert (mask.device.type, mask.dtype, mask.shape) == ("meta", torch.bool, (3, 1, 9, 9))
+
+
+def fake_outputs(host: str, implementation: str, situation: str) -> dict[str, torch.Size]:
+    """Shapes of what a model built and called inside FakeTensorMode returns, gradients included."""
+    kind = HOSTS[host].kind
+    with FakeTensorMode():
+        config = getattr(transformers, HOSTS[host].config)(**copy.deepcopy(HOSTS[host].options))
+        make = getattr(transformers, HOSTS[host].model)._from_config
+        model = make(config, attn_implementation=implementation, experts_implementation="eager")
+        if situation.startswith("packed"):
+            positions = torch.cat([torch.arange(5), torch.arange(LENGTH - 5)])[None]
+            inputs = {"input_ids": torch.ones(BATCH, LENGTH).long(), "position_ids": positions}
+            output = model(**inputs, use_cache=situation.endswith("cache"))
+            output.logits.sum().backward()
+        elif situation.endswith("cache"):
+            cache = hosts._cache(situation.split()[0], model, kind)
+            padding = hosts._padding("left padding")
+            for start, stop in ((0, 5), (5, 12), (12, 13)):
+                ids = torch.ones(BATCH, stop - start).long()
+                with torch.no_grad():
+                    output = model(ids, attention_mask=padding[:, :stop], past_key_values=cache)
+        else:
+            padding = None if situation == "no padding" else hosts._padding(situation)
+            output = model(**hosts._inputs(model, kind, padding))
+            output.loss.backward()
+        shapes = {key: x.shape for key, x in output.items() if isinstance(x, Tensor)}
+        named = model.named_parameters()
+        return shapes | {name: p.grad.shape for name, p in named if p.grad is not None}
+
+
+FAKE_SITUATIONS = {
+    "decoder": [
+        *("no padding", "left padding", "right padding", "packed", "packed with a cache"),
+        *("dynamic cache", "static cache"),
+    ],
+    "encoder": ["no padding", "left padding", "right padding"],
+    "text-to-text": ["no padding"],
+}
+
+
+@pytest.mark.parametrize(
+    ("host", "situation"),
+    [
+        (host, situation)
+        for host in ("Llama", "Mistral", "Gemma 3", "GPT-2", "BERT", "T5")
+        for situation in FAKE_SITUATIONS[HOSTS[host].kind]
+    ],
+)
+def test_fake_tensors_go_through_a_model_as_with_eager(host: str, situation: str) -> None:
+    """Nothing reads their values, which don't exist."""
+    assert fake_outputs(host, NAME, situation) == fake_outputs(host, "eager", situation)
+
+
+@pytest.mark.parametrize("kind", ["causal", "window", "bidirectional", "chunked"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_masks_of_fake_tensors_read_no_values(kind: str, padded: bool) -> None:
+    with FakeTensorMode():
+        positions = torch.arange(9).expand(3, 9)
+        functions = [mask_function(kind, 4, positions, positions)]
+        if not padded:
+            functions.append(mask_function(f"packed {kind}", 4, positions, positions))
+        padding = torch.ones(3, 9).bool() if padded else None
+        for function in functions:
+            for offset in (0, torch.zeros((), dtype=torch.int64)):
+                arguments = {"mask_function": function, "attention_mask": padding}
+                mask = make_mask(3, 9, 9, offset, **arguments)
+                if isinstance(mask, BandMask):
+                    mask = mask.separated(positions, kind != "bidirectional")
+                assert (mask.dtype, mask.shape) == (torch.bool, (3, 1, 9, 9))
+
+
+@pytest.mark.parametrize("name", ["meta", "fake", "functional", "batched", "traced"])
+def test_values_are_read_of_plain_tensors_alone(name: str) -> None:
+    found = []
+
+    def look(tensor: Tensor) -> Tensor:
+        found.append(readable(tensor))
+        return tensor.clone()
+
+    plain = torch.ones(2, 3)
+    look(plain)
+    if name == "meta":
+        look(plain.to("meta"))
+    elif name == "fake":
+        look(FakeTensorMode().from_tensor(plain))
+    elif name == "functional":
+        torch.func.functionalize(look)(plain)
+    elif name == "batched":
+        torch.vmap(look)(plain)
+    else:
+        make_fx(look, tracing_mode="real")(plain)
+    assert found == [True, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
