@@ -25,7 +25,6 @@ from flashlayer.integrations.transformers.masks import (
     DenseMask,
     GuardedMask,
     Packing,
-    readable,
 )
 from flashlayer.integrations.transformers.patterns import band_mask, recognise
 from flashlayer.integrations.transformers.tables import knows_is_causal, refuse_tables
