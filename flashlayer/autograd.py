@@ -90,9 +90,12 @@ def _unbatched(method: Callable[..., Tensors]) -> Callable[..., Tensors]:
 
     @functools.wraps(method)
     def each(ctx: Any, *args: Any) -> Tensors:
-        in_dims = tuple(0 if isinstance(x, Tensor) and _is_batched(x) else None for x in args)
-        if not any(dim == 0 for dim in in_dims):
+        for x in args:
+            if isinstance(x, Tensor) and _is_batched(x):
+                break
+        else:
             return method(ctx, *args)
+        in_dims = tuple(0 if isinstance(x, Tensor) and _is_batched(x) else None for x in args)
         level = torch._C._vmapmode_increment_nesting() - 1
         torch._C._vmapmode_decrement_nesting()
         # A tensor that only an outer level has batched comes out with one element, for all.

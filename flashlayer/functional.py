@@ -147,7 +147,8 @@ def flash_attention(
     if signature is not None and uncast:
         if len(_PLANS) >= PLANS_MAX:
             _PLANS.clear()
-        _PLANS[signature] = Plan(problem.spec, chosen)
+        tracked = signature[-1]
+        _PLANS[signature] = Plan(problem.spec, chosen if tracked else _unobserved(chosen))
     return _compute(chosen, problem, return_lse)
 
 
@@ -253,9 +254,11 @@ def flash_attention_varlen(
         packing=packing,
         **options,
     )
-    out, lse = _attend(backends.select(backend, problem), problem, return_lse)
-    out = out.squeeze(0).transpose(0, 1)
-    return (out, lse.squeeze(0)) if return_lse else out
+    result = _compute(backends.select(backend, problem), problem, return_lse)
+    if not return_lse:
+        return result.squeeze(0).transpose(0, 1)
+    out, lse = result
+    return out.squeeze(0).transpose(0, 1), lse.squeeze(0)
 
 
 def dropout_keep_mask(
@@ -376,6 +379,7 @@ def _signature(
     if (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
         or not (
             type(query) is type(key) is type(value) is Tensor
             and query.layout is key.layout is value.layout is torch.strided
@@ -389,9 +393,13 @@ def _signature(
         shapes = (query.shape, key.shape, value.shape)
     except RuntimeError:  # a nested tensor of the strided layout; the checks name it
         return None
-    device = query.device
+    on_cpu = query.is_cpu and key.is_cpu and value.is_cpu
+    devices: Any = on_cpu or (query.device, key.device, value.device)
+    device_type = "cpu" if on_cpu else devices[0].type
+    if device_type == "meta":
+        return None
     autocast = torch._C._is_any_autocast_enabled() and (
-        torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
     )
     tracked = torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad
@@ -401,9 +409,7 @@ def _signature(
         query.dtype,
         key.dtype,
         value.dtype,
-        device,
-        key.device,
-        value.device,
+        devices,
         bool(causal),
         diagonal,
         scale,
@@ -414,17 +420,18 @@ def _signature(
     )
 
 
+def _unobserved(backend: Any) -> Any:
+    """The module behind the ops: no call with a plan is observed, though its backward may be."""
+    return getattr(backend, "module", backend)
+
+
 def _compute(backend: Any, problem: Problem, return_lse: bool) -> Any:
-    out, lse = _attend(backend, problem, return_lse)
-    return (out, lse) if return_lse else out
-
-
-def _attend(backend: Any, problem: Problem, return_lse: bool) -> tuple[Tensor, Any]:
     if backend.backward is None:
-        return backend.forward(*problem, return_lse)
-    out, lse = attend(backend, backends.tiled, problem)
-    # Only who asks for it pays for its layout.
-    return out, lse.contiguous() if return_lse else None
+        out, lse = backend.forward(*problem, return_lse)
+    else:
+        out, lse = attend(backend, backends.tiled, problem)
+    # Make lse contiguous only if asked for.
+    return (out, lse.contiguous()) if return_lse else out
 
 
 def attend_part(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:

@@ -87,8 +87,9 @@ class AttentionSpec:
         """The same attention with the band's edges dropped where they hide no key of this problem.
 
         A one-token decoding step is causal in name only, and a window wider than the sequence is
-        none: seen so, more backends cover them and no kernel computes a mask for them. Compares
-        sizes, so an observed call (:func:`is_observed`) does it inside the custom op.
+        none: seen so, more backends cover them and no kernel computes a mask for them. Of like
+        lengths both diagonals are one, the top-left. All this compares sizes, so an observed call
+        (:func:`is_observed`) does it inside the custom op.
         """
         if self.window_left is None and self.window_right is None:
             return self
@@ -101,9 +102,8 @@ class AttentionSpec:
             left = None
         if right is not None and offset + right + 1 >= seqlen_k:
             right = None
-        if left is self.window_left and right is self.window_right:
-            return self
-        return replace(self, window_left=left, window_right=right)
+        diagonal: Diagonal = "top_left" if seqlen_q == seqlen_k else self.diagonal
+        return replace(self, window_left=left, window_right=right, diagonal=diagonal)
 
     def offset(self, seqlen_q: int, seqlen_k: int) -> int:
         """Key position of query 0: ``Sk - Sq`` for ``bottom_right``, 0 for ``top_left``."""

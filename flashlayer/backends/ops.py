@@ -32,13 +32,12 @@ class Entrance:
     """
 
     def __init__(self, module: Any) -> None:
+        self.module = module
         self.name: str = module.name
-        self._forward, self._backward = module.forward, module.backward
-        self._refuses = module.refuses
 
     def refuses(self, problem: Problem) -> str | None:
         """See :class:`flashlayer.spec.Backend`."""
-        return self._refuses(problem)
+        return self.module.refuses(problem)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
@@ -47,7 +46,7 @@ class Entrance:
         if is_observed(q):
             _count_flops()
             return forward_op(q, k, v, self.name, *flatten(spec, extras))
-        return self._forward(q, k, v, spec, extras)
+        return self.module.forward(q, k, v, spec, extras)
 
     def backward(
         self,
@@ -63,7 +62,7 @@ class Entrance:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """See :class:`flashlayer.spec.Backend`."""
         if not is_observed(q):
-            return self._backward(do, dlse, q, k, v, o, lse, spec, extras)
+            return self.module.backward(do, dlse, q, k, v, o, lse, spec, extras)
         _count_flops()
         wants_d_mask = extras.wants_mask_gradient(spec)
         spec = replace(spec, mask_gradient=wants_d_mask)

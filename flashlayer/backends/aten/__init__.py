@@ -72,8 +72,8 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple[Tensor, Tensor]:
     """See :class:`flashlayer.spec.Backend`."""
-    is_one_part = _is_one_part(q, k, spec, extras)
-    if is_one_part and _is_whole(q, k, extras):
+    is_one_part = _is_one_part(spec, extras)
+    if is_one_part and extras.attn_mask is extras.cu_seqlens_q is None and not is_empty(q, k):
         return flash_forward(q, k, v, spec.scale, spec.window_right == 0)
     o, lse = empty_results(q, v)
     o.zero_()
@@ -110,8 +110,8 @@ def backward(
     extras: AttentionExtras,
 ) -> tuple[Tensor, Tensor, Tensor, None, None]:
     """See :class:`flashlayer.spec.Backend`."""
-    is_one_part = _is_one_part(q, k, spec, extras)
-    if is_one_part and _is_whole(q, k, extras):
+    is_one_part = _is_one_part(spec, extras)
+    if is_one_part and extras.attn_mask is extras.cu_seqlens_q is None and not is_empty(q, k):
         return (
             *flash_backward(do, dlse, q, k, v, o, lse, spec.scale, spec.window_right == 0),
             None,
@@ -141,27 +141,18 @@ def backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
-def _is_one_part(q: Tensor, k: Tensor, spec: AttentionSpec, extras: AttentionExtras) -> bool:
+def _is_one_part(spec: AttentionSpec, extras: AttentionExtras) -> bool:
     """Whether a stretch of queries and keys is a problem that the kernel knows as it stands.
 
-    That is full and top-left causal attention; of like lengths both diagonals are one.
+    That is full and top-left causal attention. Packed sequences that share their boundaries are of
+    like lengths, for which both diagonals are one.
     """
     if spec.window_left is not None:
         return False
     if spec.window_right is None:
         return True
-    if spec.window_right != 0:
-        return False
-    if spec.diagonal == "top_left":
-        return True
-    if extras.cu_seqlens_q is None:
-        return q.shape[2] == k.shape[2]
-    return extras.cu_seqlens_q is extras.cu_seqlens_k
-
-
-def _is_whole(q: Tensor, k: Tensor, extras: AttentionExtras) -> bool:
-    """Whether there is one stretch of queries and keys, and it is not empty."""
-    return extras.attn_mask is None and extras.cu_seqlens_q is None and not is_empty(q, k)
+    alike = extras.cu_seqlens_q is not None and extras.cu_seqlens_q is extras.cu_seqlens_k
+    return spec.window_right == 0 and (spec.diagonal == "top_left" or alike)
 
 
 def _banded(spec: AttentionSpec, is_one_part: bool) -> AttentionSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -52,20 +53,16 @@ def flash_forward(
         # Of one kv head a reshape is a view, which forward mode takes for no output.
         reshape = torch.reshape if kv_heads > 1 else torch.ops.aten._unsafe_view.default
         return reshape(o, q.shape), reshape(lse, q.shape[:3])
-    o, lse = _FLASH(
-        _unit_stride(q),
-        _unit_stride(k),
-        _unit_stride(v),
-        is_causal=causal,
-        attn_mask=band if band is None else band.to(q.dtype),
-        scale=scale,
-    )
-    if q.dtype in _HALF and not float(lse.amax()) < torch.inf:
+    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    mask = None if band is None else band.to(q.dtype)
+    o, lse = _FLASH(q, k, v, is_causal=causal, attn_mask=mask, scale=scale)
+    if q.dtype in _HALF and not lse.max().item() < math.inf:
         # Its exp for half precision turns the NaN of inf - inf into 0.
         o.masked_fill_((lse == torch.inf).unsqueeze(-1), torch.nan)
         lse.masked_fill_(lse == torch.inf, torch.nan)
     few_keys = k.shape[2] < VECTOR_KEYS
-    if (few_keys or shares_rows) and int(lse.count_nonzero()) < lse.numel():
+    if (few_keys or shares_rows) and lse.count_nonzero().item() < lse.numel():
         _mend_rows_of_lse_0(q, k, o, lse, scale, causal, band)
     return o, lse
 
@@ -138,9 +135,9 @@ def flash_backward(
     seqlen_k = k.shape[2]
     if causal:
         k, v = _seen(k, q), _seen(v, q)
-    if shares_rows or k.shape[2] < VECTOR_KEYS:
+    if (shares_rows or k.shape[2] < VECTOR_KEYS) and not lse.min().item() > -math.inf:
         # A row whose scores are all -inf: exp(-inf - -inf) is NaN, exp(-inf - inf) is 0.
-        lse = torch.where(lse == -torch.inf, torch.inf, lse)
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     if not shares_rows and is_short(q, k):
         dq, dk, dv = short_backward(do, dlse, q, k, v, scale, causal)
     else:
