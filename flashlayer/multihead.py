@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.utils.checkpoint import checkpoint
 
 from flashlayer.functional import (
     check_backend,
-    dropout_keep_mask,
     flash_attention,
-    has_autocast,
 )
 from flashlayer.tracing import leaf_call
-
-# Attention weights computed at once, over all heads: 16 MB in fp32.
-WEIGHTS_AT_ONCE = 2**22
+from flashlayer.weights import attention_weights
 
 # torch's own: whether there is a batch dimension, or an AssertionError.
 _shape_check = vars(F)["_mha_shape_check"]
@@ -378,86 +371,6 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
             if tuple(mask.shape) not in allowed:
                 expected = " or ".join(map(str, allowed))
                 raise error(f"{name} must be {expected}, got {tuple(mask.shape)}")
-
-
-def attention_weights(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    *,
-    average: bool,
-    attn_mask: Tensor | None = None,
-    causal: bool = False,
-    dropout_p: float = 0.0,
-    dropout_seed: int | Tensor = 0,
-) -> Tensor:
-    """``exp(score - lse)``, ``(B, H, Sq, Sk)`` or averaged over heads ``(B, Sq, Sk)``.
-
-    A block of queries at a time, recomputed in the backward pass, so that what is alive besides the
-    result is one block of :data:`WEIGHTS_AT_ONCE` elements.
-
-    Args:
-        q: ``(B, H, Sq, D)``.
-        k: ``(B, H, Sk, D)``.
-        lse: ``(B, H, Sq)``, what :func:`flash_attention` returned for the same options.
-        average: take the mean over the heads.
-        attn_mask: as in :func:`flash_attention`.
-        causal: top-left.
-        dropout_p: probability that a weight is dropped; the rest are divided by ``1 - dropout_p``.
-        dropout_seed: what :func:`flash_attention` got.
-    """
-    if attn_mask is not None:
-        attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
-
-    def of_rows(start: int, stop: int, q: Tensor, k: Tensor, lse: Tensor, mask: Any) -> Tensor:
-        q, lse = q[:, :, start:stop], lse[:, :, start:stop]
-        # Autocast would round the scores to what lse is exact for.
-        with _without_autocast(q):
-            scores = (q.to(lse.dtype) @ k.to(lse.dtype).mT) * q.shape[-1] ** -0.5
-        if mask is not None:
-            mask = mask if mask.shape[2] == 1 else mask[:, :, start:stop]
-            if mask.dtype == torch.bool:
-                scores = scores.masked_fill(~mask, -torch.inf)
-            else:
-                scores = scores + mask
-        if causal:
-            query = torch.arange(start, stop, device=q.device)[:, None]
-            later = torch.arange(k.shape[2], device=q.device) > query
-            scores = scores.masked_fill(later, -torch.inf)
-        # A row that sees no key has lse = -inf and only scores of -inf.
-        weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1))
-        if dropout_p > 0:
-            batch, heads, rows, keys = scores.shape
-            kept = dropout_keep_mask(
-                batch, heads, rows, keys, dropout_p, dropout_seed, q.device, first_query=start
-            )
-            weights = weights * kept / ((1 - dropout_p) or 1)
-        return (weights.mean(dim=1) if average else weights).to(q.dtype)
-
-    blocks = list(_row_blocks(q, k))
-    recompute = len(blocks) > 1 and torch.is_grad_enabled()
-    parts: list[Any] = []
-    for rows in blocks:
-        arguments = (*rows, q, k, lse, attn_mask)
-        if recompute:
-            part = checkpoint(of_rows, *arguments, use_reentrant=False, preserve_rng_state=False)
-            parts.append(part)
-        else:
-            parts.append(of_rows(*arguments))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    if has_autocast(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
-
-
-def _row_blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, int]]:
-    batch, heads, rows, _ = q.shape
-    size = max(1, WEIGHTS_AT_ONCE // max(1, batch * heads * k.shape[2]))
-    for start in range(0, max(rows, 1), size):
-        yield start, min(start + size, rows)
 
 
 def _visible(mask: Tensor | None, heads: int) -> Tensor | None:

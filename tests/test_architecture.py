@@ -40,7 +40,8 @@ ALLOWED = {
     "cache": {"functional", "online_softmax", "torch", "einops"},
     "tracing": {"torch"},
     "modules": {"cache", "distributed", "functional", "heads", "tracing", "torch", "einops"},
-    "multihead": {"functional", "tracing", "torch"},
+    "multihead": {"functional", "tracing", "weights", "torch"},
+    "weights": {"functional", "spec", "torch"},
     "integrations/*": {
         "functional",
         "integrations",

@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,13 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from flashlayer import FlashAttention, flash_attention, flash_attention_varlen
+from flashlayer import (
+    FlashAttention,
+    FlashMultiheadAttention,
+    flash_attention,
+    flash_attention_varlen,
+    weights,
+)
 from flashlayer.backends import BACKENDS, ops
 from flashlayer.integrations import sdpa
 from flashlayer.spec import AttentionExtras, AttentionSpec
@@ -244,6 +251,44 @@ def test_every_length_of_a_layer_and_of_an_override_is_one_compilation() -> None
     for leading in ((2, 2), (2, 3, 2)):
         calls = [(*torch.randn(3, *leading, n, 8), torch.randn(n, n)) for n in LENGTHS]
         assert counted(routed, calls) == 1
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("mask", ["none", "causal", "bias", "padding"])
+def test_every_length_of_attention_weights_is_one_compilation(mask: str, average: bool) -> None:
+    """They are computed in blocks, whose number depends on the length; gradients included."""
+    layer = FlashMultiheadAttention(16, 2, batch_first=True)
+
+    def attend(x: Tensor, extra: Tensor) -> Tensor:
+        options: dict[str, Any] = {"average_attn_weights": average}
+        if mask == "causal":
+            options["is_causal"] = True
+        if mask == "bias":
+            options["attn_mask"] = extra
+        if mask == "padding":
+            options["key_padding_mask"] = extra[:, 0] > 1
+        out, weights = layer(x, x, x, **options)
+        return out.sum() + weights.square()
+
+    def extra(length: int) -> Tensor:
+        return torch.randn(2, 2, length) if mask == "padding" else torch.randn(length, length)
+
+    calls = [(torch.randn(2, n, 16), extra(n)) for n in (40, 41, 45)]
+    with mock.patch.object(weights, "WEIGHTS_AT_ONCE", 2 * 2 * 45 * 20):
+        assert counted(attend, calls) == 1
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_the_op_of_attention_weights_is_what_it_says(seed: int | None) -> None:
+    q, k = torch.randn(2, 2, 2, 5, 4)
+    k = k[:, :, :3]
+    lse, mask = torch.randn(2, 2, 5), torch.randn(1, 1, 5, 3)
+    for average in (False, True):
+        drawn = (None, 0.0) if seed is None else (torch.tensor(seed), 0.3)
+        leaves = [x.clone().requires_grad_() for x in (q, k, lse, mask)]
+        call = (*leaves, drawn[0], average, True, drawn[1])
+        checks = ("test_schema", "test_autograd_registration", *UTILITIES[1:])
+        torch.library.opcheck(weights._weights_op, call, test_utils=checks)
 
 
 class Attend(nn.Module):

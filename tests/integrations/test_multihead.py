@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashlayer import FlashMultiheadAttention, multihead
+from flashlayer import FlashMultiheadAttention
+from flashlayer import weights as weights_room
 from tests.tolerance import assert_accurate
 
 E, H, N, L, S = 16, 4, 3, 6, 9
@@ -216,7 +217,7 @@ def test_weights_block_by_block(average: bool, mask: str, monkeypatch: pytest.Mo
     host, ours = pair()
     tensors = inputs(host)
     call = masks(mask, True, H, L, torch.float64) | {"average_attn_weights": average}
-    monkeypatch.setattr(multihead, "WEIGHTS_AT_ONCE", 2 * N * H * S)
+    monkeypatch.setattr(weights_room, "WEIGHTS_AT_ONCE", 2 * N * H * S)
     assert_same(run(ours, tensors, **call), run(host, tensors, **call))
     with torch.no_grad():
         torch.testing.assert_close(ours(*tensors, **call)[1], host(*tensors, **call)[1])
@@ -242,7 +243,7 @@ def test_weights_of_a_long_sequence_hold_no_score_matrix() -> None:
         _, weights = module(x, x, x)
         weights.square().sum().backward()
     assert weights.shape == (1, length, length)
-    assert biggest == max(length * length, multihead.WEIGHTS_AT_ONCE) < 8 * length * length
+    assert biggest == max(length * length, weights_room.WEIGHTS_AT_ONCE) < 8 * length * length
 
 
 def test_a_query_that_sees_nothing() -> None:
@@ -272,7 +273,7 @@ def test_dropout_follows_train_and_eval(monkeypatch: pytest.MonkeyPatch) -> None
     again, _ = ours(x, x, x, average_attn_weights=False)
     assert torch.equal(out, again)
     with monkeypatch.context() as patch:  # blocks of two queries drop the same weights
-        patch.setattr(multihead, "WEIGHTS_AT_ONCE", 2 * N * H * 64)
+        patch.setattr(weights_room, "WEIGHTS_AT_ONCE", 2 * N * H * 64)
         torch.manual_seed(4)
         torch.testing.assert_close(ours(x, x, x, average_attn_weights=False)[1], weights)
     # The weights are those the output was made with: half of them 0, the rest doubled.
