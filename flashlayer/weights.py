@@ -64,8 +64,8 @@ def _by_blocks(
     causal: bool,
     dropout_p: float,
 ) -> Tensor:
-    def of_rows(*block: Any) -> Tensor:
-        p, kept = _probabilities(*block, causal, dropout_p, dropout_seed)
+    def of_rows(start: int, stop: int, q: Tensor, k: Tensor, lse: Tensor, mask: Any) -> Tensor:
+        p, kept = _probabilities(start, stop, q, k, lse, mask, causal, dropout_p, dropout_seed)
         weights = p if kept is None else p * kept
         return (weights.mean(dim=1) if average else weights).to(q.dtype)
 
@@ -111,8 +111,10 @@ def _probabilities(
     p = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1))
     if dropout_p == 0:
         return p, None
-    sizes = scores.shape
-    kept = dropout_keep_mask(*sizes, dropout_p, dropout_seed, q.device, first_query=start)
+    batch, heads, rows, keys = scores.shape
+    kept = dropout_keep_mask(
+        batch, heads, rows, keys, dropout_p, dropout_seed, q.device, first_query=start
+    )
     return p, kept / ((1 - dropout_p) or 1)
 
 
@@ -185,14 +187,11 @@ def _weights_backward_op(
         if d_mask is not None:
             rows = _mask_rows(d_mask, start, stop)
             rows += ds.sum_to_size(rows.shape)
-    results = (
-        dq,
-        dk.to(k.dtype),
-        dlse,
-        q.new_empty(0) if d_mask is None else d_mask.to(attn_mask.dtype),
-    )
-    dq, dk, dlse, d_mask = (x.contiguous() for x in results)
-    return dq, dk, dlse, d_mask
+    if d_mask is None or attn_mask is None:
+        d_mask = q.new_empty(0)
+    else:
+        d_mask = d_mask.to(attn_mask.dtype)
+    return dq.contiguous(), dk.to(k.dtype).contiguous(), dlse.contiguous(), d_mask.contiguous()
 
 
 @_weights_backward_op.register_fake
