@@ -187,11 +187,10 @@ def _weights_backward_op(
         if d_mask is not None:
             rows = _mask_rows(d_mask, start, stop)
             rows += ds.sum_to_size(rows.shape)
+    grads = dq.contiguous(), dk.to(k.dtype).contiguous(), dlse.contiguous()
     if d_mask is None or attn_mask is None:
-        d_mask = q.new_empty(0)
-    else:
-        d_mask = d_mask.to(attn_mask.dtype)
-    return dq.contiguous(), dk.to(k.dtype).contiguous(), dlse.contiguous(), d_mask.contiguous()
+        return *grads, q.new_empty(0)
+    return *grads, d_mask.to(attn_mask.dtype).contiguous()
 
 
 @_weights_backward_op.register_fake
