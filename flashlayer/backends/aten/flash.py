@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,6 +53,9 @@ def flash_forward(
         # Of one kv head a reshape is a view, which forward mode takes for no output.
         reshape = torch.reshape if kv_heads > 1 else torch.ops.aten._unsafe_view.default
         return reshape(o, q.shape), reshape(lse, q.shape[:3])
+    if q.dtype in _HALF and _packs_without_avx512(q.dtype):
+        o, lse = flash_forward(q.float(), k.float(), v.float(), scale, causal, band, shares_rows)
+        return o.to(q.dtype), lse
     o, lse = _FLASH(
         _unit_stride(q),
         _unit_stride(k),
@@ -68,6 +72,20 @@ def flash_forward(
     if (few_keys or shares_rows) and int(lse.count_nonzero()) < lse.numel():
         _mend_rows_of_lse_0(q, k, o, lse, scale, causal, band)
     return o, lse
+
+
+@cache
+def _packs_without_avx512(dtype: torch.dtype) -> bool:
+    """Whether the kernel may raise "pack_vnni2 is only supported when avx512 is supported".
+
+    In half precision its forward pass packs keys and values for the CPU's AMX units (bf16 from 64
+    queries and 64 keys on, fp16 from 16, more with many threads). It asks the CPU whether it has
+    them, but the packing is compiled for AVX-512 only, so it raises where ATEN_CPU_CAPABILITY says
+    less (torch 2.13). fp32 packs nothing.
+    """
+    units = "amx_bf16" if dtype == torch.bfloat16 else "amx_fp16"
+    has_units = torch.cpu.get_capabilities().get(units, False)
+    return has_units and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 
 
 def _mend_rows_of_lse_0(
