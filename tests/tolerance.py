@@ -179,9 +179,8 @@ def exponential_error(
 
     The backward pass computes P = exp(score - lse) anew. Its relative error ``rho`` is that of the
     exponential and those of its argument: of lse (theta's, and the rounding of max + log(sum)), of
-    the score, which another matrix product sums in another order (taken to differ by one rounding
-    of its terms' magnitudes), and of their difference. With dS = P (dP - delta),
-    where delta = sum_j P_j dP_j - dlse comes from out and so has its error,
+    the score, which another matrix product sums anew, and of their difference. With
+    dS = P (dP - delta), where delta = sum_j P_j dP_j - dlse comes from out and so has its error,
 
         delta dV = (P rho)^T dO    delta dS = dS rho - P sum_j P_j theta_j (dP_j - delta - dlse)
     """
@@ -197,8 +196,7 @@ def exponential_error(
     log_sum = torch.where(log_sum.isfinite(), log_sum, 0)
     p_theta = p * (exp.forward + exp.forward_slope * (log_p + log_sum).abs())
     lse_error = p_theta.sum(dim=-1, keepdim=True) + UNIT * (lse.abs() + log_sum)
-    terms = scale * (q.abs() @ k.abs().mT)  # [B, H, Sq, Sk]
-    rho = exp.backward + lse_error + UNIT * (terms + log_p.abs())
+    rho = exp.backward + lse_error + scale * _sum_noise(q, k) + UNIT * log_p.abs()
     dp = do @ v.mT  # [B, H, Sq, Sk]
     dp = dp - (p * dp).sum(dim=-1, keepdim=True)
     ds = rho * (p * (dp + dlse.unsqueeze(-1))).abs()
@@ -211,6 +209,20 @@ def exponential_error(
         "dk": scale * _biggest(_grouped(ds.mT @ q.abs(), kv_heads)),
         "dv": _biggest(_grouped((p * rho).mT @ do.abs(), kv_heads)),
     }
+
+
+def _sum_noise(q: Tensor, k: Tensor) -> Tensor:
+    """How far two sums of the products q_d k_d in fp32 may be apart, ``(B, H, Sq, Sk)``.
+
+    Each rounding of a partial sum is uniform within half an ulp, 0.72 ``UNIT`` of it on average,
+    so its deviation is 0.42 ``UNIT``; those of two sums are independent. Taken 5 times, for there
+    are thousands of scores.
+    """
+    partial, squares = torch.zeros(2, *q.shape[:-1], k.shape[-2], dtype=q.dtype, device=q.device)
+    for q_d, k_d in zip(q.unbind(-1), k.unbind(-1), strict=True):
+        partial = partial + q_d.unsqueeze(-1) * k_d.unsqueeze(-2)
+        squares = squares + partial.square()
+    return 5 * 0.42 * UNIT * (2 * squares).sqrt()
 
 
 def _probabilities(

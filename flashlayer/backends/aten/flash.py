@@ -29,6 +29,9 @@ SCORES_AT_ONCE = 2**20
 
 _HALF = (torch.float16, torch.bfloat16)
 
+# From so many queries and so many keys on the forward pass packs keys and values for AMX units.
+PACKED_FROM = {torch.bfloat16: 64, torch.float16: 16}
+
 
 def flash_forward(
     q: Tensor,
@@ -53,7 +56,8 @@ def flash_forward(
         # Of one kv head a reshape is a view, which forward mode takes for no output.
         reshape = torch.reshape if kv_heads > 1 else torch.ops.aten._unsafe_view.default
         return reshape(o, q.shape), reshape(lse, q.shape[:3])
-    if q.dtype in _HALF and _packs_without_avx512(q.dtype):
+    packed_from = PACKED_FROM.get(q.dtype)
+    if packed_from and min(q.shape[2], k.shape[2]) >= packed_from and _lacks_packing(q.dtype):
         o, lse = flash_forward(q.float(), k.float(), v.float(), scale, causal, band, shares_rows)
         return o.to(q.dtype), lse
     o, lse = _FLASH(
@@ -75,13 +79,11 @@ def flash_forward(
 
 
 @cache
-def _packs_without_avx512(dtype: torch.dtype) -> bool:
-    """Whether the kernel may raise "pack_vnni2 is only supported when avx512 is supported".
+def _lacks_packing(dtype: torch.dtype) -> bool:
+    """Whether packing raises "pack_vnni2 is only supported when avx512 is supported".
 
-    In half precision its forward pass packs keys and values for the CPU's AMX units (bf16 from 64
-    queries and 64 keys on, fp16 from 16, more with many threads). It asks the CPU whether it has
-    them, but the packing is compiled for AVX-512 only, so it raises where ATEN_CPU_CAPABILITY says
-    less (torch 2.13). fp32 packs nothing.
+    The kernel asks the CPU whether it has AMX units for ``dtype``, but the packing is compiled for
+    AVX-512 only: ATEN_CPU_CAPABILITY may say less than the CPU has (torch 2.13).
     """
     units = "amx_bf16" if dtype == torch.bfloat16 else "amx_fp16"
     has_units = torch.cpu.get_capabilities().get(units, False)
