@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ SCORES_AT_ONCE = 2**20
 
 _HALF = (torch.float16, torch.bfloat16)
 
+# From so many queries and so many keys on the forward pass packs keys and values for AMX units.
+PACKED_FROM = {torch.bfloat16: 64, torch.float16: 16}
+
 
 def flash_forward(
     q: Tensor,
@@ -53,6 +57,13 @@ def flash_forward(
         # Of one kv head a reshape is a view, which forward mode takes for no output.
         reshape = torch.reshape if kv_heads > 1 else torch.ops.aten._unsafe_view.default
         return reshape(o, q.shape), reshape(lse, q.shape[:3])
+    if q.dtype in _HALF:
+        packed_from = PACKED_FROM.get(q.dtype)
+        if packed_from and min(q.shape[2], k.shape[2]) >= packed_from and _lacks_packing(q.dtype):
+            o, lse = flash_forward(
+                q.float(), k.float(), v.float(), scale, causal, band, shares_rows
+            )
+            return o.to(q.dtype), lse
     if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     mask = None if band is None else band.to(q.dtype)
@@ -65,6 +76,18 @@ def flash_forward(
     if (few_keys or shares_rows) and lse.count_nonzero().item() < lse.numel():
         _mend_rows_of_lse_0(q, k, o, lse, scale, causal, band)
     return o, lse
+
+
+@cache
+def _lacks_packing(dtype: torch.dtype) -> bool:
+    """Whether packing raises "pack_vnni2 is only supported when avx512 is supported".
+
+    The kernel asks the CPU whether it has AMX units for ``dtype``, but the packing is compiled for
+    AVX-512 only: ATEN_CPU_CAPABILITY may say less than the CPU has (torch 2.13).
+    """
+    units = "amx_bf16" if dtype == torch.bfloat16 else "amx_fp16"
+    has_units = torch.cpu.get_capabilities().get(units, False)
+    return has_units and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 
 
 def _mend_rows_of_lse_0(
