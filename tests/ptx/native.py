@@ -198,7 +198,7 @@ def native(arch: int, folder: Path, **options: Any) -> Iterator[Device]:
         device = stack.enter_context(emulated(arch, **options))
         environment = {"TRITON_LIBCUDA_PATH": str(folder)}
         stack.enter_context(mock.patch.dict(os.environ, environment))
-        stack.enter_context(mock.patch.object(torch.cuda, "current_device", lambda: 0))
+        stack.enter_context(mock.patch.object(torch.cuda, "current_device", return_value=0))
         callbacks = _Callbacks(device)
         # Kept in variables: ctypes frees a callback that Python no longer refers to.
         on_launch, on_map = _ON_LAUNCH(callbacks.on_launch), _ON_MAP(callbacks.on_map)
