@@ -225,7 +225,7 @@ TF32 = {"tf32": True}
 TMA = {"descriptors": True, "targets": (90,)}
 
 QUICK = [
-    Case("bf16 causal GQA", dense(heads=4, kv_heads=2, q=100, k=150, causal=True)),
+    Case("bf16 causal GQA", dense(q=70, k=333, causal=True)),
     Case("fp16 D96 everything", dense(FP16, q=50, k=70, dim=96, value_dim=80, options=everything)),
     Case("bf16 D128 window", dense(q=90, k=140, dim=128, window_size=(30, 10))),
     Case("bf16 packed, one empty", packed(causal=True, past=5)),
@@ -235,7 +235,7 @@ QUICK = [
     Case("tf32 causal", dense(FP32, q=40, k=70, causal=True), **TF32),
     Case("fp32 sinks", dense(FP32, q=20, k=40, dim=24, causal=True, options=sinks)),
     Case("bf16 split-key decoding", dense(heads=4, q=1, k=200, options=sinks), splits=3),
-    Case("bf16 TMA causal", dense(q=80, k=150, causal=True, layout="bshd"), **TMA),
+    Case("bf16 TMA causal", dense(q=140, k=400, causal=True, layout="bshd"), **TMA),
 ]
 
 _GEOMETRY = [
