@@ -22,7 +22,7 @@ import triton
 from tests.ptx.cases import BY_NAME, QUICK, TABLE, names
 from tests.ptx.judge import judge
 
-SUITES = ("quick", "table", "faults", "slow-faults", "native")
+SUITES = ("quick", "table", "faults", "slow-faults", "native", "specialized")
 # (late, seed): asynchronous operations as late as the waits allow, or at once.
 ALL_RUNS = ((True, 0), (False, 1), (True, 1), (False, 0))
 
@@ -42,6 +42,12 @@ def run_suite(suite: str, arch: int, only: str, folder: Path) -> Iterator[dict[s
             if only in name:
                 open_device = lambda arch, **options: native(arch, folder, **options)  # noqa: E731
                 yield dataclasses.asdict(judge(BY_NAME[name], arch, open_device=open_device))
+    elif suite == "specialized":
+        from tests.ptx import specialized
+
+        for name in specialized.PROGRAMS:
+            if only in name:
+                yield specialized.run(name)
     else:
         from tests.ptx.faults import FAULTS, plant
 
