@@ -22,8 +22,9 @@ LANES = 32
 
 # Hopper reserves the first KiB of the shared window (7.1.1: %reserved_smem_offset_begin).
 SHARED_BASE = 1024
-# Generic addresses of kernel parameters, far from any tensor: parameter i lies at PARAM_BASE + i.
-PARAM_BASE = 0x7F00_0000_0000_0000
+# Parameter i lies at PARAM_BASE + i, in the param window and generically. 32 bits: Triton 3.9 moves
+# the address of a tensor map through a b32 register.
+PARAM_BASE = 0x7F00_0000
 
 u1, u2, u4, u8 = np.uint8, np.uint16, np.uint32, np.uint64
 i1, i2, i4, i8 = np.int8, np.int16, np.int32, np.int64

@@ -17,7 +17,7 @@ import numpy as np
 
 from tests.ptx.asynchronous import MBarriers, TensorMap, Transfer
 from tests.ptx.decode import Block, Program
-from tests.ptx.formats import LANES, UNSIGNED, Array, EmulatorError, Race, i8, u1, u4
+from tests.ptx.formats import LANES, PARAM_BASE, UNSIGNED, Array, EmulatorError, Race, i8, u1, u4
 from tests.ptx.memory import Memory, Shared
 from tests.ptx.shadow import Shadow
 from tests.ptx.warp import Fragment, Warp
@@ -147,6 +147,14 @@ class Machine:
         self._rng = rng
         self._arrived: dict[int, Array] = {}  # at each bar: threads, (CTAs, warps, 32)
         self._warps = [Warp(self, w) for w in range(warps)]
+
+    def tensor_map(self, address: int) -> TensorMap:
+        """The map that a tensor copy names by the address of a parameter."""
+        index = address - PARAM_BASE
+        found = self.arguments[index] if 0 <= index < len(self.arguments) else None
+        if not isinstance(found, TensorMap):
+            raise EmulatorError(f"there is no tensor map at {address:#x}")
+        return found
 
     def run(self) -> None:
         """Until every thread has exited."""

@@ -14,7 +14,6 @@ import numpy as np
 from tests.ptx.asynchronous import Copy, Transfer
 from tests.ptx.decode import Decoder, Run, executes
 from tests.ptx.formats import (
-    PARAM_BASE,
     TYPES,
     UNSIGNED,
     Array,
@@ -215,7 +214,7 @@ def _bulk_tensor(decoder: Decoder, ins: Instruction) -> Run:
             transfer = Transfer(
                 machine=x.machine,
                 cta=int(cta),
-                source=x.machine.arguments[int(maps[at]) - PARAM_BASE],
+                source=x.machine.tensor_map(int(maps[at])),
                 to=int(target[at]),
                 corner=[int(c[at]) for c in corners],
                 mbarrier=int(mbarrier[at]),

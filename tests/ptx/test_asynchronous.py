@@ -250,6 +250,8 @@ def test_a_tensor_copy_needs_an_aligned_target_and_all_coordinates() -> None:
     unaligned = body.replace("[%r0], [%a0", "[%r0+8], [%a0")
     with pytest.raises(EmulatorError, match="0x408, not aligned"):
         run(unaligned, tensor_map(x, (2, 16)), out, x, shared=512)
+    with pytest.raises(EmulatorError, match="there is no tensor map at"):
+        run(body.replace("[%a0", "[%a1"), tensor_map(x, (2, 16)), out, x, shared=512)
     with pytest.raises(EmulatorError, match="1 coordinates for a box"):
         run(body.replace("{0, 0}", "{0}"), tensor_map(x, (2, 16)), out, x, shared=512)
 
