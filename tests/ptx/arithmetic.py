@@ -7,6 +7,7 @@ Results are IEEE, to nearest even. What differs from the hardware:
 
 * ``ex2``, ``lg2``, ``rcp``, ``div.full``, ``tanh``, ``sin``, ``cos`` and ``rsqrt`` are NumPy's,
   which are more accurate than the approximations of the ISA;
+* bf16 is computed in fp32 and rounded to bf16;
 * ``fma.f32`` is rounded once where the result is a normal number; ``fma.f64`` is computed in
   ``np.longdouble`` and rounded to fp64.
 """

@@ -91,6 +91,7 @@ class _Callbacks:
             self._device.execute(program, shape.x, values, self.memory, self.kernel, shape.shared)
         except Exception as error:
             self.failure = error
+            return 1
         return 0
 
     def on_map(
@@ -142,17 +143,18 @@ class _Driver(nvidia.CudaDriver):
 
     def __init__(self, device: Device, callbacks: _Callbacks) -> None:
         super().__init__()
-        self._callbacks = callbacks
+        self.callbacks = callbacks
         real = self.launcher_cls
         self.launcher_cls = lambda src, metadata: self._wrapped(real(src, metadata), metadata)
         self.get_current_device = lambda: 0
         self.get_current_stream = lambda device: 0
         self.get_device_capability = lambda index=0: (device.arch // 10, device.arch % 10)
 
-    def _wrapped(self, launcher: Callable[..., None], metadata: Any) -> Callable[..., None]:
-        callbacks = self._callbacks
-
+    @staticmethod
+    def _wrapped(launcher: Callable[..., None], metadata: Any) -> Callable[..., None]:
         def call(*args: Any) -> None:
+            # Triton keeps a launcher longer than one native(): ask who is active now.
+            callbacks: _Callbacks = driver.active.callbacks
             callbacks.memory, callbacks.kernel = Memory(), metadata.name
             callbacks.failure = None
             _expose(callbacks.memory, args)
@@ -179,8 +181,9 @@ def _expose(memory: Memory, value: Any) -> None:
 def _library(folder: Path) -> ctypes.CDLL:
     """Compile the stub; Triton links against the libcuda.so.1 in ``TRITON_LIBCUDA_PATH``."""
     path = folder / "libcuda.so.1"
-    flags = ["-shared", "-fPIC", "-O1", "-w", "-Wl,-soname,libcuda.so.1"]
-    subprocess.run([compiler() or "gcc", *flags, "-o", str(path), str(STUB)], check=True)
+    if not path.exists():
+        flags = ["-shared", "-fPIC", "-O1", "-w", "-Wl,-soname,libcuda.so.1"]
+        subprocess.run([compiler() or "gcc", *flags, "-o", str(path), str(STUB)], check=True)
     return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 

@@ -51,7 +51,7 @@ def pure(decoder: Decoder, ins: Instruction) -> Run:
     fn: Callable[..., Array] | None = next((t[name] for t in tables if name in t), None)
     if kind == "pred":
         fn = arithmetic.PREDICATES.get(base)
-    if fn is None or (dtype in FLOATS and base in _LOGIC):
+    if fn is None or (dtype in FLOATS and base in _LOGIC) or ("relu" in meant and kind != "s32"):
         raise ins.unknown()
     if kind in ("bf16", "f16x2", "bf16x2") and base not in _LOGIC:
         fn = arithmetic.on_halves(fn, kind)

@@ -57,6 +57,11 @@ def test_integer_arithmetic_is_pythons_cut_to_the_width(kind: str) -> None:
         "min": min,
         "max": max,
     }
+    if kind == "s32":
+        cases |= {
+            "min.relu": lambda a, b: max(min(a, b), 0),
+            "max.relu": lambda a, b: max(a, b, 0),
+        }
     for name, fn in cases.items():
         actual = elementwise(f"{name}.{kind} d, a, b;", a, b, out=dtype)
         np.testing.assert_array_equal(actual, exact(fn, dtype, a, b), err_msg=name)
@@ -395,6 +400,9 @@ def test_mov_packs_and_unpacks_the_lowest_element_first() -> None:
         "fma.rn.sat.f32 %f0, %f1, %f2, %f3;",
         "mul24.lo.s32 %r0, %r1, %r2;",
         "min.xorsign.abs.f32 %f0, %f1, %f2;",
+        "max.relu.f16x2 %r0, %r1, %r2;",
+        "add.cc.u32 %r0, %r1, %r2;",
+        "prmt.b32.f4e %r0, %r1, %r2, %r3;",
         "cvt.rn.satfinite.e4m3x2.f32 %h0, %f0, %f1;",
         "cvt.rz.bf16.f32 %h0, %f0;",
         "cvt.rn.relu.bf16x2.f32 %r0, %f0, %f1;",
