@@ -155,7 +155,7 @@ class _Launcher:
         exit_hook: Any,
         *args: Any,
     ) -> None:
-        device, metadata = driver.active, self._metadata
+        metadata = self._metadata
         if (y, z) != (1, 1):
             raise EmulatorError(f"a grid of one dimension is expected, got {(x, y, z)}")
         if metadata.global_scratch_size or metadata.profile_scratch_size:
@@ -165,6 +165,7 @@ class _Launcher:
         values: list[Any] = []
         for kind, value in zip(self._signature.values(), args, strict=True):
             _flatten(kind, value, maps, memory, values)
+        device: Device = driver.active
         program = device.program(function)
         values += [0] * (len(program.parameters) - len(values))  # Triton's scratch pointers
         device.execute(program, x, values, memory, metadata.name, metadata.shared)
