@@ -159,8 +159,7 @@ def launch_forward(
         num_blocks=num_blocks,
         scale=max(abs(spec.scale), 1e-30),  # with sign 0 any positive factor will do
         SCALE_SIGN=(spec.scale > 0) - (spec.scale < 0),
-        mask_ptr=_mask(extras),
-        mask_strides=_mask_strides(extras.attn_mask),
+        **_mask(extras),
         sinks_ptr=extras.sinks,
         **tiles.launch_options(),
     )
@@ -214,8 +213,7 @@ def launch_backward(
         "delta_ptr": delta,
         "do_strides": do.stride(),
         "scale": spec.scale,
-        "mask_ptr": _mask(extras),
-        "mask_strides": _mask_strides(extras.attn_mask),
+        **_mask(extras),
     }
     tiles = _tiles("dkdv", q, v, spec, extras)
     dense = extras.cu_seqlens_q is None  # else the next sequence follows a ragged tile of queries
@@ -260,7 +258,6 @@ def launch_backward(
         launch(
             **shared,
             dmask_ptr=d_mask,
-            dmask_strides=d_mask.stride(),
             batches=batch,
             heads=heads,
             group=heads // kv_heads,
@@ -343,7 +340,7 @@ def _options(q: Tensor, extras: AttentionExtras, spec: AttentionSpec) -> dict[st
         "slopes_ptr": slopes,
         "slopes_stride": None if slopes is None else _own_stride(slopes, 0),
         "seed_ptr": extras.dropout_seed,
-        "threshold": philox.threshold(spec.dropout_p) if drops else None,
+        "threshold": philox.threshold(spec.dropout_p) if drops else 0,
         "keep_scale": 1 / ((1 - spec.dropout_p) or 1.0),
     }
 
@@ -355,17 +352,24 @@ def _packing(extras: AttentionExtras) -> dict[str, Tensor | None]:
     }
 
 
-def _mask(extras: AttentionExtras) -> Tensor | None:
-    """The mask as the kernels read it: bytes for bools."""
+def _mask(extras: AttentionExtras) -> dict[str, Any]:
+    """The mask as the kernels read it: bytes for bools, stride 0 where it has one entry for all.
+
+    Its strides change with the lengths, so that they are no constants of the kernel but for what
+    vectorizes a load: whether rows follow each other in units of 16 elements, and the last one.
+    """
     mask = extras.attn_mask
-    return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
-
-
-def _mask_strides(mask: Tensor | None) -> tuple[int, ...] | None:
-    """Stride 0 along the dimensions that a mask has once for all."""
+    names = ("mask_batch", "mask_head", "mask_row", "mask_column")
     if mask is None:
-        return None
-    return tuple(_own_stride(mask, dim) for dim in range(4))
+        return {"mask_ptr": None, **dict.fromkeys(names), "MASK_UNIT": 1, "MASK_STEP": None}
+    *strides, column = (_own_stride(mask, dim) for dim in range(4))
+    unit = 16 if all(stride % 16 == 0 for stride in strides) else 1
+    return {
+        "mask_ptr": mask.view(torch.uint8) if mask.dtype == torch.bool else mask,
+        **dict(zip(names, (*(stride // unit for stride in strides), column), strict=True)),
+        "MASK_UNIT": unit,
+        "MASK_STEP": column if column in (0, 1) else None,
+    }
 
 
 def _own_stride(x: Tensor, dim: int) -> int:
