@@ -16,21 +16,12 @@ import pytest
 pytest.importorskip("triton")
 
 from tests.ptx import report
-from tests.ptx.cases import TABLE, names
+from tests.ptx.cases import TABLE, may_lack_a_fence, names
 from tests.ptx.processes import INSTALLED, installed, results
 
 VERSIONS = ("3.6.0", "3.7.1", "3.9.0")
 TARGETS = (80, 90)
 RUNS = [(triton, arch) for triton in VERSIONS for arch in TARGETS]
-
-
-def may_lack_a_fence(triton: str, arch: int, case: str) -> bool:
-    """What Triton is known to leave out, until the kernels avoid it.
-
-    3.6.0 puts its fences before the loop, where they don't cover the next tiles' copies. 3.7.1
-    forgets the one before ``dp = do v^T`` of a TF32 dQ.
-    """
-    return arch == 90 and (triton == "3.6.0" or (triton == "3.7.1" and case.startswith("tf32")))
 
 
 @pytest.fixture(scope="session")
