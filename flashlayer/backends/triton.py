@@ -3,6 +3,7 @@
 Triton is imported on the first call, so that ``import flashlayer`` needs torch alone.
 """
 
+import functools
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -149,8 +150,7 @@ def launch_forward(
         **_inputs(q, k, v, spec, extras),
         **_options(q, extras, spec),
         **_packing(extras),
-        k_descriptor=_descriptor(k, tiles, tiles.BLOCK_N, extras),
-        v_descriptor=_descriptor(v, tiles, tiles.BLOCK_N, extras),
+        **_pipeline(tiles, tiles.BLOCK_N, extras, k_descriptor=k, v_descriptor=v),
         o_ptr=o,
         lse_ptr=lse,
         o_strides=o.stride(),
@@ -161,7 +161,6 @@ def launch_forward(
         SCALE_SIGN=(spec.scale > 0) - (spec.scale < 0),
         **_mask(extras),
         sinks_ptr=extras.sinks,
-        **tiles.launch_options(),
     )
 
 
@@ -223,8 +222,7 @@ def launch_backward(
         launch(
             **shared,
             **_packing(extras),
-            q_descriptor=_descriptor(q, tiles, tiles.BLOCK_M, extras) if dense else None,
-            do_descriptor=_descriptor(do, tiles, tiles.BLOCK_M, extras) if dense else None,
+            **_pipeline(tiles, tiles.BLOCK_M, extras, dense, q_descriptor=q, do_descriptor=do),
             dk_ptr=dk,
             dv_ptr=dv,
             dk_strides=dk.stride(),
@@ -232,7 +230,7 @@ def launch_backward(
             kv_heads=kv_heads,
             num_blocks=num_blocks,
             GROUP=heads // kv_heads,
-            **tiles.launch_options(),
+            ROW_COPIES=_row_copies(tiles),
         )
     tiles = _tiles("dq", q, v, spec, extras)
     num_blocks = _num_blocks(spec.max_seqlen_q, seqlen_q, tiles.BLOCK_M)
@@ -241,14 +239,12 @@ def launch_backward(
         launch(
             **shared,
             **_packing(extras),
-            k_descriptor=_descriptor(k, tiles, tiles.BLOCK_N, extras),
-            v_descriptor=_descriptor(v, tiles, tiles.BLOCK_N, extras),
+            **_pipeline(tiles, tiles.BLOCK_N, extras, k_descriptor=k, v_descriptor=v),
             dq_ptr=dq,
             dq_strides=dq.stride(),
             heads=heads,
             group=heads // kv_heads,
             num_blocks=num_blocks,
-            **tiles.launch_options(),
         )
     if d_mask is not None:
         mask_batch, mask_heads, mask_q, mask_k = d_mask.shape
@@ -268,7 +264,7 @@ def launch_backward(
             OVER_HEADS=mask_heads == 1,
             OVER_QUERIES=mask_q == 1,
             OVER_KEYS=mask_k == 1,
-            **tiles.launch_options(),
+            **tiles.launch_options() | ({"num_stages": 1} if _lacks_fences(q.device) else {}),
         )
 
 
@@ -299,6 +295,55 @@ def _inputs(
         "BLOCK_DV": head_tiles(v.shape[3]),
         "INPUT_PRECISION": _input_precision(q),
     }
+
+
+def _pipeline(
+    tiles: Any, rows: int, extras: AttentionExtras, allowed: bool = True, **tensors: Tensor
+) -> dict[str, Any]:
+    """The descriptors of the streamed tensors, by name, and how many of their tiles are in flight.
+
+    Where the compiler leaves out proxy fences, tiles are streamed through descriptors (TMA, which
+    needs none), or one at a time through registers.
+    """
+    device = next(iter(tensors.values())).device
+    unfenced = _lacks_fences(device)
+    if unfenced:
+        tiles = replace(tiles, descriptors=True)
+    described = {
+        name: _descriptor(x, tiles, rows, extras) if allowed else None
+        for name, x in tensors.items()
+    }
+    options = tiles.launch_options()
+    if unfenced and None in described.values():
+        described = dict.fromkeys(described)
+        options["num_stages"] = 1
+    return {**described, **options, "EDGE_STAGES": 1 if unfenced else None}
+
+
+def _lacks_fences(device: torch.device) -> bool:
+    """Whether Triton may leave out the ``fence.proxy.async`` between cp.async and wgmma.
+
+    Before 3.7 it does on sm_90: wgmma then reads shared memory through the asynchronous proxy that
+    cp.async has written through the generic one (PTX ISA, "Async proxy"), which is a race.
+    """
+    import triton
+
+    return _target(device) == "sm_90" and _version(triton.__version__) < (3, 7)
+
+
+def _row_copies(tiles: Any) -> int:
+    """See ``load_rows`` of the backward kernels: more than 1 with Triton before 3.7 only."""
+    import triton
+
+    if _interpreted() or _version(triton.__version__) >= (3, 7):
+        return 1
+    return max(1, 32 * tiles.num_warps // tiles.BLOCK_M)
+
+
+@functools.cache
+def _version(text: str) -> tuple[int, int]:
+    major, minor, *_ = text.split(".")
+    return int(major), int(minor)
 
 
 def _descriptor(x: Tensor, tiles: Any, rows: int, extras: AttentionExtras) -> Any:

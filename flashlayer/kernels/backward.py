@@ -40,6 +40,23 @@ from flashlayer.kernels.primitives import (
 
 
 @triton.jit
+def load_rows(ptr, rows, valid, other, COPIES: tl.constexpr):
+    """One number a row, in a loop that is pipelined.
+
+    Triton 3.6 loads a tile of fewer elements than threads in the layout of its use, in which every
+    thread holds all of them: one asynchronous copy of 4 bytes for each. ``COPIES`` of the row, as
+    many elements as threads, keep the layout in which each thread copies one; 1 is a plain load.
+    """
+    if COPIES == 1:
+        numbers = tl.load(ptr + rows, mask=valid, other=other)
+    else:
+        copies = tl.arange(0, COPIES)[:, None] * 0
+        numbers = tl.load(ptr + (rows[None, :] + copies), mask=valid[None, :], other=other)
+        numbers = tl.max(numbers, 0)
+    return numbers
+
+
+@triton.jit
 def load_lse(lse_ptr, rows, valid_rows):
     """The LSE of some rows; +inf, which makes p = exp(s - inf) = 0, for rows without one.
 
@@ -160,6 +177,8 @@ def dkdv_kernel(
     SOFTCAP: tl.constexpr,
     MASK_UNIT: tl.constexpr,
     MASK_STEP: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
+    ROW_COPIES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """One block of keys of one kv head per program: dK and dV, summed over its ``GROUP`` heads.
@@ -209,7 +228,10 @@ def dkdv_kernel(
             num_tiles = tl.cdiv(BLOCK_N, BLOCK_M)
         # The band's edges exist only where the window has that side.
         if part == 1 or (window_right if part == 0 else window_left) is not None:
-            for step in tl.range(0, num_tiles * GROUP):  # the tiles of one query head after another
+            # The tiles of one query head after another.
+            for step in tl.range(
+                0, num_tiles * GROUP, num_stages=None if part == 1 else EDGE_STAGES
+            ):
                 if GROUP == 1:
                     head = kv_head
                     tile = step
@@ -242,7 +264,8 @@ def dkdv_kernel(
                     q = load_described(q_descriptor, entry, head, q_begin + q_start)
                 else:
                     q = load_tiles(q_head, q_strides, rows, valid, HEAD_DIM, BLOCK_D)
-                lse = load_lse(lse_ptr + head_row, rows, valid)  # [BLOCK_M]
+                lse = load_rows(lse_ptr + head_row, rows, valid, float("inf"), ROW_COPIES)
+                lse = tl.where(lse == float("-inf"), float("inf"), lse)  # [BLOCK_M]
                 scores = dot_rows(k, q, INPUT_PRECISION)
                 p, capped = probabilities(
                     scores,
@@ -262,7 +285,7 @@ def dkdv_kernel(
                 p_kept = p if kept is None else p * kept
                 dv = dot_into(dv, p_kept.to(do[0].dtype), do, INPUT_PRECISION)
                 dp = dot_rows(v, do, INPUT_PRECISION)
-                delta = tl.load(delta_ptr + head_row + rows, mask=valid, other=0.0)  # [BLOCK_M]
+                delta = load_rows(delta_ptr + head_row, rows, valid, 0.0, ROW_COPIES)
                 ds = score_gradient(p, dp, delta[None, :], bias, kept)  # [BLOCK_N, BLOCK_M]
                 if SOFTCAP:
                     ds *= 1.0 - capped * capped
@@ -322,6 +345,7 @@ def dq_kernel(
     SOFTCAP: tl.constexpr,
     MASK_UNIT: tl.constexpr,
     MASK_STEP: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """One block of queries of one head per program, with the forward kernel's loop over keys."""
@@ -372,7 +396,12 @@ def dq_kernel(
     edges = key_tile_edges(bounds, BLOCK_N)
     for part in tl.static_range(3):  # left edge of the band, what all queries see, right edge
         if part > 0 or window_left is not None:
-            for k_start in tl.range(edges[part], edges[part + 1], BLOCK_N):
+            for k_start in tl.range(
+                edges[part],
+                edges[part + 1],
+                BLOCK_N,
+                num_stages=None if part == 1 else EDGE_STAGES,
+            ):
                 columns = k_start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
                 seen = None if part == 1 else columns < edges[3]
                 i, j = rows[:, None], columns[None, :]

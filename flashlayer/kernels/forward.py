@@ -105,6 +105,7 @@ def forward_kernel(
     SOFTCAP: tl.constexpr,
     MASK_UNIT: tl.constexpr,
     MASK_STEP: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """One block of queries of one head per program.
@@ -116,6 +117,7 @@ def forward_kernel(
     The scores are ``SCALE_SIGN * scale * q k^T`` with ``scale > 0``: the sign (1, -1, 0) goes into
     q, where it is exact, so that the factor after the maximum is always positive.
     ``k_descriptor`` and ``v_descriptor``, or None, load the tiles that every query sees (TMA).
+    ``EDGE_STAGES``, or None for the launch's ``num_stages``: tiles in flight where they don't.
 
     Options, None when off (the softcap by ``SOFTCAP``): a side of the window; ``slopes_ptr``, fp32,
     one per head, ``slopes_stride`` from one batch entry to the next; ``mask_ptr``, uint8 or float,
@@ -175,7 +177,12 @@ def forward_kernel(
     edges = key_tile_edges(bounds, BLOCK_N)
     for part in tl.static_range(3):  # left edge of the band, what all queries see, right edge
         if part > 0 or window_left is not None:
-            for k_start in tl.range(edges[part], edges[part + 1], BLOCK_N):
+            for k_start in tl.range(
+                edges[part],
+                edges[part + 1],
+                BLOCK_N,
+                num_stages=None if part == 1 else EDGE_STAGES,
+            ):
                 columns = k_start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
                 seen = None if part == 1 else columns < edges[3]
                 i, j = rows[:, None], columns[None, :]

@@ -61,7 +61,7 @@ class Device:
         arch: 80 or 90.
         late: whether asynchronous operations take effect at their waits, or when issued.
         races: whether unordered accesses to shared memory are errors.
-        fences: whether a missing ``fence.proxy.async`` is one.
+        unfenced: kernels in which a missing ``fence.proxy.async`` is none.
         seed: of the order in which warps run.
         edit: changes the PTX before it is run: a planted fault.
         at_once: CTAs side by side.
@@ -71,7 +71,7 @@ class Device:
     arch: int
     late: bool = True
     races: bool = True
-    fences: bool = True
+    unfenced: frozenset[str] = frozenset()
     seed: int = 0
     edit: Callable[[str], str] | None = None
     at_once: int = 16
@@ -100,7 +100,7 @@ class Device:
             seed=self.seed,
             late=self.late,
             races=self.races,
-            fences=self.fences,
+            fences=name not in self.unfenced,
             at_once=self.at_once,
         )
         self.launches.append(Launch(name, grid, executed, program))

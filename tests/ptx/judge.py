@@ -20,7 +20,7 @@ from flashlayer.modules import split_attention
 from tests import tolerance
 from tests.ptx.cases import Case
 from tests.ptx.driver import Device, emulated
-from tests.ptx.formats import EmulatorError
+from tests.ptx.formats import EmulatorError, Race
 
 Results = dict[str, Tensor]
 Run = tuple[bool, int]
@@ -35,8 +35,8 @@ class Verdict:
         case: its name.
         passed: whether every run ended, kept the rule and gave the same bits.
         message: the first error.
-        unfenced: instructions that multiply what no ``fence.proxy.async`` covers; found only with
-            ``without_fences``.
+        unfenced: for each kernel that multiplies what no ``fence.proxy.async`` covers, the error;
+            found only with ``without_fences``.
         errors: for each tensor, its largest error over its bound.
         kernels: for each kernel that ran, its opcodes and how many of them are in its text.
         executed: instructions that warps executed.
@@ -46,7 +46,7 @@ class Verdict:
     case: str
     passed: bool = True
     message: str = ""
-    unfenced: list[str] = field(default_factory=list)
+    unfenced: dict[str, str] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     kernels: dict[str, dict[str, int]] = field(default_factory=dict)
     executed: int = 0
@@ -74,18 +74,19 @@ def judge(
     """
     verdict, start = Verdict(case.name), time.process_time()
     first: Results | None = None
-    fences = True
     for late, seed in runs:
         options = {"late": late, "seed": seed, "edit": edit}
         try:
-            try:
-                results = _execute(case, arch, verdict, open_device, options | {"fences": fences})
-            except EmulatorError as error:
-                if not (without_fences and "without fence.proxy.async" in str(error)):
-                    raise
-                verdict.unfenced.append(str(error))
-                fences = False
-                results = _execute(case, arch, verdict, open_device, options | {"fences": fences})
+            results = None
+            while results is None:
+                options["unfenced"] = frozenset(verdict.unfenced)
+                try:
+                    results = _execute(case, arch, verdict, open_device, options)
+                except Race as error:
+                    kernel, _, what = str(error).partition(": ")
+                    if not (without_fences and "without fence.proxy.async" in what):
+                        raise
+                    verdict.unfenced[kernel] = what
         except (AssertionError, EmulatorError) as error:
             verdict.passed, verdict.message = False, f"{'late' if late else 'early'}: {error}"
             break

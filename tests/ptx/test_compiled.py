@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import math
 import re
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 
-from tests.ptx.cases import QUICK, names
+from tests.ptx.cases import QUICK, may_lack_a_fence, names
 from tests.ptx.processes import results
 
 TARGETS = (80, 90)
+TRITON = version("triton")
 # Triton 3.7.1 reads k, v and do of a TF32 dQ on sm_90 from shared memory that cp.async has written,
 # with no fence.proxy.async before dp = do v^T. A race by the ISA, whatever a chip makes of it.
-UNFENCED = {(90, "tf32 causal"): "dq_kernel"}
+UNFENCED = {(90, "tf32 causal"): "dq_kernel"} if TRITON == "3.7.1" else {}
 
 Result = dict[str, Any]
 
@@ -40,6 +42,8 @@ CASES = [(arch, name) for arch in TARGETS for name in names(arch, QUICK)]
 )
 def test_compiled_kernels_keep_the_accuracy_rule(compiled: Any, arch: int, case: str) -> None:
     result = compiled(arch)[case]
+    if "without fence" in result["message"] and may_lack_a_fence(TRITON, arch, case):
+        pytest.xfail(f"Triton {TRITON} leaves out a fence.proxy.async: {result['message']}")
     assert result["passed"], result["message"]
     assert result["executed"] > 0
     expected = {"out"} if "decoding" in case else {"out", "lse", "dq", "dk", "dv"}

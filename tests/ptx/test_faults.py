@@ -6,6 +6,7 @@ A fault that must not be noticed says why the statement makes no difference.
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -37,6 +38,10 @@ def check(fault: Fault, result: dict[str, Any]) -> None:
 def names_of(pairs: list[tuple[int, Fault]]) -> list[str]:
     return [f"{arch}-{fault.kernel}-{fault.name}" for arch, fault in pairs]
 
+
+# What Triton emits changes from one minor version to the next, and so does where a fault finds it.
+if not version("triton").startswith("3.7."):
+    pytestmark = pytest.mark.skip(reason="the faults are written for the text of Triton 3.7")
 
 QUICK = [pair for pair in ALL if not pair[1].slow]
 SLOW = [pair for pair in ALL if pair[1].slow]
