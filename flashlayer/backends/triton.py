@@ -150,7 +150,7 @@ def launch_forward(
         **_inputs(q, k, v, spec, extras),
         **_options(q, extras, spec),
         **_packing(extras),
-        **_pipeline(tiles, tiles.BLOCK_N, extras, k_descriptor=k, v_descriptor=v),
+        **_pipeline("forward", tiles, tiles.BLOCK_N, extras, k_descriptor=k, v_descriptor=v),
         o_ptr=o,
         lse_ptr=lse,
         o_strides=o.stride(),
@@ -222,7 +222,9 @@ def launch_backward(
         launch(
             **shared,
             **_packing(extras),
-            **_pipeline(tiles, tiles.BLOCK_M, extras, dense, q_descriptor=q, do_descriptor=do),
+            **_pipeline(
+                "dkdv", tiles, tiles.BLOCK_M, extras, dense, q_descriptor=q, do_descriptor=do
+            ),
             dk_ptr=dk,
             dv_ptr=dv,
             dk_strides=dk.stride(),
@@ -239,7 +241,7 @@ def launch_backward(
         launch(
             **shared,
             **_packing(extras),
-            **_pipeline(tiles, tiles.BLOCK_N, extras, k_descriptor=k, v_descriptor=v),
+            **_pipeline("dq", tiles, tiles.BLOCK_N, extras, k_descriptor=k, v_descriptor=v),
             dq_ptr=dq,
             dq_strides=dq.stride(),
             heads=heads,
@@ -264,7 +266,7 @@ def launch_backward(
             OVER_HEADS=mask_heads == 1,
             OVER_QUERIES=mask_q == 1,
             OVER_KEYS=mask_k == 1,
-            **tiles.launch_options() | ({"num_stages": 1} if _lacks_fences(q.device) else {}),
+            **tiles.launch_options() | ({"num_stages": 1} if _lacks_fences("dq", q) else {}),
         )
 
 
@@ -298,15 +300,19 @@ def _inputs(
 
 
 def _pipeline(
-    tiles: Any, rows: int, extras: AttentionExtras, allowed: bool = True, **tensors: Tensor
+    kernel: str,
+    tiles: Any,
+    rows: int,
+    extras: AttentionExtras,
+    allowed: bool = True,
+    **tensors: Tensor,
 ) -> dict[str, Any]:
     """The descriptors of the streamed tensors, by name, and how many of their tiles are in flight.
 
     Where the compiler leaves out proxy fences, tiles are streamed through descriptors (TMA, which
     needs none), or one at a time through registers.
     """
-    device = next(iter(tensors.values())).device
-    unfenced = _lacks_fences(device)
+    unfenced = _lacks_fences(kernel, next(iter(tensors.values())))
     if unfenced:
         tiles = replace(tiles, descriptors=True)
     described = {
@@ -320,15 +326,20 @@ def _pipeline(
     return {**described, **options, "EDGE_STAGES": 1 if unfenced else None}
 
 
-def _lacks_fences(device: torch.device) -> bool:
+def _lacks_fences(kernel: str, x: Tensor) -> bool:
     """Whether Triton may leave out the ``fence.proxy.async`` between cp.async and wgmma.
 
-    Before 3.7 it does on sm_90: wgmma then reads shared memory through the asynchronous proxy that
-    cp.async has written through the generic one (PTX ISA, "Async proxy"), which is a race.
+    wgmma then reads shared memory through the asynchronous proxy that cp.async has written through
+    the generic one (PTX ISA, "Async proxy"), which is a race. So it is on sm_90 before Triton 3.7,
+    and for the second product of dQ in TF32 before 3.9: seen by executing the PTX (``tests/ptx``).
     """
+    if _target(x.device) != "sm_90":
+        return False
     import triton
 
-    return _target(device) == "sm_90" and _version(triton.__version__) < (3, 7)
+    version = _version(triton.__version__)
+    tf32_dq = kernel == "dq" and _input_precision(x) == "tf32"
+    return version < (3, 7) or (version < (3, 9) and tf32_dq)
 
 
 def _row_copies(tiles: Any) -> int:

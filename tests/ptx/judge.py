@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashlayer import flash_attention
 from flashlayer.kernels import tiles
-from flashlayer.modules import split_attention
+from flashlayer.cache import split_attention
 from tests import tolerance
 from tests.ptx.cases import Case
 from tests.ptx.driver import Device, emulated
