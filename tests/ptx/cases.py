@@ -339,12 +339,3 @@ BY_NAME = {case.name: case for case in TABLE}
 def names(arch: int, cases: Sequence[Case]) -> list[str]:
     """The cases for a target."""
     return [case.name for case in cases if arch in case.targets]
-
-
-def may_lack_a_fence(triton: str, arch: int, case: str) -> bool:
-    """What Triton is known to leave out, until the kernels avoid it.
-
-    3.6.0 puts its fences before the loop, where they don't cover the next tiles' copies. 3.7.1
-    forgets the one before ``dp = do v^T`` of a TF32 dQ.
-    """
-    return arch == 90 and (triton == "3.6.0" or (triton == "3.7.1" and case.startswith("tf32")))

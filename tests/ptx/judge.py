@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashlayer import flash_attention
-from flashlayer.kernels import tiles
 from flashlayer.cache import split_attention
+from flashlayer.kernels import tiles
 from tests import tolerance
 from tests.ptx.cases import Case
 from tests.ptx.driver import Device, emulated

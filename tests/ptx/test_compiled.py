@@ -8,8 +8,6 @@ NaN. ``tests/ptx/test_table.py`` runs the whole option table.
 from __future__ import annotations
 
 import math
-import re
-from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -20,11 +18,6 @@ from tests.ptx.cases import QUICK, may_lack_a_fence, names
 from tests.ptx.processes import results
 
 TARGETS = (80, 90)
-TRITON = version("triton")
-# Triton 3.7.1 reads k, v and do of a TF32 dQ on sm_90 from shared memory that cp.async has written,
-# with no fence.proxy.async before dp = do v^T. A race by the ISA, whatever a chip makes of it.
-UNFENCED = {(90, "tf32 causal"): "dq_kernel"} if TRITON == "3.7.1" else {}
-
 Result = dict[str, Any]
 
 
@@ -37,9 +30,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
 CASES = [(arch, name) for arch in TARGETS for name in names(arch, QUICK)]
 
 
-@pytest.mark.parametrize(
-    ("arch", "case"), [pair for pair in CASES if pair not in UNFENCED], ids=lambda x: str(x)
-)
+@pytest.mark.parametrize(("arch", "case"), CASES, ids=str)
 def test_compiled_kernels_keep_the_accuracy_rule(compiled: Any, arch: int, case: str) -> None:
     result = compiled(arch)[case]
     if "without fence" in result["message"] and may_lack_a_fence(TRITON, arch, case):
@@ -49,15 +40,6 @@ def test_compiled_kernels_keep_the_accuracy_rule(compiled: Any, arch: int, case:
     expected = {"out"} if "decoding" in case else {"out", "lse", "dq", "dk", "dv"}
     assert result["errors"].keys() >= expected
     assert all(0 <= ratio <= 1 for ratio in result["errors"].values())
-
-
-@pytest.mark.parametrize(("arch", "case"), UNFENCED)
-def test_the_known_missing_fence_is_found(compiled: Any, arch: int, case: str) -> None:
-    """Until the kernel is changed; then the case moves to the test above."""
-    result = compiled(arch)[case]
-    assert not result["passed"]
-    kernel = UNFENCED[arch, case]
-    assert re.search(rf"{kernel}: .* without fence\.proxy\.async", result["message"])
 
 
 def opcodes(result: Result, kernel: str) -> set[str]:

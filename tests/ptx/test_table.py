@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("triton")
 
 from tests.ptx import report
-from tests.ptx.cases import TABLE, may_lack_a_fence, names
+from tests.ptx.cases import TABLE, names
 from tests.ptx.processes import INSTALLED, installed, results
 
 VERSIONS = ("3.6.0", "3.7.1", "3.9.0")
@@ -50,7 +50,7 @@ def test_the_option_table_keeps_the_accuracy_rule(table: Any, triton: str, arch:
         assert result["triton"] == triton
         if not result["passed"]:
             wrong[case] = result["message"]
-        elif result["unfenced"] and not may_lack_a_fence(triton, arch, case):
+        elif result["unfenced"]:
             wrong[case] = str(result["unfenced"])
     assert not wrong, "\n".join(f"{case}: {message}" for case, message in wrong.items())
     assert all(result["executed"] > 0 for result in found.values())
