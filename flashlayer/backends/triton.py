@@ -3,6 +3,7 @@
 Triton is imported on the first call, so that ``import flashlayer`` needs torch alone.
 """
 
+import functools
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -149,8 +150,7 @@ def launch_forward(
         **_inputs(q, k, v, spec, extras),
         **_options(q, extras, spec),
         **_packing(extras),
-        k_descriptor=_descriptor(k, tiles, tiles.BLOCK_N, extras),
-        v_descriptor=_descriptor(v, tiles, tiles.BLOCK_N, extras),
+        **_pipeline("forward", tiles, tiles.BLOCK_N, extras, k_descriptor=k, v_descriptor=v),
         o_ptr=o,
         lse_ptr=lse,
         o_strides=o.stride(),
@@ -159,10 +159,8 @@ def launch_forward(
         num_blocks=num_blocks,
         scale=max(abs(spec.scale), 1e-30),  # with sign 0 any positive factor will do
         SCALE_SIGN=(spec.scale > 0) - (spec.scale < 0),
-        mask_ptr=_mask(extras),
-        mask_strides=_mask_strides(extras.attn_mask),
+        **_mask(extras),
         sinks_ptr=extras.sinks,
-        **tiles.launch_options(),
     )
 
 
@@ -214,8 +212,7 @@ def launch_backward(
         "delta_ptr": delta,
         "do_strides": do.stride(),
         "scale": spec.scale,
-        "mask_ptr": _mask(extras),
-        "mask_strides": _mask_strides(extras.attn_mask),
+        **_mask(extras),
     }
     tiles = _tiles("dkdv", q, v, spec, extras)
     dense = extras.cu_seqlens_q is None  # else the next sequence follows a ragged tile of queries
@@ -225,8 +222,9 @@ def launch_backward(
         launch(
             **shared,
             **_packing(extras),
-            q_descriptor=_descriptor(q, tiles, tiles.BLOCK_M, extras) if dense else None,
-            do_descriptor=_descriptor(do, tiles, tiles.BLOCK_M, extras) if dense else None,
+            **_pipeline(
+                "dkdv", tiles, tiles.BLOCK_M, extras, dense, q_descriptor=q, do_descriptor=do
+            ),
             dk_ptr=dk,
             dv_ptr=dv,
             dk_strides=dk.stride(),
@@ -234,7 +232,7 @@ def launch_backward(
             kv_heads=kv_heads,
             num_blocks=num_blocks,
             GROUP=heads // kv_heads,
-            **tiles.launch_options(),
+            ROW_COPIES=_row_copies(tiles),
         )
     tiles = _tiles("dq", q, v, spec, extras)
     num_blocks = _num_blocks(spec.max_seqlen_q, seqlen_q, tiles.BLOCK_M)
@@ -243,14 +241,12 @@ def launch_backward(
         launch(
             **shared,
             **_packing(extras),
-            k_descriptor=_descriptor(k, tiles, tiles.BLOCK_N, extras),
-            v_descriptor=_descriptor(v, tiles, tiles.BLOCK_N, extras),
+            **_pipeline("dq", tiles, tiles.BLOCK_N, extras, k_descriptor=k, v_descriptor=v),
             dq_ptr=dq,
             dq_strides=dq.stride(),
             heads=heads,
             group=heads // kv_heads,
             num_blocks=num_blocks,
-            **tiles.launch_options(),
         )
     if d_mask is not None:
         mask_batch, mask_heads, mask_q, mask_k = d_mask.shape
@@ -260,7 +256,6 @@ def launch_backward(
         launch(
             **shared,
             dmask_ptr=d_mask,
-            dmask_strides=d_mask.stride(),
             batches=batch,
             heads=heads,
             group=heads // kv_heads,
@@ -271,7 +266,7 @@ def launch_backward(
             OVER_HEADS=mask_heads == 1,
             OVER_QUERIES=mask_q == 1,
             OVER_KEYS=mask_k == 1,
-            **tiles.launch_options(),
+            **tiles.launch_options() | ({"num_stages": 1} if _lacks_fences("dq", q) else {}),
         )
 
 
@@ -302,6 +297,64 @@ def _inputs(
         "BLOCK_DV": head_tiles(v.shape[3]),
         "INPUT_PRECISION": _input_precision(q),
     }
+
+
+def _pipeline(
+    kernel: str,
+    tiles: Any,
+    rows: int,
+    extras: AttentionExtras,
+    allowed: bool = True,
+    **tensors: Tensor,
+) -> dict[str, Any]:
+    """The descriptors of the streamed tensors, by name, and how many of their tiles are in flight.
+
+    Where the compiler leaves out proxy fences, tiles are streamed through descriptors (TMA, which
+    needs none), or one at a time through registers.
+    """
+    unfenced = _lacks_fences(kernel, next(iter(tensors.values())))
+    if unfenced:
+        tiles = replace(tiles, descriptors=True)
+    described = {
+        name: _descriptor(x, tiles, rows, extras) if allowed else None
+        for name, x in tensors.items()
+    }
+    options = tiles.launch_options()
+    if unfenced and None in described.values():
+        described = dict.fromkeys(described)
+        options["num_stages"] = 1
+    return {**described, **options, "EDGE_STAGES": 1 if unfenced else None}
+
+
+def _lacks_fences(kernel: str, x: Tensor) -> bool:
+    """Whether Triton may leave out the ``fence.proxy.async`` between cp.async and wgmma.
+
+    wgmma then reads shared memory through the asynchronous proxy that cp.async has written through
+    the generic one (PTX ISA, "Async proxy"), which is a race. So it is on sm_90 before Triton 3.7,
+    and for the second product of dQ in TF32 before 3.9: seen by executing the PTX (``tests/ptx``).
+    """
+    if _target(x.device) != "sm_90":
+        return False
+    import triton
+
+    version = _version(triton.__version__)
+    tf32_dq = kernel == "dq" and _input_precision(x) == "tf32"
+    return version < (3, 7) or (version < (3, 9) and tf32_dq)
+
+
+def _row_copies(tiles: Any) -> int:
+    """See ``load_rows`` of the backward kernels: more than 1 with Triton before 3.7 only."""
+    import triton
+
+    if _interpreted() or _version(triton.__version__) >= (3, 7):
+        return 1
+    return max(1, 32 * tiles.num_warps // tiles.BLOCK_M)
+
+
+@functools.cache
+def _version(text: str) -> tuple[int, int]:
+    major, minor, *_ = text.split(".")
+    return int(major), int(minor)
 
 
 def _descriptor(x: Tensor, tiles: Any, rows: int, extras: AttentionExtras) -> Any:
@@ -343,7 +396,7 @@ def _options(q: Tensor, extras: AttentionExtras, spec: AttentionSpec) -> dict[st
         "slopes_ptr": slopes,
         "slopes_stride": None if slopes is None else _own_stride(slopes, 0),
         "seed_ptr": extras.dropout_seed,
-        "threshold": philox.threshold(spec.dropout_p) if drops else None,
+        "threshold": philox.threshold(spec.dropout_p) if drops else 0,
         "keep_scale": 1 / ((1 - spec.dropout_p) or 1.0),
     }
 
@@ -355,17 +408,24 @@ def _packing(extras: AttentionExtras) -> dict[str, Tensor | None]:
     }
 
 
-def _mask(extras: AttentionExtras) -> Tensor | None:
-    """The mask as the kernels read it: bytes for bools."""
+def _mask(extras: AttentionExtras) -> dict[str, Any]:
+    """The mask as the kernels read it: bytes for bools, stride 0 where it has one entry for all.
+
+    Its strides change with the lengths, so that they are no constants of the kernel but for what
+    vectorizes a load: whether rows follow each other in units of 16 elements, and the last one.
+    """
     mask = extras.attn_mask
-    return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
-
-
-def _mask_strides(mask: Tensor | None) -> tuple[int, ...] | None:
-    """Stride 0 along the dimensions that a mask has once for all."""
+    names = ("mask_batch", "mask_head", "mask_row", "mask_column")
     if mask is None:
-        return None
-    return tuple(_own_stride(mask, dim) for dim in range(4))
+        return {"mask_ptr": None, **dict.fromkeys(names), "MASK_UNIT": 1, "MASK_STEP": None}
+    *strides, column = (_own_stride(mask, dim) for dim in range(4))
+    unit = 16 if all(stride % 16 == 0 for stride in strides) else 1
+    return {
+        "mask_ptr": mask.view(torch.uint8) if mask.dtype == torch.bool else mask,
+        **dict(zip(names, (*(stride // unit for stride in strides), column), strict=True)),
+        "MASK_UNIT": unit,
+        "MASK_STEP": column if column in (0, 1) else None,
+    }
 
 
 def _own_stride(x: Tensor, dim: int) -> int:

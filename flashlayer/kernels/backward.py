@@ -14,11 +14,13 @@ import triton
 import triton.language as tl
 
 from flashlayer.kernels.primitives import (
+    CHANGING,
     diagonal_offset,
     dot_into,
     dot_rows,
     head_pointer,
     in_band,
+    in_elements,
     keep_factor,
     key_bounds,
     key_tile_edges,
@@ -35,6 +37,23 @@ from flashlayer.kernels.primitives import (
     store_tiles,
     zero_tiles,
 )
+
+
+@triton.jit
+def load_rows(ptr, rows, valid, other, COPIES: tl.constexpr):
+    """One number a row, in a loop that is pipelined.
+
+    Triton 3.6 loads a tile of fewer elements than threads in the layout of its use, in which every
+    thread holds all of them: one asynchronous copy of 4 bytes for each. ``COPIES`` of the row, as
+    many elements as threads, keep the layout in which each thread copies one; 1 is a plain load.
+    """
+    if COPIES == 1:
+        numbers = tl.load(ptr + rows, mask=valid, other=other)
+    else:
+        copies = tl.arange(0, COPIES)[:, None] * 0
+        numbers = tl.load(ptr + (rows[None, :] + copies), mask=valid[None, :], other=other)
+        numbers = tl.max(numbers, 0)
+    return numbers
 
 
 @triton.jit
@@ -73,7 +92,7 @@ def score_gradient(p, dp, delta, bias, kept):
     return ds
 
 
-@triton.jit(do_not_specialize=["seqlen_q"])
+@triton.jit(do_not_specialize=CHANGING)
 def delta_kernel(
     o_ptr,
     do_ptr,
@@ -109,9 +128,7 @@ def delta_kernel(
     tl.store(delta_ptr + head_row + rows, delta, mask=valid)
 
 
-@triton.jit(
-    do_not_specialize=["seqlen_q", "seqlen_k", "offset", "window_left", "window_right", "threshold"]
-)
+@triton.jit(do_not_specialize=CHANGING)
 def dkdv_kernel(
     q_ptr,
     k_ptr,
@@ -141,9 +158,12 @@ def dkdv_kernel(
     slopes_ptr,
     slopes_stride,
     mask_ptr,
-    mask_strides,
+    mask_batch,
+    mask_head,
+    mask_row,
+    mask_column,
     seed_ptr,
-    threshold,
+    threshold: tl.int64,
     keep_scale: tl.float64,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
@@ -155,6 +175,10 @@ def dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    MASK_UNIT: tl.constexpr,
+    MASK_STEP: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
+    ROW_COPIES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """One block of keys of one kv head per program: dK and dV, summed over its ``GROUP`` heads.
@@ -175,6 +199,10 @@ def dkdv_kernel(
     ACC_DTYPE: tl.constexpr = lse_ptr.dtype.element_ty
     scale = tl.full((), scale, ACC_DTYPE)
     cap = tl.full((), softcap, ACC_DTYPE) if SOFTCAP else None
+    if mask_ptr is not None:
+        mask_strides = in_elements(
+            mask_batch, mask_head, mask_row, mask_column, MASK_UNIT, MASK_STEP
+        )
 
     k_ptr = head_pointer(k_ptr, k_strides, entry, kv_head, k_begin)
     v_ptr = head_pointer(v_ptr, v_strides, entry, kv_head, k_begin)
@@ -200,7 +228,10 @@ def dkdv_kernel(
             num_tiles = tl.cdiv(BLOCK_N, BLOCK_M)
         # The band's edges exist only where the window has that side.
         if part == 1 or (window_right if part == 0 else window_left) is not None:
-            for step in tl.range(0, num_tiles * GROUP):  # the tiles of one query head after another
+            # The tiles of one query head after another.
+            for step in tl.range(
+                0, num_tiles * GROUP, num_stages=None if part == 1 else EDGE_STAGES
+            ):
                 if GROUP == 1:
                     head = kv_head
                     tile = step
@@ -220,9 +251,9 @@ def dkdv_kernel(
                 if slopes_ptr is not None:
                     slope = tl.load(slopes_ptr + batch * slopes_stride + head).to(ACC_DTYPE)
                 if mask_ptr is not None:
-                    mask_head = head_pointer(mask_ptr, mask_strides, batch, head, 0)
+                    bias_head = head_pointer(mask_ptr, mask_strides, batch, head, 0)
                     exists = valid[None, :] & (j < k_length)
-                    bias = load_bias(mask_head, mask_strides, i, j, exists, ACC_DTYPE)
+                    bias = load_bias(bias_head, mask_strides, i, j, exists, ACC_DTYPE)
                 if seed_ptr is not None:
                     kept = keep_factor(
                         seed_ptr, threshold, keep_scale, batch, head, i, j, ACC_DTYPE
@@ -233,7 +264,8 @@ def dkdv_kernel(
                     q = load_described(q_descriptor, entry, head, q_begin + q_start)
                 else:
                     q = load_tiles(q_head, q_strides, rows, valid, HEAD_DIM, BLOCK_D)
-                lse = load_lse(lse_ptr + head_row, rows, valid)  # [BLOCK_M]
+                lse = load_rows(lse_ptr + head_row, rows, valid, float("inf"), ROW_COPIES)
+                lse = tl.where(lse == float("-inf"), float("inf"), lse)  # [BLOCK_M]
                 scores = dot_rows(k, q, INPUT_PRECISION)
                 p, capped = probabilities(
                     scores,
@@ -253,7 +285,7 @@ def dkdv_kernel(
                 p_kept = p if kept is None else p * kept
                 dv = dot_into(dv, p_kept.to(do[0].dtype), do, INPUT_PRECISION)
                 dp = dot_rows(v, do, INPUT_PRECISION)
-                delta = tl.load(delta_ptr + head_row + rows, mask=valid, other=0.0)  # [BLOCK_M]
+                delta = load_rows(delta_ptr + head_row, rows, valid, 0.0, ROW_COPIES)
                 ds = score_gradient(p, dp, delta[None, :], bias, kept)  # [BLOCK_N, BLOCK_M]
                 if SOFTCAP:
                     ds *= 1.0 - capped * capped
@@ -266,9 +298,7 @@ def dkdv_kernel(
     store_tiles(dv_ptr, dv_strides, columns, exists, dv, VALUE_DIM, BLOCK_DV)
 
 
-@triton.jit(
-    do_not_specialize=["seqlen_q", "seqlen_k", "offset", "window_left", "window_right", "threshold"]
-)
+@triton.jit(do_not_specialize=CHANGING)
 def dq_kernel(
     q_ptr,
     k_ptr,
@@ -297,9 +327,12 @@ def dq_kernel(
     slopes_ptr,
     slopes_stride,
     mask_ptr,
-    mask_strides,
+    mask_batch,
+    mask_head,
+    mask_row,
+    mask_column,
     seed_ptr,
-    threshold,
+    threshold: tl.int64,
     keep_scale: tl.float64,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
@@ -310,6 +343,9 @@ def dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    MASK_UNIT: tl.constexpr,
+    MASK_STEP: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """One block of queries of one head per program, with the forward kernel's loop over keys."""
@@ -341,6 +377,9 @@ def dq_kernel(
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + batch * slopes_stride + head).to(ACC_DTYPE)
     if mask_ptr is not None:
+        mask_strides = in_elements(
+            mask_batch, mask_head, mask_row, mask_column, MASK_UNIT, MASK_STEP
+        )
         mask_ptr = head_pointer(mask_ptr, mask_strides, batch, head, 0)
 
     q_start = block * BLOCK_M
@@ -357,7 +396,12 @@ def dq_kernel(
     edges = key_tile_edges(bounds, BLOCK_N)
     for part in tl.static_range(3):  # left edge of the band, what all queries see, right edge
         if part > 0 or window_left is not None:
-            for k_start in tl.range(edges[part], edges[part + 1], BLOCK_N):
+            for k_start in tl.range(
+                edges[part],
+                edges[part + 1],
+                BLOCK_N,
+                num_stages=None if part == 1 else EDGE_STAGES,
+            ):
                 columns = k_start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
                 seen = None if part == 1 else columns < edges[3]
                 i, j = rows[:, None], columns[None, :]
@@ -403,9 +447,7 @@ def dq_kernel(
     store_tiles(dq_ptr, dq_strides, rows, valid, scaled(dq, scale), HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(
-    do_not_specialize=["seqlen_q", "seqlen_k", "offset", "window_left", "window_right", "threshold"]
-)
+@triton.jit(do_not_specialize=CHANGING)
 def dmask_kernel(
     q_ptr,
     k_ptr,
@@ -419,8 +461,10 @@ def dmask_kernel(
     k_strides,
     v_strides,
     do_strides,
-    mask_strides,
-    dmask_strides,
+    mask_batch,
+    mask_head,
+    mask_row,
+    mask_column,
     batches,
     heads,
     group,
@@ -437,7 +481,7 @@ def dmask_kernel(
     slopes_ptr,
     slopes_stride,
     seed_ptr,
-    threshold,
+    threshold: tl.int64,
     keep_scale: tl.float64,
     OVER_BATCH: tl.constexpr,
     OVER_HEADS: tl.constexpr,
@@ -450,6 +494,8 @@ def dmask_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    MASK_UNIT: tl.constexpr,
+    MASK_STEP: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """The gradient of a float mask: ds, summed over the dimensions that ``OVER_*`` name.
@@ -461,8 +507,9 @@ def dmask_kernel(
     program = tl.program_id(0)
     k_block = program % k_blocks
     q_block = program // k_blocks % q_blocks
-    mask_head = program // (k_blocks * q_blocks) % mask_heads
-    mask_batch = program // (k_blocks * q_blocks * mask_heads)
+    own_head = program // (k_blocks * q_blocks) % mask_heads
+    own_batch = program // (k_blocks * q_blocks * mask_heads)
+    mask_strides = in_elements(mask_batch, mask_head, mask_row, mask_column, MASK_UNIT, MASK_STEP)
     ACC_DTYPE: tl.constexpr = lse_ptr.dtype.element_ty
     scale = tl.full((), scale, ACC_DTYPE)
     cap = tl.full((), softcap, ACC_DTYPE) if SOFTCAP else None
@@ -472,8 +519,8 @@ def dmask_kernel(
     num_heads = heads if OVER_HEADS else 1
     num_q = tl.cdiv(seqlen_q, BLOCK_M) if OVER_QUERIES else 1
     for outer in tl.range(0, num_batches * num_heads * num_q):
-        batch = outer // (num_heads * num_q) if OVER_BATCH else mask_batch
-        head = outer // num_q % num_heads if OVER_HEADS else mask_head
+        batch = outer // (num_heads * num_q) if OVER_BATCH else own_batch
+        head = outer // num_q % num_heads if OVER_HEADS else own_head
         q_start = (outer % num_q if OVER_QUERIES else q_block) * BLOCK_M
         q_stop = tl.minimum(q_start + BLOCK_M, seqlen_q)
         rows = q_start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -539,11 +586,14 @@ def dmask_kernel(
     else:
         columns += k_block * BLOCK_N
         columns_exist = columns < seqlen_k
-    dmask_ptr = head_pointer(dmask_ptr, dmask_strides, mask_batch, mask_head, 0)
+    # The gradient is contiguous, with the mask's sizes.
+    mask_rows = 1 if OVER_QUERIES else seqlen_q
+    mask_columns = 1 if OVER_KEYS else seqlen_k
+    first_row = (own_batch * mask_heads + own_head).to(tl.int64) * mask_rows
     pointers = (
         dmask_ptr
-        + rows.to(tl.int64)[:, None] * dmask_strides[2]
-        + columns.to(tl.int64)[None, :] * dmask_strides[3]
+        + (first_row + rows.to(tl.int64))[:, None] * mask_columns
+        + columns.to(tl.int64)[None, :]
     )
     exist = rows_exist[:, None] & columns_exist[None, :]
     tl.store(pointers, total.to(dmask_ptr.dtype.element_ty), mask=exist)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from flashlayer.kernels.primitives import (
+    CHANGING,
     LOG2E,
     diagonal_offset,
     divided,
@@ -16,6 +17,7 @@ from flashlayer.kernels.primitives import (
     dot_rows,
     head_pointer,
     in_band,
+    in_elements,
     keep_factor,
     key_bounds,
     key_tile_edges,
@@ -57,9 +59,7 @@ def online_softmax_update(
     return m_new, l_i, acc
 
 
-@triton.jit(
-    do_not_specialize=["seqlen_q", "seqlen_k", "offset", "window_left", "window_right", "threshold"]
-)
+@triton.jit(do_not_specialize=CHANGING)
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -85,10 +85,13 @@ def forward_kernel(
     slopes_ptr,
     slopes_stride,
     mask_ptr,
-    mask_strides,
+    mask_batch,
+    mask_head,
+    mask_row,
+    mask_column,
     sinks_ptr,
     seed_ptr,
-    threshold,
+    threshold: tl.int64,
     keep_scale: tl.float64,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
@@ -100,6 +103,9 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     SCALE_SIGN: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    MASK_UNIT: tl.constexpr,
+    MASK_STEP: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """One block of queries of one head per program.
@@ -111,11 +117,13 @@ def forward_kernel(
     The scores are ``SCALE_SIGN * scale * q k^T`` with ``scale > 0``: the sign (1, -1, 0) goes into
     q, where it is exact, so that the factor after the maximum is always positive.
     ``k_descriptor`` and ``v_descriptor``, or None, load the tiles that every query sees (TMA).
+    ``EDGE_STAGES``, or None for the launch's ``num_stages``: tiles in flight where they don't.
 
     Options, None when off (the softcap by ``SOFTCAP``): a side of the window; ``slopes_ptr``, fp32,
     one per head, ``slopes_stride`` from one batch entry to the next; ``mask_ptr``, uint8 or float,
-    with strides that are 0 where it is broadcast; ``sinks_ptr``, one per head; ``seed_ptr``, with
-    dropout's ``threshold`` and ``keep_scale``; ``cu_seqlens_*_ptr``, packed sequences (then B = 1).
+    with the strides that :func:`in_elements` reads, 0 where it is broadcast; ``sinks_ptr``, one per
+    head; ``seed_ptr``, with dropout's ``threshold`` and ``keep_scale``; ``cu_seqlens_*_ptr``,
+    packed sequences (then B = 1).
     """
     block, head, batch = program_coordinates(num_blocks, heads)
     q_begin, k_begin, q_length, k_length = sequence(
@@ -152,6 +160,9 @@ def forward_kernel(
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + batch * slopes_stride + head).to(ACC_DTYPE)
     if mask_ptr is not None:
+        mask_strides = in_elements(
+            mask_batch, mask_head, mask_row, mask_column, MASK_UNIT, MASK_STEP
+        )
         mask_ptr = head_pointer(mask_ptr, mask_strides, batch, head, 0)
 
     m_i = tl.full((BLOCK_M,), float("-inf"), ACC_DTYPE)
@@ -166,7 +177,12 @@ def forward_kernel(
     edges = key_tile_edges(bounds, BLOCK_N)
     for part in tl.static_range(3):  # left edge of the band, what all queries see, right edge
         if part > 0 or window_left is not None:
-            for k_start in tl.range(edges[part], edges[part + 1], BLOCK_N):
+            for k_start in tl.range(
+                edges[part],
+                edges[part + 1],
+                BLOCK_N,
+                num_stages=None if part == 1 else EDGE_STAGES,
+            ):
                 columns = k_start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
                 seen = None if part == 1 else columns < edges[3]
                 i, j = rows[:, None], columns[None, :]

@@ -21,6 +21,31 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
+# Integers that differ from call to call: specialised on being 1 or a multiple of 16, each would
+# compile a kernel again and again while lengths and head counts change. Strides stay specialised:
+# loads are vectorized by what is known of them.
+CHANGING = (
+    "seqlen_q",
+    "seqlen_k",
+    "offset",
+    "window_left",
+    "window_right",
+    "threshold",
+    "num_blocks",
+    "heads",
+    "kv_heads",
+    "group",
+    "slopes_stride",
+    "mask_batch",
+    "mask_head",
+    "mask_row",
+    "mask_column",
+    "batches",
+    "mask_heads",
+    "q_blocks",
+    "k_blocks",
+)
+
 
 @triton.jit
 def visible_interval(position, offset, left, right, length):
@@ -134,6 +159,17 @@ def tanh(x):
         series = x + x * y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835))))
         result = tl.where(tl.abs(x) < 0.3, series, result)
     return result
+
+
+@triton.jit
+def in_elements(batch, head, row, column, UNIT: tl.constexpr, STEP: tl.constexpr):
+    """Strides of a mask in elements; the first three come in units of ``UNIT`` elements.
+
+    ``UNIT`` is 16 where all three are multiples of it, so that loads of a row are vectorized. The
+    last one is ``STEP``, 0 or 1, or ``column`` where ``STEP`` is None.
+    """
+    unit = tl.full((), UNIT, tl.int64)
+    return batch * unit, head * unit, row * unit, column if STEP is None else STEP
 
 
 @triton.jit

@@ -1,0 +1,341 @@
+"""The problems that compiled kernels are run on: the option table of the contract.
+
+A case draws its tensors from a generator seeded by its name. ``QUICK`` are the few of ``make
+test``, chosen so that together they cross every feature; ``TABLE`` are all of them.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+INF = torch.inf
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call, forward and backward.
+
+    Attributes:
+        name: what the results call it.
+        build: draws ``(q, k, v, options)``.
+        targets: compute capabilities that it is for.
+        tf32: whether torch allows TF32.
+        descriptors: whether whole tiles are loaded by TMA where the tensors allow it.
+        splits: number of parts of the keys in the decoding step, 0 for a plain call.
+    """
+
+    name: str
+    build: Callable[[], tuple[Tensor, Tensor, Tensor, dict[str, Any]]]
+    targets: tuple[int, ...] = (80, 90)
+    tf32: bool = False
+    descriptors: bool = False
+    splits: int = 0
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """The tensors, the same every time."""
+        torch.manual_seed(zlib.crc32(self.name.encode()))
+        return self.build()
+
+
+def dense(
+    dtype: torch.dtype = BF16,
+    *,
+    batch: int = 1,
+    heads: int = 2,
+    kv_heads: int = 1,
+    q: int = 70,
+    k: int = 65,
+    dim: int = 64,
+    value_dim: int | None = None,
+    layout: str = "bhsd",
+    options: Callable[[int, int, int, int], dict[str, Any]] | None = None,
+    **plain: Any,
+) -> Callable[[], tuple[Tensor, Tensor, Tensor, dict[str, Any]]]:
+    """A dense problem; ``options(batch, heads, q, k)`` draws those that hold tensors."""
+
+    def build() -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        def tensor(heads: int, length: int, dim: int) -> Tensor:
+            return lay_out(torch.randn(batch, heads, length, dim, dtype=dtype), layout)
+
+        tensors = (
+            tensor(heads, q, dim),
+            tensor(kv_heads, k, dim),
+            tensor(kv_heads, k, value_dim or dim),
+        )
+        drawn = options(batch, heads, q, k) if options is not None else {}
+        drawn = {n: _of_dtype(n, x, dtype) for n, x in drawn.items()}
+        return *tensors, plain | drawn
+
+    return build
+
+
+def _of_dtype(name: str, option: Any, dtype: torch.dtype) -> Any:
+    """Float masks and sinks in the dtype of q; slopes are fp32."""
+    if isinstance(option, Tensor) and option.is_floating_point() and name != "alibi_slopes":
+        return option.to(dtype)
+    return option
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout; what lies between them is NaN."""
+    if layout == "bhsd":
+        return x
+    if layout == "bshd":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "expanded":
+        return x[:, :1].expand(x.shape)
+    whole = x.new_full((*x.shape[:2], 2 * x.shape[2], x.shape[3] + 8), torch.nan)
+    if layout == "strided_last":
+        whole = x.new_full((*x.shape[:3], 2 * x.shape[3]), torch.nan)
+        strided = whole[..., ::2]
+    else:  # "in NaN": every other row of a wider tensor, 16-byte aligned
+        strided = whole[:, :, ::2, : x.shape[3]]
+    return strided.copy_(x)
+
+
+def packed(
+    dtype: torch.dtype = BF16,
+    *,
+    lengths: Sequence[int] = (37, 0, 53),
+    lengths_k: Sequence[int] | None = None,
+    heads: int = 2,
+    kv_heads: int = 1,
+    dim: int = 64,
+    past: int = 0,
+    options: Callable[[int, int, int, int], dict[str, Any]] | None = None,
+    **plain: Any,
+) -> Callable[[], tuple[Tensor, Tensor, Tensor, dict[str, Any]]]:
+    """Packed sequences, with ``past`` tokens after the last one."""
+
+    def build() -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        both = lengths, lengths_k or lengths
+        offsets = [
+            torch.tensor([0, *x], dtype=torch.int32).cumsum(0, dtype=torch.int32) for x in both
+        ]
+        tokens_q, tokens_k = (int(x[-1]) + past for x in offsets)
+        tensors = (
+            torch.randn(tokens_q, heads, dim, dtype=dtype),
+            torch.randn(tokens_k, kv_heads, dim, dtype=dtype),
+            torch.randn(tokens_k, kv_heads, dim, dtype=dtype),
+        )
+        drawn = options(len(lengths), heads, tokens_q, tokens_k) if options is not None else {}
+        drawn = {n: _of_dtype(n, x, dtype) for n, x in drawn.items()}
+        arguments = {
+            "cu_seqlens_q": offsets[0],
+            "cu_seqlens_k": offsets[1],
+            "max_seqlen_q": max(both[0]),
+            "max_seqlen_k": max(both[1]),
+        }
+        return *tensors, arguments | plain | drawn
+
+    return build
+
+
+def hiding(dtype: torch.dtype, dim: int, batch: int = 2, q: int = 70, k: int = 90) -> Callable:
+    """A padding mask; the keys and values that it hides are NaN and inf."""
+
+    def build() -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        tensors = dense(dtype, batch=batch, q=q, k=k, dim=dim, layout="in NaN")()
+        query, key, value, options = tensors
+        visible = torch.arange(k) < torch.tensor([k - 51, k - 7]).view(batch, 1, 1, 1)
+        hidden = ~visible.view(batch, 1, k, 1)
+        key = torch.where(hidden, torch.nan, key)
+        value = torch.where(hidden, torch.tensor(INF, dtype=dtype), value)
+        return query, key, value, options | {"attn_mask": visible}
+
+    return build
+
+
+def causal_hiding(dtype: torch.dtype, dim: int) -> Callable:
+    """A top-left causal problem of fewer queries than keys: NaN in the keys after the last one."""
+
+    def build() -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        query, key, value, options = dense(
+            dtype, q=40, k=150, dim=dim, causal=True, diagonal="top_left"
+        )()
+        key[:, :, 40:], value[:, :, 40:] = torch.nan, torch.nan
+        return query, key, value, options
+
+    return build
+
+
+# Options that hold tensors, drawn for (batch, heads, q, k).
+
+
+def float_mask(*keep: int) -> Callable[..., dict[str, Any]]:
+    """An additive mask with the dimensions ``keep`` whole, the others 1."""
+
+    def draw(*sizes: int) -> dict[str, Any]:
+        shape = [size if dim in keep else 1 for dim, size in enumerate(sizes)]
+        mask = torch.randn(shape)
+        return {"attn_mask": mask.masked_fill(torch.rand(shape) < 0.2, -INF)}
+
+    return draw
+
+
+def bool_mask(*keep: int) -> Callable[..., dict[str, Any]]:
+    """The same, True where a query may attend."""
+
+    def draw(*sizes: int) -> dict[str, Any]:
+        return {"attn_mask": torch.rand([s if d in keep else 1 for d, s in enumerate(sizes)]) < 0.6}
+
+    return draw
+
+
+def slopes(batch: int, heads: int, q: int, k: int) -> dict[str, Any]:
+    return {"alibi_slopes": torch.rand(heads)}
+
+
+def slopes_of_batch(batch: int, heads: int, q: int, k: int) -> dict[str, Any]:
+    return {"alibi_slopes": torch.rand(batch, heads)}
+
+
+def sinks(batch: int, heads: int, q: int, k: int) -> dict[str, Any]:
+    return {"sinks": torch.randn(heads)}
+
+
+def everything(batch: int, heads: int, q: int, k: int) -> dict[str, Any]:
+    return {
+        **float_mask(1, 3)(batch, heads, q, k),
+        **slopes_of_batch(batch, heads, q, k),
+        **sinks(batch, heads, q, k),
+        "causal": True,
+        "window_size": (50, 0),
+        "softcap": 5.0,
+        "dropout_p": 0.2,
+        "dropout_seed": -5,
+        "scale": 0.4,
+    }
+
+
+def all_but_the_mask(batch: int, heads: int, q: int, k: int) -> dict[str, Any]:
+    options = everything(batch, heads, q, k)
+    del options["attn_mask"]
+    return options
+
+
+TF32 = {"tf32": True}
+TMA = {"descriptors": True, "targets": (90,)}
+
+QUICK = [
+    Case("bf16 causal GQA", dense(q=70, k=333, causal=True)),
+    Case("fp16 D96 everything", dense(FP16, q=50, k=70, dim=96, value_dim=80, options=everything)),
+    Case("bf16 D128 window", dense(q=90, k=140, dim=128, window_size=(30, 10))),
+    Case("bf16 packed, one empty", packed(causal=True, past=5)),
+    Case("fp16 hidden NaN", hiding(FP16, 40)),
+    Case("bf16 causal hidden NaN", causal_hiding(BF16, 32)),
+    Case("fp64 causal", dense(FP64, q=33, k=40, dim=24, causal=True, softcap=2.0)),
+    Case("tf32 causal", dense(FP32, q=40, k=70, causal=True), **TF32),
+    Case("fp32 sinks", dense(FP32, q=20, k=40, dim=24, causal=True, options=sinks)),
+    Case("bf16 split-key decoding", dense(heads=4, q=1, k=200, options=sinks), splits=3),
+    Case("bf16 TMA causal", dense(q=140, k=400, causal=True, layout="bshd"), **TMA),
+]
+
+_GEOMETRY = [
+    Case("bf16 full", dense()),
+    Case("bf16 causal", dense(causal=True)),
+    Case("bf16 causal top left", dense(q=65, k=90, causal=True, diagonal="top_left")),
+    Case("bf16 causal more queries", dense(q=150, k=70, causal=True)),
+    Case("bf16 causal three tiles", dense(q=200, k=200, causal=True)),
+    Case("bf16 window left", dense(q=150, k=150, window_size=(20, None))),
+    Case("bf16 window right", dense(q=150, k=150, window_size=(None, 20), diagonal="top_left")),
+    Case("bf16 window causal", dense(q=150, k=150, window_size=(33, 0), causal=True)),
+    Case("bf16 window rows without keys", dense(q=150, k=40, window_size=(3, 2))),
+    Case("bf16 full three tiles", dense(q=129, k=260)),
+    Case("bf16 one query", dense(heads=4, q=1, k=129)),
+    Case("bf16 one key", dense(q=63, k=1)),
+    Case("bf16 17 by 127", dense(q=17, k=127, causal=True)),
+    Case("bf16 batch of 3", dense(batch=3, heads=3, kv_heads=3, q=40, k=33)),
+    Case("bf16 MQA of 5", dense(heads=5, q=40, k=63, causal=True)),
+    Case("bf16 GQA of 3", dense(batch=2, heads=6, kv_heads=2, q=33, k=63)),
+    Case("bf16 scale negative", dense(scale=-0.5)),
+    Case("bf16 scale zero", dense(scale=0.0, causal=True)),
+    Case("bf16 bshd", dense(layout="bshd", causal=True)),
+    Case("bf16 expanded", dense(heads=2, kv_heads=2, layout="expanded")),
+    Case("bf16 strided last", dense(layout="strided_last", causal=True)),
+    Case("bf16 rows in NaN", dense(layout="in NaN", causal=True)),
+]
+_OPTIONS = [
+    Case("bf16 bool mask", dense(batch=2, options=bool_mask(0, 1, 2, 3))),
+    Case("bf16 bool mask of rows", dense(options=bool_mask(2))),
+    Case("bf16 bool mask and window", dense(options=bool_mask(2, 3), window_size=(9, 4))),
+    Case("bf16 float mask", dense(batch=2, options=float_mask(0, 1, 2, 3))),
+    Case("bf16 float mask over batch", dense(batch=2, options=float_mask(1, 2, 3), causal=True)),
+    Case("bf16 float mask over heads", dense(batch=2, options=float_mask(0, 2, 3))),
+    Case("bf16 float mask of keys", dense(batch=2, options=float_mask(3))),
+    Case("bf16 float mask of rows", dense(options=float_mask(1, 2))),
+    Case(
+        "bf16 float mask hides all",
+        dense(options=lambda b, h, q, k: {"attn_mask": torch.full((q, k), -INF)}),
+    ),
+    Case("bf16 hidden NaN", hiding(BF16, 64)),
+    Case("bf16 softcap", dense(softcap=2.0, causal=True)),
+    Case("bf16 ALiBi", dense(options=slopes, causal=True)),
+    Case("bf16 ALiBi of batch", dense(batch=2, options=slopes_of_batch)),
+    Case("bf16 sinks", dense(options=sinks, causal=True)),
+    Case(
+        "bf16 sink of minus infinity",
+        dense(options=lambda b, h, q, k: {"sinks": torch.tensor([-INF, 3.0])}),
+    ),
+    Case("bf16 dropout", dense(dropout_p=0.3, dropout_seed=17, causal=True)),
+    Case("bf16 dropout of most", dense(dropout_p=0.7, dropout_seed=2**40 + 3)),
+    Case("bf16 dropout of all", dense(dropout_p=1.0, dropout_seed=17)),
+    Case("bf16 D128 everything", dense(q=50, k=70, dim=128, options=everything)),
+    Case("fp32 everything", dense(FP32, q=20, k=40, dim=16, options=everything)),
+    Case("fp64 everything", dense(FP64, q=20, k=40, dim=16, options=everything)),
+    Case("tf32 everything", dense(FP32, q=33, k=70, dim=32, options=everything), **TF32),
+]
+_PACKED = [
+    Case("bf16 packed", packed(lengths=(70, 1, 33))),
+    Case("bf16 packed lengths differ", packed(lengths=(20, 40), lengths_k=(70, 17), causal=True)),
+    Case("bf16 packed window", packed(lengths=(90, 33), window_size=(20, 0))),
+    Case("bf16 packed no keys", packed(lengths=(20, 30), lengths_k=(0, 40))),
+    Case("bf16 packed top left", packed(lengths_k=(60, 5, 70), causal=True, diagonal="top_left")),
+    Case("fp16 packed all options", packed(FP16, dim=40, options=all_but_the_mask)),
+    Case("fp32 packed", packed(FP32, lengths=(17, 0, 20), dim=16, causal=True)),
+    Case("tf32 packed", packed(FP32, lengths=(37, 20), dim=64, causal=True), **TF32),
+]
+_HEAD_DIMS = [
+    Case("fp16 D16", dense(FP16, dim=16, causal=True)),
+    Case("bf16 D32 Dv 59", dense(dim=32, value_dim=59, causal=True)),
+    Case("fp16 D64", dense(FP16, causal=True)),
+    Case("bf16 D80", dense(dim=80, causal=True)),
+    Case("bf16 D96", dense(dim=96, causal=True)),
+    Case("bf16 D111", dense(dim=111, causal=True)),
+    Case("bf16 D128", dense(q=80, k=140, dim=128, causal=True)),
+    Case("bf16 D192 Dv 128", dense(q=40, k=70, dim=192, value_dim=128, causal=True)),
+    Case("bf16 D256", dense(q=40, k=70, dim=256, causal=True)),
+    Case("bf16 D512", dense(heads=1, q=17, k=40, dim=512, causal=True)),
+    Case("bf16 D1", dense(dim=1, causal=True)),
+    Case("fp32 D59", dense(FP32, heads=1, q=20, k=40, dim=59, causal=True)),
+    Case("fp32 D128", dense(FP32, heads=1, q=17, k=33, dim=128)),
+    Case("tf32 D96", dense(FP32, q=33, k=40, dim=96, causal=True), **TF32),
+    Case("tf32 D128", dense(FP32, q=33, k=40, dim=128, causal=True), **TF32),
+    Case("fp64 D64", dense(FP64, q=33, k=40, causal=True)),
+    Case("fp64 D96", dense(FP64, heads=1, q=20, k=33, dim=96)),
+]
+_TMA = [
+    Case("bf16 TMA full", dense(q=129, k=260), **TMA),
+    Case("bf16 TMA window", dense(q=150, k=150, window_size=(20, 7)), **TMA),
+    Case("bf16 TMA GQA", dense(batch=2, heads=4, kv_heads=2, q=70, k=90, causal=True), **TMA),
+    Case("fp16 TMA D128", dense(FP16, q=80, k=140, dim=128, causal=True), **TMA),
+    Case("bf16 TMA D256", dense(heads=1, q=40, k=70, dim=256, causal=True), **TMA),
+    Case("bf16 TMA all options", dense(options=all_but_the_mask), **TMA),
+    Case("bf16 TMA hidden NaN", causal_hiding(BF16, 64), **TMA),
+    Case("bf16 TMA packed", packed(causal=True), **TMA),
+]
+
+TABLE = [*QUICK, *_GEOMETRY, *_OPTIONS, *_PACKED, *_HEAD_DIMS, *_TMA]
+BY_NAME = {case.name: case for case in TABLE}
+
+
+def names(arch: int, cases: Sequence[Case]) -> list[str]:
+    """The cases for a target."""
+    return [case.name for case in cases if arch in case.targets]

@@ -1,0 +1,209 @@
+"""Runs one case on the emulator and judges it by the project's accuracy rule."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flashlayer import flash_attention
+from flashlayer.cache import split_attention
+from flashlayer.kernels import tiles
+from tests import tolerance
+from tests.ptx.cases import Case
+from tests.ptx.driver import Device, emulated
+from tests.ptx.formats import EmulatorError, Race
+
+Results = dict[str, Tensor]
+Run = tuple[bool, int]
+"""(late, seed) of one execution."""
+
+
+@dataclass
+class Verdict:
+    """How a case came out.
+
+    Attributes:
+        case: its name.
+        passed: whether every run ended, kept the rule and gave the same bits.
+        message: the first error.
+        unfenced: for each kernel that multiplies what no ``fence.proxy.async`` covers, the error;
+            found only with ``without_fences``.
+        errors: for each tensor, its largest error over its bound.
+        kernels: for each kernel that ran, its opcodes and how many of them are in its text.
+        executed: instructions that warps executed.
+        seconds: CPU time.
+    """
+
+    case: str
+    passed: bool = True
+    message: str = ""
+    unfenced: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    kernels: dict[str, dict[str, int]] = field(default_factory=dict)
+    executed: int = 0
+    seconds: float = 0.0
+
+
+def judge(
+    case: Case,
+    arch: int,
+    runs: tuple[Run, ...] = ((True, 0),),
+    *,
+    edit: Callable[[str], str] | None = None,
+    without_fences: bool = False,
+    open_device: Callable[..., Any] = emulated,
+) -> Verdict:
+    """Run a case once for each of ``runs``.
+
+    Args:
+        case: what is computed.
+        arch: 80 or 90.
+        runs: the first is judged, the others must give the same bits.
+        edit: changes the PTX first: a planted fault.
+        without_fences: where a fence is missing, go on and judge the values all the same.
+        open_device: :func:`tests.ptx.driver.emulated`, or another way to launch.
+    """
+    verdict, start = Verdict(case.name), time.process_time()
+    first: Results | None = None
+    for late, seed in runs:
+        options = {"late": late, "seed": seed, "edit": edit}
+        try:
+            results = None
+            while results is None:
+                options["unfenced"] = frozenset(verdict.unfenced)
+                try:
+                    results = _execute(case, arch, verdict, open_device, options)
+                except Race as error:
+                    kernel, _, what = str(error).partition(": ")
+                    if not (without_fences and "without fence.proxy.async" in what):
+                        raise
+                    verdict.unfenced[kernel] = what
+        except (AssertionError, EmulatorError) as error:
+            verdict.passed, verdict.message = False, f"{'late' if late else 'early'}: {error}"
+            break
+        first = first or results
+        differing = [n for n, x in results.items() if not torch.equal(x, first[n])]
+        if differing:
+            verdict.passed = False
+            verdict.message = f"late={late}, seed={seed}: other bits in {differing}"
+            break
+    verdict.seconds = time.process_time() - start
+    return verdict
+
+
+def _execute(
+    case: Case,
+    arch: int,
+    verdict: Verdict,
+    open_device: Callable[..., Any],
+    options: dict[str, Any],
+) -> Results:
+    """One run, held against standard attention; its errors go into ``verdict``."""
+    q, k, v, arguments = case.draw()
+    with contextlib.ExitStack() as stack:
+        device: Device = stack.enter_context(open_device(arch, **options))
+        stack.enter_context(_recorded(verdict))
+        if case.tf32:
+            stack.enter_context(_tf32_allowed())
+        if case.descriptors:
+            stack.enter_context(_descriptors())
+        if case.splits:
+            results = _decode(q, k, v, case.splits, **arguments)
+        else:
+            results = tolerance.assert_matches_standard(q, k, v, backend="triton", **arguments)
+    for launch in device.launches:
+        verdict.kernels[launch.kernel] = dict(launch.program.counts)
+        verdict.executed += launch.executed
+    return results
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor, splits: int, **options: Any) -> Results:
+    """The decoding step, whose parts are merged by their LSE; it has no backward pass."""
+    out = split_attention(q, k, v, splits, backend="triton", **options)
+    same_dtype = flash_attention(q, k, v, backend="standard", **options)
+    wide = {n: x.double() if isinstance(x, Tensor) else x for n, x in options.items()}
+    reference = flash_attention(q.double(), k.double(), v.double(), backend="standard", **wide)
+    tolerance.assert_accurate("out", out, same_dtype, reference, tolerance.FACTORS["out"])
+    return {"out": out}
+
+
+@contextlib.contextmanager
+def _recorded(verdict: Verdict) -> Iterator[None]:
+    """Note error over bound wherever :mod:`tests.tolerance` judges a tensor."""
+    judge_tensor = tolerance.assert_accurate
+
+    def record(
+        name: str, actual: Tensor, same: Tensor, reference: Tensor, factor: float, noise: float = 0
+    ) -> None:
+        judge_tensor(name, actual, same, reference, factor, noise)
+        if actual.numel() == 0:
+            return
+        infinite = reference == -torch.inf
+        clean = [torch.where(infinite, 0.0, x.double()) for x in (actual, same, reference)]
+        error = (clean[0] - clean[2]).abs().max().item()
+        bound = tolerance.error_bound(*clean[1:], actual.dtype, factor) + noise
+        ratio = error / bound if error else 0.0
+        verdict.errors[name] = max(ratio, verdict.errors.get(name, 0.0))
+
+    with mock.patch.object(tolerance, "assert_accurate", record):
+        yield
+
+
+@contextlib.contextmanager
+def _descriptors() -> Iterator[None]:
+    """Tiles as in the table, loaded by TMA where the tensors allow it."""
+    look_up = tiles.tile_config
+
+    def described(*args: Any, **kwargs: Any) -> Any:
+        return dataclasses.replace(look_up(*args, **kwargs), descriptors=True)
+
+    with mock.patch.object(tiles, "tile_config", described):
+        yield
+
+
+@contextlib.contextmanager
+def _tf32_allowed() -> Iterator[None]:
+    """TF32 in the kernels, and in the standard attention that they are measured by."""
+    run = tolerance.run
+
+    def run_in_tf32(*args: Any, backend: str, **options: Any) -> Results:
+        with _TF32Products() if backend == "standard" else contextlib.nullcontext():
+            return run(*args, backend=backend, **options)
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with mock.patch.object(tolerance, "run", run_in_tf32):
+            yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+class _TF32Products(TorchDispatchMode):
+    """fp32 matrix products whose operands lose their low 13 bits, as in a tensor core's TF32.
+
+    A CPU has no TF32: without this, the formula's own error would be that of fp32. The bits are cut
+    off and not rounded because Triton emits no ``cvt.rna``: mma and wgmma ignore them (9.7.14.5.6).
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            args = tuple(self._cut(x) for x in args)
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _cut(x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            return x
+        return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
