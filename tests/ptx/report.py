@@ -25,9 +25,9 @@ TENSORS = {
 }
 HEAD = """# Compiled kernels, executed
 
-Written by `pytest -m slow tests/ptx`: the PTX that Triton compiles, run on a CPU by the emulator in
-[`tests/ptx`](../../tests/ptx/README.md), forward and backward, through the library's own launch
-code. No GPU took part, and no ptxas.
+Written by `python -m tests.ptx.report`, which `pytest -m slow tests/ptx` calls: the PTX that Triton
+compiles, run on a CPU by the emulator in [`tests/ptx`](../../tests/ptx/README.md), forward and
+backward, through the library's own launch code. No GPU took part, and no ptxas.
 
 Every cell is **error over bound**: the largest error against standard attention in fp64, over what
 the accuracy rule allows (2 times the error of standard attention in the same dtype, 3 times for

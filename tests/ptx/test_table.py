@@ -1,6 +1,6 @@
 """The whole option table of the contract on both targets, with three versions of Triton.
 
-``pytest -m slow tests/ptx`` runs it, two hours on one core, and writes what came out into
+``pytest -m slow tests/ptx`` runs it, 40 CPU minutes, and writes what came out into
 ``benchmarks/results/compiled.md``. Other versions than the installed one come from pip, into the
 user's cache folder; where that can't be, their tests are skipped.
 """
