@@ -34,6 +34,7 @@ exclude_patterns = ["exercises/solutions"]
 INCLUDED = {
     "benchmarks/NOTES.md": "benchmarks/notes",
     "benchmarks/results/codegen.md": "benchmarks/codegen",
+    "benchmarks/results/compiled.md": "benchmarks/compiled",
     "benchmarks/results/scaling/scaling.md": "benchmarks/scaling",
     "benchmarks/results/cpu-2-cores/context/context.md": "benchmarks/context",
     "benchmarks/results/cpu-2-cores/attention.md": "benchmarks/attention",
