@@ -77,91 +77,49 @@ class Entrance:
         )
 
 
+# All that an op takes besides its tensors: the one place where the schema spells out an option.
+_OPTIONS = (
+    "str backend, float scale, SymInt? window_left, SymInt? window_right, str diagonal, "
+    "float? softcap, float dropout_p, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
+    "bool mask_gradient, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, "
+    "Tensor? dropout_seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+)
+
+
 def flatten(spec: AttentionSpec, extras: AttentionExtras) -> tuple:
-    """Spec and extras as the schema of the ops carries them, one value after the other."""
-    return (
-        spec.scale,
-        spec.window_left,
-        spec.window_right,
-        spec.diagonal,
-        spec.softcap,
-        spec.dropout_p,
-        spec.max_seqlen_q,
-        spec.max_seqlen_k,
-        spec.mask_gradient,
-        *extras,
-    )
+    """Spec and extras in the order of the schema, which is that of :data:`_SPEC` and the extras."""
+    return *(getattr(spec, name) for name in _SPEC), *extras
+
+
+_SPEC = (
+    "scale",
+    "window_left",
+    "window_right",
+    "diagonal",
+    "softcap",
+    "dropout_p",
+    "max_seqlen_q",
+    "max_seqlen_k",
+    "mask_gradient",
+)
 
 
 def unflatten(*flat: Any) -> tuple[AttentionSpec, AttentionExtras]:
     """The inverse of :func:`flatten`."""
-    (
-        scale,
-        window_left,
-        window_right,
-        diagonal,
-        softcap,
-        dropout_p,
-        max_seqlen_q,
-        max_seqlen_k,
-        mask_gradient,
-        *extras,
-    ) = flat
-    spec = AttentionSpec(
-        scale=scale,
-        window_left=window_left,
-        window_right=window_right,
-        diagonal=diagonal,
-        softcap=softcap,
-        dropout_p=dropout_p,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        mask_gradient=mask_gradient,
-    )
-    return spec, AttentionExtras(*extras)
+    spec = AttentionSpec(**dict(zip(_SPEC, flat, strict=False)))
+    return spec, AttentionExtras(*flat[len(_SPEC) :])
 
 
-@torch.library.custom_op("flashlayer::forward", mutates_args=())
+@torch.library.custom_op(
+    "flashlayer::forward",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+)
 def forward_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    backend: str,
-    scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    diagonal: str,
-    softcap: float | None,
-    dropout_p: float,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    mask_gradient: bool,
-    attn_mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    dropout_seed: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, backend: str, *options: Any
 ) -> tuple[Tensor, Tensor]:
     """``(o, lse)``: :meth:`flashlayer.spec.Backend.forward` of the backend of that name."""
-    spec, extras = unflatten(
-        scale,
-        window_left,
-        window_right,
-        diagonal,
-        softcap,
-        dropout_p,
-        max_seqlen_q,
-        max_seqlen_k,
-        mask_gradient,
-        attn_mask,
-        alibi_slopes,
-        sinks,
-        dropout_seed,
-        cu_seqlens_q,
-        cu_seqlens_k,
-    )
-    module = _MODULES[backend]
+    module, (spec, extras) = _MODULES[backend], unflatten(*options)
     o, lse = module.forward(q, k, v, _for_these_sizes(q, k, spec, extras), extras)
     expected_o, expected_lse = module.empty_results(q, v)
     return _settled(o, expected_o), _settled(lse, expected_lse)
@@ -169,12 +127,19 @@ def forward_op(
 
 @forward_op.register_fake
 def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, backend: str, *_: object
+    q: Tensor, k: Tensor, v: Tensor, backend: str, *options: Any
 ) -> tuple[Tensor, Tensor]:
     return _MODULES[backend].empty_results(q, v)
 
 
-@torch.library.custom_op("flashlayer::backward", mutates_args=())
+@torch.library.custom_op(
+    "flashlayer::backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+        f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
 def backward_op(
     do: Tensor,
     dlse: Tensor | None,
@@ -184,47 +149,17 @@ def backward_op(
     o: Tensor,
     lse: Tensor,
     backend: str,
-    scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    diagonal: str,
-    softcap: float | None,
-    dropout_p: float,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    mask_gradient: bool,
-    attn_mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    dropout_seed: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(dq, dk, dv, d_mask, d_sinks)``: :meth:`flashlayer.spec.Backend.backward`.
 
     An op returns tensors only: ``d_mask`` without ``mask_gradient``, and ``d_sinks`` without
     ``sinks``, have no elements.
     """
-    spec, extras = unflatten(
-        scale,
-        window_left,
-        window_right,
-        diagonal,
-        softcap,
-        dropout_p,
-        max_seqlen_q,
-        max_seqlen_k,
-        mask_gradient,
-        attn_mask,
-        alibi_slopes,
-        sinks,
-        dropout_seed,
-        cu_seqlens_q,
-        cu_seqlens_k,
-    )
+    spec, extras = unflatten(*options)
     spec = _for_these_sizes(q, k, spec, extras)
     grads = _MODULES[backend].backward(do, dlse, q, k, v, o, lse, spec, extras)
-    expected = _empty_gradients(q, k, v, backend, mask_gradient, attn_mask, sinks)
+    expected = _empty_gradients(q, k, v, backend, spec, extras)
     dq, dk, dv, d_mask, d_sinks = (
         fake if grad is None else _settled(grad, fake)
         for grad, fake in zip(grads, expected, strict=True)
@@ -242,24 +177,18 @@ def _backward_fake(
     o: Tensor,
     lse: Tensor,
     backend: str,
-    *options: object,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    spec, extras = unflatten(*options)
-    return _empty_gradients(q, k, v, backend, spec.mask_gradient, extras.attn_mask, extras.sinks)
+    return _empty_gradients(q, k, v, backend, *unflatten(*options))
 
 
 def _empty_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    backend: str,
-    mask_gradient: bool,
-    attn_mask: Tensor | None,
-    sinks: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, backend: str, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    mask, sinks = extras.attn_mask, extras.sinks
     d_mask = q.new_empty(0)
-    if mask_gradient and attn_mask is not None:
-        d_mask = attn_mask.new_empty(attn_mask.shape)
+    if spec.mask_gradient and mask is not None:
+        d_mask = mask.new_empty(mask.shape)
     d_sinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     return *_MODULES[backend].empty_gradients(q, k, v), d_mask, d_sinks
 
