@@ -196,7 +196,13 @@ class _Stripper:
         for decorator in function.decorator_list:
             for keyword in decorator.keywords if isinstance(decorator, ast.Call) else ():
                 if keyword.arg is not None and keyword.arg.startswith("do_not_specialize"):
-                    names = [x for x in ast.literal_eval(keyword.value) if x in kept]
+                    value = keyword.value
+                    listed = (
+                        kernel.fn.__globals__[value.id]
+                        if isinstance(value, ast.Name)
+                        else ast.literal_eval(value)
+                    )
+                    names = [x for x in listed if x in kept]
                     keyword.value = ast.parse(repr(names), mode="eval").body
         taken = {x.name for x in self.functions.values()}
         names = itertools.chain(

@@ -121,9 +121,9 @@ def forward_kernel(
 
     Options, None when off (the softcap by ``SOFTCAP``): a side of the window; ``slopes_ptr``, fp32,
     one per head, ``slopes_stride`` from one batch entry to the next; ``mask_ptr``, uint8 or float,
-    with the strides that :func:`in_elements` reads, 0 where it is broadcast; ``sinks_ptr``, one per
-    head; ``seed_ptr``, with dropout's ``threshold`` and ``keep_scale``; ``cu_seqlens_*_ptr``,
-    packed sequences (then B = 1).
+    with the strides that :func:`in_elements` reads, 0 where it is broadcast; ``sinks_ptr``,
+    one per head; ``seed_ptr``, with dropout's ``threshold`` and ``keep_scale``;
+    ``cu_seqlens_*_ptr``, packed sequences (then B = 1).
     """
     block, head, batch = program_coordinates(num_blocks, heads)
     q_begin, k_begin, q_length, k_length = sequence(
