@@ -30,9 +30,6 @@ SCORES_AT_ONCE = 2**20
 
 _HALF = (torch.float16, torch.bfloat16)
 
-# From so many queries and so many keys on the forward pass packs keys and values for AMX units.
-PACKED_FROM = {torch.bfloat16: 64, torch.float16: 16}
-
 
 def flash_forward(
     q: Tensor,
@@ -57,17 +54,23 @@ def flash_forward(
         # Of one kv head a reshape is a view, which forward mode takes for no output.
         reshape = torch.reshape if kv_heads > 1 else torch.ops.aten._unsafe_view.default
         return reshape(o, q.shape), reshape(lse, q.shape[:3])
-    if q.dtype in _HALF:
-        packed_from = PACKED_FROM.get(q.dtype)
-        if packed_from and min(q.shape[2], k.shape[2]) >= packed_from and _lacks_packing(q.dtype):
-            o, lse = flash_forward(
-                q.float(), k.float(), v.float(), scale, causal, band, shares_rows
-            )
-            return o.to(q.dtype), lse
     if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     mask = None if band is None else band.to(q.dtype)
-    o, lse = _FLASH(q, k, v, is_causal=causal, attn_mask=mask, scale=scale)
+    try:
+        o, lse = _FLASH(q, k, v, is_causal=causal, attn_mask=mask, scale=scale)
+    except RuntimeError:
+        if q.dtype not in _HALF or not _lacks_packing(q.dtype):
+            raise
+        o, lse = _FLASH(
+            q.float(),
+            k.float(),
+            v.float(),
+            is_causal=causal,
+            attn_mask=None if band is None else band.float(),
+            scale=scale,
+        )
+        o = o.to(q.dtype)
     if q.dtype in _HALF and not lse.max().item() < math.inf:
         # Its exp for half precision turns the NaN of inf - inf into 0.
         o.masked_fill_((lse == torch.inf).unsqueeze(-1), torch.nan)
