@@ -26,7 +26,7 @@ TENSORS = {
 HEAD = """# Compiled kernels, executed
 
 Written by `python -m tests.ptx.report`, which `pytest -m slow tests/ptx` calls: the PTX that Triton
-compiles, run on a CPU by the emulator in [`tests/ptx`](../../tests/ptx/README.md), forward and
+compiles, run on a CPU by the emulator in `tests/ptx`, forward and
 backward, through the library's own launch code. No GPU took part, and no ptxas.
 
 Every cell is **error over bound**: the largest error against standard attention in fp64, over what
