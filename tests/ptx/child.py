@@ -24,7 +24,7 @@ from tests.ptx.judge import judge
 
 SUITES = ("quick", "table", "faults", "slow-faults", "native", "specialized")
 # (late, seed): asynchronous operations as late as the waits allow, or at once.
-TABLE_RUNS = ((True, 0), (False, 1))
+TABLE_RUNS = ((True, 0), (False, 0), (True, 1), (False, 1))
 
 
 def run_suite(suite: str, arch: int, only: str, folder: Path) -> Iterator[dict[str, Any]]:

@@ -31,9 +31,9 @@ backward, through the library's own launch code. No GPU took part, and no ptxas.
 
 Every cell is **error over bound**: the largest error against standard attention in fp64, over what
 the accuracy rule allows (2 times the error of standard attention in the same dtype, 3 times for
-gradients, plus rounding). Above 1 is a failure. Each case ran twice, with other orders of the
-warps, asynchronous operations as late as their waits allow and as early as possible; both gave the
-same bits. Memory that no kernel writes held NaN, and every access to shared memory was checked for
+gradients, plus rounding). Above 1 is a failure. Each case ran four times: asynchronous operations
+as late as their waits allow and as early as possible, each with the warps in two random orders; all
+four gave the same bits. Memory that no kernel writes held NaN, and every access to shared memory was checked for
 races.
 
 `*`: right, but a wgmma reads what cp.async or st wrote without the `fence.proxy.async` that the ISA
