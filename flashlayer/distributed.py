@@ -26,17 +26,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashlayer import online_softmax
-from flashlayer.functional import (
-    WindowSize,
-    attend_part,
-    build_problem,
-    check_part,
-    flash_attention,
-    part_gradients,
-)
+from flashlayer import backends, online_softmax
+from flashlayer.functional import flash_attention
 from flashlayer.online_softmax import SoftmaxState
-from flashlayer.spec import AttentionExtras, AttentionSpec, Problem
+from flashlayer.problem import build_problem
+from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, WindowSize
 
 Placement = Literal["contiguous", "zigzag"]
 
@@ -841,3 +835,58 @@ def _unpack(packed: Tensor, length: int, k: Tensor, v: Tensor) -> tuple[Tensor, 
 
 def _accumulation_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def attend_part(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
+    """``o`` and ``lse`` over one part of the keys, outside of autograd; merge parts by their LSE.
+
+    Args:
+        problem: the part's queries and keys, from :func:`build_problem`.
+        backend: as in :func:`flash_attention`.
+    """
+    chosen = _with_backward(problem, backend)
+    return chosen.forward(*problem)
+
+
+def part_gradients(
+    problem: Problem, backend: str, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dq, dk, dv`` that one part of the keys contributes; the whole gradient is their sum.
+
+    The probabilities are ``exp(score - lse)`` and ``delta`` is ``rowsum(o * do) - dlse``: with the
+    output and the LSE over *all* keys they are those of the whole softmax, so a part needs nothing
+    of the others.
+
+    Args:
+        problem: as :func:`attend_part`'s.
+        backend: likewise.
+        do: gradient of the output.
+        dlse: gradient of the LSE, or None.
+        o: output over all keys.
+        lse: LSE over all keys.
+    """
+    q, k, v, spec, extras = problem
+    chosen = _with_backward(problem, backend)
+    # The kernels read lse without strides, and a part's rows may be a slice.
+    lse = lse.contiguous()
+    dq, dk, dv, _, _ = chosen.backward(do, dlse, q, k, v, o, lse, spec, extras)
+    return dq, dk, dv
+
+
+def check_part(problem: Problem, backend: str) -> None:
+    """Raise what :func:`attend_part` would raise, from shapes alone.
+
+    Raises:
+        ValueError: the backend refuses, or has no backward of its own.
+    """
+    _with_backward(problem, backend)
+
+
+def _with_backward(problem: Problem, backend: str) -> Any:
+    """A backend whose backward takes ``o`` and ``lse``; PyTorch's autograd knows one call only."""
+    chosen = backends.select(backend, problem)
+    if chosen.backward is not None:
+        return chosen
+    if backend == "auto":
+        return backends.BACKENDS["tiled"]
+    raise ValueError(f"backend {backend!r} can't compute a part: it has no backward of its own")

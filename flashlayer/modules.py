@@ -10,15 +10,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from flashlayer import distributed
+from flashlayer import backends, distributed
 from flashlayer.cache import KVCache, attend_to_cache
-from flashlayer.functional import (
-    WindowSize,
-    check_backend,
-    flash_attention,
-    flash_attention_varlen,
-)
+from flashlayer.functional import flash_attention, flash_attention_varlen
 from flashlayer.heads import Heads, local_features, local_heads
+from flashlayer.spec import WindowSize
 from flashlayer.tracing import leaf_call
 
 if TYPE_CHECKING:
@@ -135,7 +131,7 @@ class FlashAttention(nn.Module):
                 raise ValueError(f"rotary_base needs an even head_dim, got {head_dim}")
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be a probability from 0 to 1, got {dropout}")
-        check_backend(backend)
+        backends.check_name(backend)
         if context_parallel_group is not None:
             for name, option in (("alibi", alibi), ("dropout", dropout)):
                 if option:

@@ -9,10 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from flashlayer.functional import (
-    check_backend,
-    flash_attention,
-)
+from flashlayer import backends
+from flashlayer.functional import flash_attention
 from flashlayer.tracing import leaf_call
 from flashlayer.weights import attention_weights
 
@@ -102,7 +100,7 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         *,
         backend: str = "auto",
     ) -> None:
-        check_backend(backend)
+        backends.check_name(backend)
         super().__init__(
             embed_dim,
             num_heads,

@@ -11,13 +11,15 @@ follows from these four numbers by interval arithmetic, see :meth:`AttentionSpec
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, Required, TypedDict
 
 import torch
 from torch import Tensor
 
 Diagonal = Literal["bottom_right", "top_left"]
+WindowSize = tuple[int | None, int | None]
 
 # Tensors that are nothing but their values.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -38,6 +40,36 @@ def is_observed(x: Tensor) -> bool:
         or torch._C._is_tracing()
         or x.is_meta
     )
+
+
+class Options(TypedDict, total=False):
+    """Keyword options of ``flash_attention`` and ``flash_attention_varlen``, for type checkers."""
+
+    causal: bool
+    window_size: WindowSize
+    diagonal: Diagonal
+    scale: float | None
+    softcap: float | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    dropout_p: float
+    dropout_seed: int | Tensor | None
+    backend: str
+
+
+class DenseOptions(Options, total=False):
+    """Those of ``flash_attention`` only."""
+
+    attn_mask: Tensor | None
+
+
+class PackedOptions(Options, total=False):
+    """Those of ``flash_attention_varlen`` only."""
+
+    cu_seqlens_q: Required[Tensor]
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
 
 
 class KeyBounds(NamedTuple):
@@ -183,6 +215,19 @@ class AttentionExtras(NamedTuple):
 
 
 NO_EXTRAS = AttentionExtras()
+
+
+def as_extras(tensors: Sequence[Any]) -> AttentionExtras:
+    """The extras among an ``autograd.Function``'s arguments, which has none where all are off."""
+    return AttentionExtras(*tensors) if tensors else NO_EXTRAS
+
+
+def in_input_order(grads: tuple[Any, ...], extras: Sequence[Any]) -> tuple[Any, ...]:
+    """(dq, dk, dv, d_mask, d_sinks) as one gradient for each of q, k, v and the extras."""
+    dq, dk, dv, d_mask, d_sinks = grads
+    if not extras:
+        return dq, dk, dv
+    return dq, dk, dv, *AttentionExtras(attn_mask=d_mask, sinks=d_sinks)
 
 
 def longest_sequence(cu_seqlens: Tensor) -> int:

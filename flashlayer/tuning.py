@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flashlayer.backends import triton as backend
-from flashlayer.functional import build_problem
+from flashlayer.problem import build_problem
 from flashlayer.spec import Problem
 
 ROUNDS = 20

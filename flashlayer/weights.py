@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from flashlayer.functional import dropout_keep_mask, has_autocast
+from flashlayer.functional import dropout_keep_mask
+from flashlayer.problem import has_autocast
 from flashlayer.spec import is_observed
 
 # Attention weights computed at once, over all heads: 16 MB in fp32.

@@ -8,14 +8,14 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor
 
-from flashlayer import flash_attention, functional
+from flashlayer import flash_attention, functional, plans
 
 
 @pytest.fixture(autouse=True)
 def no_plans(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
-    plans: dict[Any, Any] = {}
-    monkeypatch.setattr(functional, "_PLANS", plans)
-    return plans
+    empty: dict[Any, Any] = {}
+    monkeypatch.setattr(plans, "PLANS", empty)
+    return empty
 
 
 def test_the_second_call_is_not_checked(
@@ -117,7 +117,7 @@ def test_what_is_tracked_is_seen() -> None:
             torch.as_tensor(flash_attention(tracked, q, q)).sum(), tracked
         )
         assert gradient.isfinite().all()
-    backends = {plan.backend.name for plan in functional._PLANS.values()}
+    backends = {plan.backend.name for plan in plans.PLANS.values()}
     assert backends == {"aten", "tiled"}
 
 
@@ -147,7 +147,7 @@ def test_a_compiled_graph_does_not_depend_on_them() -> None:
         compiled(q)
         attend(torch.randn(1, 2, seqlen, 8))
     assert counter.frame_count == 1
-    assert len(functional._PLANS) == 3
+    assert len(plans.PLANS) == 3
 
 
 @pytest.mark.parametrize("backend", ["aten", "triton"])
@@ -163,7 +163,7 @@ def test_a_trace_of_torch_jit_makes_none(backend: str, no_plans: dict[Any, Any])
 
 
 def test_their_number_is_bounded(no_plans: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "PLANS_MAX", 3)
+    monkeypatch.setattr(plans, "PLANS_MAX", 3)
     q = torch.randn(1, 1, 1, 8)
     for keys in range(1, 10):
         k = torch.randn(1, 1, keys, 8)

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import TorchFunctionMode
 
-from flashlayer.functional import SUPPORTED_DTYPES, check_backend, flash_attention
+from flashlayer import backends
+from flashlayer.functional import flash_attention
+from flashlayer.problem import SUPPORTED_DTYPES
 from flashlayer.tracing import is_proxy_type
 
 HOST = F.scaled_dot_product_attention
@@ -99,7 +101,7 @@ class override(TorchFunctionMode):
     """
 
     def __init__(self, backend: str = "auto") -> None:
-        check_backend(backend)
+        backends.check_name(backend)
         super().__init__()
         self.backend = backend
         self._routed = 0

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from flashlayer.functional import check_backend
+from flashlayer import backends
 from flashlayer.multihead import FlashMultiheadAttention
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def swap_attention(model: nn.Module, *, backend: str = "auto") -> list[str]:
         >>> swap_attention(nn.TransformerEncoder(layer, num_layers=2))
         ['layers.0.self_attn', 'layers.1.self_attn']
     """
-    check_backend(backend)
+    backends.check_name(backend)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, nn.MultiheadAttention):

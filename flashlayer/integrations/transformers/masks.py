@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from flashlayer.functional import WindowSize
+from flashlayer.spec import WindowSize
 
 
 class Band(NamedTuple):

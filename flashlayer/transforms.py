@@ -1,0 +1,262 @@
+"""What no flash kernel has: the second derivative, forward mode and vmap.
+
+Tangents are pushed through the tiled algorithm, which is plain PyTorch: a tangent is one more
+tensor of the primal's size, so memory stays O(Sq + Sk).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from flashlayer.spec import Backend, Problem, as_extras, in_input_order
+
+if TYPE_CHECKING:
+    from flashlayer.autograd import Call, Tensors
+
+# Of torch's older vmap, whose tensors have no public interface.
+_is_batched: Any = vars(torch._C)["_functorch"].is_legacy_batchedtensor
+_add_batch_dim, _remove_batch_dim = (vars(torch)[f"_{act}_batch_dim"] for act in ("add", "remove"))
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is going on."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def unbatched(method: Callable[..., Tensors]) -> Callable[..., Tensors]:
+    """Run a Function's method once for each element of a hidden batch dimension.
+
+    ``torch.autograd.grad(is_grads_batched=True)``, ``jacobian(vectorize=True)`` and ``gradcheck``
+    with ``check_batched_grad`` vmap the derivatives by torch's older vmap, which neither calls a
+    Function's ``vmap`` nor takes in-place operations on what it has not batched.
+    """
+
+    @functools.wraps(method)
+    def each(ctx: Any, *args: Any) -> Tensors:
+        for x in args:
+            if isinstance(x, Tensor) and _is_batched(x):
+                break
+        else:
+            return method(ctx, *args)
+        in_dims = tuple(0 if isinstance(x, Tensor) and _is_batched(x) else None for x in args)
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        # A tensor that only an outer level has batched comes out with one element, for all.
+        args = tuple(
+            x if dim is None else _remove_batch_dim(x, level, 1, 0)
+            for x, dim in zip(args, in_dims, strict=True)
+        )
+        sizes = {len(x) for x, dim in zip(args, in_dims, strict=True) if dim == 0}
+        size = max(sizes - {1}, default=1)
+        args = tuple(
+            x if dim is None or len(x) == size else x.expand(size, *x.shape[1:])
+            for x, dim in zip(args, in_dims, strict=True)
+        )
+        outputs, _ = map_batch(functools.partial(method, ctx), size, in_dims, args)
+        return tuple(
+            None if output is None else _add_batch_dim(output, 0, level) for output in outputs
+        )
+
+    return each
+
+
+def forward_in_graph(tiled: Backend, problem: Problem) -> tuple[Tensor, Tensor]:
+    """``o`` and ``lse`` under a transform inside ``torch.compile``, from plain operations.
+
+    Dynamo drops the tangents of a Function without an error.
+
+    Raises:
+        NotImplementedError: packed sequences.
+    """
+    if problem.extras.cu_seqlens_q is not None:
+        raise NotImplementedError(
+            "packed sequences have no torch.func transform or forward mode inside "
+            "torch.compile: use backend='standard' there"
+        )
+    return tiled.forward(*problem)
+
+
+def gradients(call: Call, do: Tensor | None, dlse: Tensor | None, *saved: Any) -> Tensors:
+    """Differentiable gradients of q, k, v and the extras; ``saved`` ends with o and lse."""
+    *tensors, o, lse = saved
+    do = torch.zeros_like(o) if do is None else do
+    grads = FlashAttentionBackward.apply(call, do, dlse, o.detach(), lse.detach(), *tensors)
+    return in_input_order(grads, tensors[3:])
+
+
+def forward_tangents(call: Call, primals: Tensors, tangents: Tensors) -> Tensors:
+    """Tangents of o and lse in the direction of those of q, k, v and the extras."""
+    return _push(_tiled_forward(call), primals, tangents)
+
+
+class FlashAttentionBackward(torch.autograd.Function):
+    """``apply(call, do, dlse, o, lse, q, k, v, *extras) -> gradients``.
+
+    The gradients are those of q, k, v, the mask and the sinks. With ``L = <do, o> + <dlse, lse>``
+    they are the gradient of L, so cotangents ``u`` of them ask for the gradient of ``<u, grad L>``:
+    with respect to q, k, v, mask and sinks the Hessian times u, the tangent of grad L in the
+    direction u; with respect to do and dlse the tangents of o and lse in that direction.
+    """
+
+    @staticmethod
+    def forward(
+        call: Call,
+        do: Tensor,
+        dlse: Tensor | None,
+        o: Tensor,
+        lse: Tensor,
+        *tensors: Any,
+    ) -> Tensors:
+        """Call the backend."""
+        q, k, v, *extras = tensors
+        grads = call.backend.backward(do, dlse, q, k, v, o, lse, call.spec, as_extras(extras))
+        if forward_ad._current_level < 0:
+            return grads
+        # ATen's gradients are views; PyTorch sets no tangent of other strides on a view.
+        return tuple(None if x is None else x.clone() for x in grads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
+        """Keep the inputs; o and lse are functions of the rest and are computed anew."""
+        ctx.call, do, dlse, _, _, *tensors = inputs
+        ctx.save_for_backward(do, dlse, *tensors)
+        ctx.save_for_forward(do, dlse, *tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @unbatched
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Tensors:
+        """The Hessian times the cotangents."""
+        do, dlse, *tensors = ctx.saved_tensors
+        second = FlashAttentionSecond.apply(
+            ctx.call, do, dlse, *tensors, *in_input_order(cotangents, tensors[3:])
+        )
+        d_do, d_dlse, *grads = second
+        return None, d_do, d_dlse if dlse is not None else None, None, None, *grads
+
+    @staticmethod
+    @unbatched
+    def jvp(ctx: Any, _call: None, *tangents: Tensor | None) -> Tensors:
+        """Push the tangents through the tiled forward and backward; forward over reverse mode."""
+        do_tangent, dlse_tangent, _, _, *rest = tangents
+        do, dlse, *tensors = ctx.saved_tensors
+        return _push(
+            _tiled_gradient(ctx.call),
+            (do, dlse, *tensors),
+            (do_tangent, dlse_tangent, *rest),
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensors, tuple[int | None, ...]]:
+        """One call for each element of the mapped dimension."""
+        return map_batch(FlashAttentionBackward.apply, info.batch_size, in_dims, args)
+
+
+class FlashAttentionSecond(torch.autograd.Function):
+    """``apply(call, do, dlse, *primals, *cotangents)``; has no derivative of its own."""
+
+    @staticmethod
+    def forward(call: Call, do: Tensor, dlse: Tensor | None, *tensors: Any) -> Tensors:
+        """Tangents of (o, lse) and of the gradients, in the direction of the cotangents."""
+        half = len(tensors) // 2
+        primals, direction = tensors[:half], tensors[half:]
+        d_do, d_dlse = forward_tangents(call, primals, direction)
+        grads = _push(_tiled_gradient(call), (do, dlse, *primals), (None, None, *direction))
+        return d_do, d_dlse, *in_input_order(grads, primals[3:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
+        """Nothing to keep."""
+
+    @staticmethod
+    @unbatched
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Tensors:
+        """Refuse the third derivative.
+
+        Raises:
+            NotImplementedError: always; a third derivative would be silently wrong otherwise.
+        """
+        raise NotImplementedError("attention has no third derivative here; use backend='standard'")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensors, tuple[int | None, ...]]:
+        """One call for each element of the mapped dimension."""
+        return map_batch(FlashAttentionSecond.apply, info.batch_size, in_dims, args)
+
+
+def _tiled_forward(call: Call) -> Callable[..., Tensors]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, *extras: Tensor | None) -> Tensors:
+        return call.tiled.forward(q, k, v, call.spec, as_extras(extras))
+
+    return forward
+
+
+def _tiled_gradient(call: Call) -> Callable[..., Tensors]:
+    def gradient(do: Tensor, dlse: Tensor | None, *tensors: Any) -> Tensors:
+        q, k, v, *rest = tensors
+        extras = as_extras(rest)
+        o, lse = call.tiled.forward(q, k, v, call.spec, extras)
+        return call.tiled.backward(do, dlse, q, k, v, o, lse, call.spec, extras)
+
+    return gradient
+
+
+def _push(function: Callable[..., Tensors], primals: Tensors, tangents: Tensors) -> Tensors:
+    """The tangents of ``function(*primals)``; a tangent of None is zero."""
+    level = forward_ad._current_level
+    with forward_ad._set_fwd_grad_enabled(True):
+        if level < 0:
+            with forward_ad.dual_level():
+                return _push_at_this_level(function, primals, tangents)
+        return _push_at_this_level(function, primals, tangents)
+
+
+def _push_at_this_level(
+    function: Callable[..., Tensors], primals: Tensors, tangents: Tensors
+) -> Tensors:
+    duals = []
+    for primal, tangent in zip(primals, tangents, strict=True):
+        if primal is not None:  # saved inputs may still carry the very tangents they came with
+            primal = forward_ad.unpack_dual(primal).primal
+        if primal is not None and tangent is not None:
+            primal = forward_ad.make_dual(primal, tangent)
+        duals.append(primal)
+    outputs = function(*duals)
+    unpacked = (None if out is None else forward_ad.unpack_dual(out) for out in outputs)
+    return tuple(
+        None
+        if out is None
+        else torch.zeros_like(out.primal)
+        if out.tangent is None
+        else out.tangent
+        for out in unpacked
+    )
+
+
+def map_batch(
+    function: Callable[..., Tensors], size: int, in_dims: tuple, args: tuple
+) -> tuple[Tensors, tuple[int | None, ...]]:
+    """The results of ``function`` for each element of the mapped dimensions, stacked."""
+    if size == 0:  # the shapes of one element that is not there
+        args = tuple(
+            arg if dim is None else arg.new_zeros(arg.movedim(dim, 0).shape[1:]).unsqueeze(dim)
+            for arg, dim in zip(args, in_dims, strict=True)
+        )
+    results = [
+        function(
+            *(
+                arg if dim is None else arg.select(dim, index)
+                for arg, dim in zip(args, in_dims, strict=True)
+            )
+        )
+        for index in range(max(size, 1))
+    ]
+    outputs = zip(*results, strict=True)
+    stacked = tuple(None if parts[0] is None else torch.stack(parts)[:size] for parts in outputs)
+    return stacked, tuple(None if output is None else 0 for output in stacked)
