@@ -6,27 +6,21 @@ The first derivative is the backend's own; what no flash kernel has is in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashlayer import transforms
-from flashlayer.spec import NO_EXTRAS, AttentionSpec, Backend, Problem, as_extras, in_input_order
-
-# Gradients, tangents and saved tensors: a Tensor, or None where an option is off.
-Tensors = tuple[Any, ...]
-
-
-# Not a tuple, which torch.func would flatten; not frozen, which would double its cost.
-@dataclass(slots=True)
-class Call:
-    """What the Functions need besides tensors."""
-
-    backend: Backend
-    tiled: Backend  # differentiable PyTorch code, for tangents
-    spec: AttentionSpec
+from flashlayer.spec import (
+    NO_EXTRAS,
+    Backend,
+    Call,
+    Problem,
+    Tensors,
+    as_extras,
+    in_input_order,
+)
 
 
 def attend(backend: Backend, tiled: Backend, problem: Problem) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,9 @@
-"""Generation: keys and values of the positions before, and attention of the newest to all."""
+"""Keys and values of the positions before, for generation."""
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
-from einops import rearrange
 from torch import Tensor
-
-from flashlayer import online_softmax
-from flashlayer.functional import flash_attention
 
 
 class KVCache:
@@ -97,66 +90,3 @@ class KVCache:
         copy = buffer.new_empty(batch, kv_heads, capacity, dim)
         copy[:, :, : self.length] = buffer[:, :, : self.length]
         return copy
-
-
-# A step of one token has B * Hkv programs' worth of work, too few to fill a GPU: its keys are split
-# until there are this many, none shorter than MIN_SPLIT keys.
-PROGRAMS_TO_FILL_A_GPU = 256
-MIN_SPLIT = 256
-
-
-def attend_to_cache(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-    """:func:`flash_attention` of the newest queries to all keys; one token is split over the keys.
-
-    Args:
-        q: ``(B, H, S, D)``.
-        k: ``(B, Hkv, Sk, D)``.
-        v: ``(B, Hkv, Sk, Dv)``.
-        **options: those of :func:`flash_attention`.
-    """
-    batch, _, seqlen_q, _ = q.shape
-    splits = 1
-    if q.device.type != "cpu" and seqlen_q == 1:
-        wanted = PROGRAMS_TO_FILL_A_GPU // (batch * k.shape[1])
-        splits = max(1, min(wanted, k.shape[2] // MIN_SPLIT))
-    # ALiBi and a window count positions from the end of the keys, which a split no longer knows.
-    whole = options.get("alibi_slopes") is not None or options["window_size"][0] is not None
-    if splits == 1 or whole or options["dropout_p"] > 0:
-        return flash_attention(q, k, v, **options)
-    return split_attention(q, k, v, splits, **options)
-
-
-def split_attention(q: Tensor, k: Tensor, v: Tensor, splits: int, **options: Any) -> Tensor:
-    """One query against ``splits`` parts of the keys, side by side, merged by their LSE.
-
-    Args:
-        q: ``(B, H, 1, D)``, a query that sees every key.
-        k: ``(B, Hkv, Sk, D)``.
-        v: ``(B, Hkv, Sk, Dv)``.
-        splits: number of parts of equal length; the keys that are left over make one more.
-        **options: ``scale``, ``softcap``, ``sinks`` and ``backend`` of :func:`flash_attention`.
-    """
-    kept: dict[str, Any] = {name: options.get(name) for name in ("scale", "softcap")}
-    kept["backend"] = options.get("backend", "auto")
-    group_size, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
-    length = k.shape[2] // splits
-    # The parts become kv heads of their own; each keeps its group of query heads.
-    q_parts = rearrange(q, "b (h g) s d -> b h g s d", g=group_size)
-    q_parts = q_parts.unsqueeze(2).expand(-1, -1, splits, -1, -1, -1).flatten(1, 3)
-    k_parts, v_parts = (
-        rearrange(x[:, :, : splits * length], "b h (n s) d -> b (h n) s d", n=splits)
-        for x in (k, v)
-    )
-    out, lse = flash_attention(q_parts, k_parts, v_parts, return_lse=True, **kept)
-    unfold = {"h": kv_heads, "n": splits, "g": group_size}
-    out = rearrange(out, "b (h n g) s d -> n b (h g) s d", **unfold)
-    lse = rearrange(lse, "b (h n g) s -> n b (h g) s", **unfold)
-    states = [online_softmax.state_of(out[part], lse[part]) for part in range(splits)]
-    if splits * length < k.shape[2]:
-        rest = (x[:, :, splits * length :] for x in (k, v))
-        rest_out, rest_lse = flash_attention(q, *rest, return_lse=True, **kept)
-        states.append(online_softmax.state_of(rest_out, rest_lse))
-    if options.get("sinks") is not None:
-        sink = options["sinks"].to(lse.dtype).view(-1, 1).expand_as(lse[0])
-        states.append(online_softmax.state_of(torch.zeros_like(out[0]), sink))
-    return online_softmax.finalize(functools.reduce(online_softmax.merge, states)).to(q.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from flashlayer import backends, distributed
-from flashlayer.cache import KVCache, attend_to_cache
+from flashlayer.cache import KVCache
 from flashlayer.functional import flash_attention, flash_attention_varlen
 from flashlayer.heads import Heads, local_features, local_heads
 from flashlayer.spec import WindowSize
@@ -225,12 +225,9 @@ class FlashAttention(nn.Module):
                 q, k, v, cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen, **options
             )
             return self.out_proj(rearrange(out, "t h d -> t (h d)"))
-        if cache is not None and attn_mask is None:
-            out = attend_to_cache(q, k, v, **options)
-        else:
-            if attn_mask is not None and heads is not None:
-                attn_mask = heads.mask(attn_mask)
-            out = flash_attention(q, k, v, attn_mask=attn_mask, **options)
+        if attn_mask is not None and heads is not None:
+            attn_mask = heads.mask(attn_mask)
+        out = flash_attention(q, k, v, attn_mask=attn_mask, **options)
         return self.out_proj(rearrange(out, "b h s d -> b s (h d)"))
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> Heads | None:

@@ -285,3 +285,17 @@ class Backend(Protocol):
         ``backward`` itself is None where ``forward`` is left to PyTorch's autograd.
         """
         ...
+
+
+# Gradients, tangents and saved tensors: a Tensor, or None where an option is off.
+Tensors = tuple[Any, ...]
+
+
+# Not a tuple, which torch.func would flatten; not frozen, which would double its cost.
+@dataclass(slots=True)
+class Call:
+    """What the Functions need besides tensors."""
+
+    backend: Backend
+    tiled: Backend  # differentiable PyTorch code, for tangents
+    spec: AttentionSpec

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flashlayer.spec import Backend, Problem, as_extras, in_input_order
-
-if TYPE_CHECKING:
-    from flashlayer.autograd import Call, Tensors
+from flashlayer.spec import Backend, Call, Problem, Tensors, as_extras, in_input_order
 
 # Of torch's older vmap, whose tensors have no public interface.
 _is_batched: Any = vars(torch._C)["_functorch"].is_legacy_batchedtensor

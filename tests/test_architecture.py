@@ -16,7 +16,7 @@ STANDARD_LIBRARY = sys.stdlib_module_names | {"__future__"}
 # Which rooms a room may look into, and which third parties it may use.
 ALLOWED = {
     "kernels": {"kernels", "triton", "math", "dataclasses"},
-    "backends/triton": {"kernels", "spec", "philox", "torch", "triton"},
+    "backends/triton": {"backends/split_keys", "kernels", "spec", "philox", "torch", "triton"},
     "backends/aten": {"backends/aten", "spec", "online_softmax", "torch"},
     "backends/ops": {"backends/aten", "backends/tiled", "backends/triton", "spec", "torch"},
     "backends/*": {"spec", "online_softmax", "philox", "torch"},

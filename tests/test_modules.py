@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import flashlayer
-from flashlayer import FlashAttention, flash_attention
-from flashlayer.cache import split_attention
+from flashlayer import FlashAttention
 from flashlayer.modules import KVCache, alibi_slopes, rotate
 
 CONTEXT, EDGES = torch.zeros(2, 5, 16), torch.tensor([0, 10])
@@ -368,16 +367,6 @@ def test_a_cache_broadcasts_and_rounds_nothing(
         with pytest.raises(error, match=message):
             cache.append(*new)
     assert cache.length == 4
-
-
-@pytest.mark.parametrize("splits", [1, 2, 3, 7])
-@pytest.mark.parametrize("with_sinks", [False, True])
-def test_one_token_split_over_the_keys(splits: int, with_sinks: bool) -> None:
-    """The parts merge by their LSE into the attention over all keys."""
-    q, k, v = (torch.randn(2, h, s, 8) for h, s in ((6, 1), (2, 100), (2, 100)))
-    options = {"softcap": 3.0, "sinks": torch.randn(6) if with_sinks else None}
-    expected = flash_attention(q, k, v, **options)
-    torch.testing.assert_close(split_attention(q, k, v, splits, **options), expected)
 
 
 def test_options_reach_the_attention() -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flashlayer import philox
+from flashlayer.backends import split_keys
 from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, longest_sequence
 
 name = "triton"
@@ -64,16 +65,26 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple[Tensor, Tensor]:
     """See :class:`flashlayer.spec.Backend`."""
+    spec = _with_lengths(spec, extras)
+    splits = split_keys.num_splits(q, k, v, spec, extras)
+    if splits > 1:
+        return split_keys.split_forward(_forward, q, k, v, spec, extras, splits)
+    return _forward(q, k, v, spec, extras)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
+) -> tuple[Tensor, Tensor]:
     o, lse = empty_results(q, v)
     if _needs_fp32(q):
-        wide_o, lse = forward(q.float(), k.float(), v.float(), spec, _in_fp32(extras))
+        wide_o, lse = _forward(q.float(), k.float(), v.float(), spec, _in_fp32(extras))
         return o.copy_(wide_o), lse
     if extras.cu_seqlens_q is not None:  # no program writes the tokens past the last sequence
         o.zero_()
         lse.fill_(-torch.inf)
     if o.numel() > 0:
         with _launching(q):
-            launch_forward(q, k, v, o, lse, _with_lengths(spec, extras), extras)
+            launch_forward(q, k, v, o, lse, spec, extras)
     return o, lse
 
 

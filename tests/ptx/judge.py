@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashlayer import flash_attention
-from flashlayer.cache import split_attention
+from flashlayer.backends import split_keys
 from flashlayer.kernels import tiles
 from tests import tolerance
 from tests.ptx.cases import Case
@@ -127,8 +127,9 @@ def _execute(
 
 
 def _decode(q: Tensor, k: Tensor, v: Tensor, splits: int, **options: Any) -> Results:
-    """The decoding step, whose parts are merged by their LSE; it has no backward pass."""
-    out = split_attention(q, k, v, splits, backend="triton", **options)
+    """A decoding step that is split over the keys, as on a GPU."""
+    with mock.patch.object(split_keys, "num_splits", lambda *_: splits):
+        out = flash_attention(q, k, v, backend="triton", **options)
     same_dtype = flash_attention(q, k, v, backend="standard", **options)
     wide = {n: x.double() if isinstance(x, Tensor) else x for n, x in options.items()}
     reference = flash_attention(q.double(), k.double(), v.double(), backend="standard", **wide)

@@ -1,0 +1,151 @@
+"""Decoding: one query over many keys, split over the keys and merged by LSE (Flash-Decoding).
+
+A step of one token has only B * H programs, too few to fill a GPU. Its keys are cut into parts that
+run side by side; a finished part is one key of score ``lse`` and value ``o``, so the parts are
+merged by one more step of the online softmax (:mod:`flashlayer.online_softmax`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flashlayer import online_softmax
+from flashlayer.spec import NO_EXTRAS, AttentionExtras, AttentionSpec
+
+# Keys are split until there are this many programs, into parts no shorter than MIN_SPLIT keys.
+PROGRAMS_TO_FILL_A_GPU = 256
+MIN_SPLIT = 256
+
+Forward = Callable[[Tensor, Tensor, Tensor, AttentionSpec, AttentionExtras], tuple[Tensor, Tensor]]
+
+
+def num_splits(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
+) -> int:
+    """How many parts to split the keys into; 1 for a call that is not split.
+
+    Args:
+        q: ``(B, H, Sq, D)``; packed ``(1, H, T, D)``, with ``spec.max_seqlen_q`` and ``_k`` known.
+        k: ``(B, Hkv, Sk, D)``.
+        v: ``(B, Hkv, Sk, Dv)``.
+        spec: options. A window and ALiBi count positions from the end of all keys: not split.
+        extras: tensors of the options; a mask and dropout are not split either.
+    """
+    packed = extras.cu_seqlens_q is not None
+    longest_q = spec.max_seqlen_q if packed else q.shape[2]
+    if q.is_cpu or longest_q != 1:
+        return 1
+    plain = extras._replace(sinks=None, cu_seqlens_q=None, cu_seqlens_k=None) == NO_EXTRAS
+    # The one query of a packed sequence sees all its keys if they are aligned at the end.
+    aligned = packed and spec.diagonal == "bottom_right"
+    if not plain or spec.window_left is not None or not (spec.window_right is None or aligned):
+        return 1
+    if packed:
+        longest_k, sequences = spec.max_seqlen_k or 0, len(extras.cu_seqlens_q) - 1
+    elif _as_parts(k, 1, k.shape[2]) is None or _as_parts(v, 1, v.shape[2]) is None:
+        return 1
+    else:
+        longest_k, sequences = k.shape[2], q.shape[0]
+    wanted = PROGRAMS_TO_FILL_A_GPU // max(1, sequences * q.shape[1])
+    return max(1, min(wanted, longest_k // MIN_SPLIT))
+
+
+def split_forward(
+    forward: Forward,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    extras: AttentionExtras,
+    splits: int,
+) -> tuple[Tensor, Tensor]:
+    """``o`` and ``lse`` of sequences of one query, from ``forward`` over ``splits`` parts each.
+
+    Args:
+        forward: a backend's.
+        q: as :func:`num_splits`'s, as all tensors and options.
+        k: likewise.
+        v: likewise.
+        spec: likewise.
+        extras: likewise.
+        splits: number of parts.
+    """
+    spec = replace(spec, window_right=None)
+    run = _packed_parts if extras.cu_seqlens_q is not None else _dense_parts
+    values, scores = run(forward, q, k, v, spec, extras, splits)
+    scores = scores.unsqueeze(-2)  # [B, H, Sq, 1, parts]: every query has values of its own
+    rows = scores.shape[:-1]
+    state = online_softmax.init_state(
+        rows, value_dim=v.shape[3], dtype=scores.dtype, device=q.device
+    )
+    state = online_softmax.update(state, scores, values.to(scores.dtype))
+    if extras.sinks is not None:
+        sink = extras.sinks.to(scores.dtype).view(-1, 1, 1).expand(rows)
+        if extras.cu_seqlens_q is not None:  # tokens past the last sequence have no sink
+            token = torch.arange(q.shape[2], device=q.device)
+            sink = torch.where(token[:, None] < extras.cu_seqlens_q[-1], sink, -torch.inf)
+        state = online_softmax.merge(
+            state, online_softmax.state_of(torch.zeros_like(state.o), sink)
+        )
+    o, lse = online_softmax.finalize(state), online_softmax.lse(state)
+    return o.squeeze(-2).to(q.dtype), lse.squeeze(-1)
+
+
+def _dense_parts(
+    forward: Forward,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    extras: AttentionExtras,
+    splits: int,
+) -> tuple[Tensor, Tensor]:
+    """Parts as the batch, batch and heads as the heads; the keys left over are one more part."""
+    batch, heads = q.shape[:2]
+    length = k.shape[2] // splits
+    q_parts = q.flatten(0, 1).expand(splits, -1, -1, -1)  # [parts, B H, 1, D]
+    o, lse = forward(
+        q_parts, _as_parts(k, splits, length), _as_parts(v, splits, length), spec, NO_EXTRAS
+    )
+    values = o.unflatten(1, (batch, heads)).permute(1, 2, 3, 0, 4)  # [B, H, 1, parts, Dv]
+    scores = lse.unflatten(1, (batch, heads)).permute(1, 2, 3, 0)  # [B, H, 1, parts]
+    if splits * length < k.shape[2]:
+        rest = (x[:, :, splits * length :] for x in (k, v))
+        o, lse = forward(q, *rest, spec, NO_EXTRAS)
+        values = torch.cat((values, o.unsqueeze(3)), dim=3)
+        scores = torch.cat((scores, lse.unsqueeze(3)), dim=3)
+    return values, scores
+
+
+def _as_parts(x: Tensor, splits: int, length: int) -> Tensor | None:
+    """``(parts, B Hkv, length, D)`` without a copy; None where the strides don't allow it."""
+    batch, heads = x.shape[:2]
+    if batch > 1 and x.stride(0) != heads * x.stride(1):
+        return None
+    return x[:, :, : splits * length].unflatten(2, (splits, length)).movedim(2, 0).flatten(1, 2)
+
+
+def _packed_parts(
+    forward: Forward,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    extras: AttentionExtras,
+    splits: int,
+) -> tuple[Tensor, Tensor]:
+    """Every sequence as ``splits`` sequences: its query repeated, its keys in even parts."""
+    part = torch.arange(splits, device=q.device)
+    edges = []
+    for cu_seqlens in (extras.cu_seqlens_q * splits, extras.cu_seqlens_k):
+        cu_seqlens = cu_seqlens.long()
+        starts = cu_seqlens[:-1, None] + cu_seqlens.diff()[:, None] * part // splits
+        edges.append(torch.cat((starts.flatten(), cu_seqlens[-1:])).int())
+    spec = replace(spec, max_seqlen_k=-(-(spec.max_seqlen_k or 0) // splits))
+    parts = AttentionExtras(cu_seqlens_q=edges[0], cu_seqlens_k=edges[1])
+    o, lse = forward(q.repeat_interleave(splits, dim=2), k, v, spec, parts)
+    return o.unflatten(2, (-1, splits)), lse.unflatten(2, (-1, splits))
