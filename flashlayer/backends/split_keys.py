@@ -35,7 +35,8 @@ def num_splits(
         spec: options. A window and ALiBi count positions from the end of all keys: not split.
         extras: tensors of the options; a mask and dropout are not split either.
     """
-    packed = extras.cu_seqlens_q is not None
+    cu_seqlens = extras.cu_seqlens_q
+    packed = cu_seqlens is not None
     longest_q = spec.max_seqlen_q if packed else q.shape[2]
     if q.is_cpu or longest_q != 1:
         return 1
@@ -44,10 +45,10 @@ def num_splits(
     aligned = packed and spec.diagonal == "bottom_right"
     if not plain or spec.window_left is not None or not (spec.window_right is None or aligned):
         return 1
-    if packed:
-        longest_k, sequences = spec.max_seqlen_k or 0, len(extras.cu_seqlens_q) - 1
-    elif _as_parts(k, 1, k.shape[2]) is None or _as_parts(v, 1, v.shape[2]) is None:
-        return 1
+    if cu_seqlens is not None:
+        longest_k, sequences = spec.max_seqlen_k or 0, len(cu_seqlens) - 1
+    elif any(x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1) for x in (k, v)):
+        return 1  # batch and heads can't be viewed as one dimension
     else:
         longest_k, sequences = k.shape[2], q.shape[0]
     wanted = PROGRAMS_TO_FILL_A_GPU // max(1, sequences * q.shape[1])
@@ -75,8 +76,11 @@ def split_forward(
         splits: number of parts.
     """
     spec = replace(spec, window_right=None)
-    run = _packed_parts if extras.cu_seqlens_q is not None else _dense_parts
-    values, scores = run(forward, q, k, v, spec, extras, splits)
+    cu_q, cu_k = extras.cu_seqlens_q, extras.cu_seqlens_k
+    if cu_q is not None and cu_k is not None:
+        values, scores = _packed_parts(forward, q, k, v, spec, (cu_q, cu_k), splits)
+    else:
+        values, scores = _dense_parts(forward, q, k, v, spec, splits)
     scores = scores.unsqueeze(-2)  # [B, H, Sq, 1, parts]: every query has values of its own
     rows = scores.shape[:-1]
     state = online_softmax.init_state(
@@ -85,9 +89,9 @@ def split_forward(
     state = online_softmax.update(state, scores, values.to(scores.dtype))
     if extras.sinks is not None:
         sink = extras.sinks.to(scores.dtype).view(-1, 1, 1).expand(rows)
-        if extras.cu_seqlens_q is not None:  # tokens past the last sequence have no sink
+        if cu_q is not None:  # tokens past the last sequence have no sink
             token = torch.arange(q.shape[2], device=q.device)
-            sink = torch.where(token[:, None] < extras.cu_seqlens_q[-1], sink, -torch.inf)
+            sink = torch.where(token[:, None] < cu_q[-1], sink, -torch.inf)
         state = online_softmax.merge(
             state, online_softmax.state_of(torch.zeros_like(state.o), sink)
         )
@@ -101,7 +105,6 @@ def _dense_parts(
     k: Tensor,
     v: Tensor,
     spec: AttentionSpec,
-    extras: AttentionExtras,
     splits: int,
 ) -> tuple[Tensor, Tensor]:
     """Parts as the batch, batch and heads as the heads; the keys left over are one more part."""
@@ -114,18 +117,15 @@ def _dense_parts(
     values = o.unflatten(1, (batch, heads)).permute(1, 2, 3, 0, 4)  # [B, H, 1, parts, Dv]
     scores = lse.unflatten(1, (batch, heads)).permute(1, 2, 3, 0)  # [B, H, 1, parts]
     if splits * length < k.shape[2]:
-        rest = (x[:, :, splits * length :] for x in (k, v))
-        o, lse = forward(q, *rest, spec, NO_EXTRAS)
+        k_rest, v_rest = (x[:, :, splits * length :] for x in (k, v))
+        o, lse = forward(q, k_rest, v_rest, spec, NO_EXTRAS)
         values = torch.cat((values, o.unsqueeze(3)), dim=3)
         scores = torch.cat((scores, lse.unsqueeze(3)), dim=3)
     return values, scores
 
 
-def _as_parts(x: Tensor, splits: int, length: int) -> Tensor | None:
-    """``(parts, B Hkv, length, D)`` without a copy; None where the strides don't allow it."""
-    batch, heads = x.shape[:2]
-    if batch > 1 and x.stride(0) != heads * x.stride(1):
-        return None
+def _as_parts(x: Tensor, splits: int, length: int) -> Tensor:
+    """A view ``(parts, B Hkv, length, D)``."""
     return x[:, :, : splits * length].unflatten(2, (splits, length)).movedim(2, 0).flatten(1, 2)
 
 
@@ -135,17 +135,16 @@ def _packed_parts(
     k: Tensor,
     v: Tensor,
     spec: AttentionSpec,
-    extras: AttentionExtras,
+    edges: tuple[Tensor, Tensor],
     splits: int,
 ) -> tuple[Tensor, Tensor]:
     """Every sequence as ``splits`` sequences: its query repeated, its keys in even parts."""
     part = torch.arange(splits, device=q.device)
-    edges = []
-    for cu_seqlens in (extras.cu_seqlens_q * splits, extras.cu_seqlens_k):
-        cu_seqlens = cu_seqlens.long()
+    cut = []
+    for cu_seqlens in (edges[0].long() * splits, edges[1].long()):
         starts = cu_seqlens[:-1, None] + cu_seqlens.diff()[:, None] * part // splits
-        edges.append(torch.cat((starts.flatten(), cu_seqlens[-1:])).int())
+        cut.append(torch.cat((starts.flatten(), cu_seqlens[-1:])).int())
     spec = replace(spec, max_seqlen_k=-(-(spec.max_seqlen_k or 0) // splits))
-    parts = AttentionExtras(cu_seqlens_q=edges[0], cu_seqlens_k=edges[1])
+    parts = AttentionExtras(cu_seqlens_q=cut[0], cu_seqlens_k=cut[1])
     o, lse = forward(q.repeat_interleave(splits, dim=2), k, v, spec, parts)
     return o.unflatten(2, (-1, splits)), lse.unflatten(2, (-1, splits))
