@@ -68,7 +68,7 @@ def flash_attention(
     r"""Exact softmax attention that never stores the ``Sq x Sk`` matrix.
 
     For every batch entry and query head ``h``, with kv head ``h // (H // Hkv)``, over the keys j
-    that query i sees::
+    visible to query i::
 
         score[i, j] = softcap(scale * q[i] . k[j]) - slope * |i + offset - j| + mask[i, j]
         lse[i]      = log(sum_j exp(score[i, j]) + exp(sink))
@@ -76,8 +76,8 @@ def flash_attention(
 
     The probabilities are built block by block with the online softmax (Milakov & Gimelshein, arXiv
     1805.02867) and recomputed from ``lse`` in the backward pass (Dao, "FlashAttention-2", arXiv
-    2307.08691, section 3.1), so memory is O(Sq + Sk). A query that sees no key gives ``out = 0``,
-    ``lse = -inf`` (the sink where there is one) and zero gradients.
+    2307.08691, section 3.1), so memory is O(Sq + Sk). A query without a visible key gives
+    ``out = 0``, ``lse = -inf`` (the sink where there is one) and zero gradients.
 
     Args:
         query: ``(B, H, Sq, D)``; fp16, bf16, fp32 or fp64, any strides. ``Sq`` may be 0.
@@ -87,9 +87,9 @@ def flash_attention(
         attn_mask: bool (True = attend) or floating (added to the scores, differentiable),
             broadcastable to ``(B, H, Sq, Sk)`` and never expanded: a ``(B, 1, 1, Sk)`` padding mask
             costs O(Sk). An entry of -inf hides its key like False.
-        causal: query ``i`` sees key ``j`` only when ``j <= i + offset``.
-        window_size: ``(left, right)``: query ``i`` sees keys from ``i + offset - left`` to
-            ``i + offset + right`` inclusive. None is unbounded; its own position is not counted;
+        causal: key ``j`` is visible to query ``i`` only when ``j <= i + offset``.
+        window_size: ``(left, right)``: keys from ``i + offset - left`` to ``i + offset + right``
+            inclusive are visible to query ``i``. None is unbounded; its own position is not counted;
             ``causal`` caps ``right`` at 0.
         diagonal: ``offset`` is ``Sk - Sq`` for ``"bottom_right"`` (flash_attn's), 0 for
             ``"top_left"`` (SDPA's).
@@ -210,9 +210,9 @@ def flash_attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over sequences packed one after the other, without padding.
 
-    Sequence ``n`` is the tokens ``cu_seqlens[n]`` to ``cu_seqlens[n + 1]``; its queries see its own
-    keys only, with positions counted from its own start. It may be empty on either side. Tokens
-    past ``cu_seqlens[-1]`` give zeros (``lse`` -inf) and receive zero gradients.
+    Sequence ``n`` is the tokens ``cu_seqlens[n]`` to ``cu_seqlens[n + 1]``; only its own keys are
+    visible to its queries, with positions counted from its start. It may be empty on either side.
+    Tokens past ``cu_seqlens[-1]`` give zeros (``lse`` -inf) and receive zero gradients.
 
     Args:
         query: ``(Tq, H, D)``.

@@ -1,12 +1,11 @@
 """What one attention call computes: its options, and the geometry that follows from them.
 
-``causal`` and ``window_size`` are one thing here, a *band* around the diagonal: query ``i`` sees
-key ``j`` when
+``causal`` and ``window_size`` are one thing, a window: key ``j`` is visible to query ``i`` when
 
     i + offset - window_left  <=  j  <=  i + offset + window_right        (``None`` is unbounded)
 
-so causal attention is the band ``(None, 0)``. Everything a tiled algorithm needs to skip work
-follows from these four numbers by interval arithmetic, see :meth:`AttentionSpec.key_bounds`.
+so causal attention is the window ``(None, 0)``. Which tiles a tiled algorithm may skip follows from
+these numbers by interval arithmetic, see :meth:`AttentionSpec.key_bounds`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 Diagonal = Literal["bottom_right", "top_left"]
 WindowSize = tuple[int | None, int | None]
 
-# Tensors that are nothing but their values.
+# Not subclasses, which may redefine any operation.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
@@ -73,11 +72,11 @@ class PackedOptions(Options, total=False):
 
 
 class KeyBounds(NamedTuple):
-    """Which keys a block of consecutive queries sees, as two nested half-open intervals.
+    """Keys visible to a block of consecutive queries, as two nested half-open intervals.
 
-    Every key that *some* query of the block sees lies in ``[any_start, any_stop)``: nothing else is
-    ever loaded. Every key in ``[all_start, all_stop)`` is seen by *all* of them: those tiles need
-    no mask arithmetic. An interval is empty when its stop is not greater than its start.
+    Keys visible to *some* query of the block lie in ``[any_start, any_stop)``; no others are
+    loaded. Keys in ``[all_start, all_stop)`` are visible to *all* of them: those tiles need no mask
+    arithmetic. An interval is empty when its stop is not greater than its start.
     """
 
     any_start: int
@@ -99,10 +98,10 @@ class AttentionSpec:
         max_seqlen_q: longest query sequence of a packed batch; None for a dense one, and for an
             observed call, which can't read ``cu_seqlens`` (:func:`longest_sequence`).
         max_seqlen_k: likewise, of the keys.
-        mask_gradient: whether someone may ask for the gradient of an additive mask although its
-            ``requires_grad`` does not say so, as inside a transform of ``torch.func``.
-        diagonal: where the band is anchored when ``Sq != Sk``: ``"bottom_right"`` aligns the last
-            query with the last key (flash_attn), ``"top_left"`` the first with the first (SDPA).
+        mask_gradient: compute the gradient of an additive mask even if its ``requires_grad`` is
+            False, as it is inside a transform of ``torch.func``.
+        diagonal: alignment when ``Sq != Sk``: ``"bottom_right"`` aligns the last query with the
+            last key (flash_attn), ``"top_left"`` the first with the first (SDPA).
     """
 
     scale: float
@@ -116,12 +115,12 @@ class AttentionSpec:
     mask_gradient: bool = False
 
     def without_idle_edges(self, seqlen_q: int, seqlen_k: int) -> AttentionSpec:
-        """The same attention with the band's edges dropped where they hide no key of this problem.
+        """The same attention without window edges that hide no key of this problem.
 
-        A one-token decoding step is causal in name only, and a window wider than the sequence is
-        none: seen so, more backends cover them and no kernel computes a mask for them. Of like
-        lengths both diagonals are one, the top-left. All this compares sizes, so an observed call
-        (:func:`is_observed`) does it inside the custom op.
+        A causal one-token decoding step hides nothing, nor does a window wider than the sequence:
+        without the edge more backends cover the call and no kernel computes a mask. Equal lengths
+        make both diagonals the same; the result says ``"top_left"``. This compares sizes, so an
+        observed call (:func:`is_observed`) does it inside the custom op.
         """
         if self.window_left is None and self.window_right is None:
             return self
@@ -142,11 +141,10 @@ class AttentionSpec:
         return seqlen_k - seqlen_q if self.diagonal == "bottom_right" else 0
 
     def key_bounds(self, q_start: int, q_stop: int, seqlen_q: int, seqlen_k: int) -> KeyBounds:
-        """The keys that the queries ``[q_start, q_stop)`` see; needs ``q_start < q_stop``.
+        """Keys visible to the queries ``[q_start, q_stop)``; needs ``q_start < q_stop``.
 
-        The first query's window starts and ends leftmost, the last one's rightmost, so the union of
-        the windows runs from the first's start to the last's end and their intersection from the
-        last's start to the first's end.
+        Windows move right with the query, so their union runs from the first query's start to the
+        last one's end, and their intersection from the last one's start to the first one's end.
         """
         offset = self.offset(seqlen_q, seqlen_k)
         first, last = q_start + offset, q_stop - 1 + offset
@@ -169,23 +167,20 @@ class AttentionSpec:
         seqlen_k: int,
         device: torch.device,
     ) -> Tensor:
-        """Bool mask ``(q_stop - q_start, k_stop - k_start)`` of one tile, True = sees."""
-        diagonal = torch.arange(q_start, q_stop, device=device)[:, None] + self.offset(
-            seqlen_q, seqlen_k
-        )
-        distance = (
-            torch.arange(k_start, k_stop, device=device) - diagonal
-        )  # key position minus the query's own
+        """Bool mask ``(q_stop - q_start, k_stop - k_start)`` of one tile, True = visible."""
+        i = torch.arange(q_start, q_stop, device=device)[:, None]
+        j = torch.arange(k_start, k_stop, device=device)
+        distance = i + self.offset(seqlen_q, seqlen_k) - j
         mask = torch.ones_like(distance, dtype=torch.bool)
         if self.window_left is not None:
-            mask &= distance >= -self.window_left
+            mask &= distance <= self.window_left
         if self.window_right is not None:
-            mask &= distance <= self.window_right
+            mask &= distance >= -self.window_right
         return mask
 
 
 class AttentionExtras(NamedTuple):
-    """The tensors an option may bring along; all None for plain attention."""
+    """The tensors of the options; all None for plain attention."""
 
     attn_mask: Tensor | None = None  # bool or float, 4-D, every dimension full or 1
     alibi_slopes: Tensor | None = None  # (B or 1, H) fp32; packed: B is the number of sequences
@@ -208,8 +203,8 @@ class AttentionExtras(NamedTuple):
         if self.sinks is None:
             return None
         probability = torch.exp(self.sinks.to(lse.dtype)[:, None] - lse)
-        # lse = -inf: no key and a sink of -inf, no probability at all; or a token past the last
-        # packed sequence, whose delta may be NaN.
+        # lse = -inf where a row has no key and a sink of -inf, and past the last packed sequence,
+        # where delta may be NaN.
         weighted = torch.where(lse == -torch.inf, 0, probability * delta)
         return -weighted.sum(dim=(0, 2)).to(self.sinks.dtype)
 
@@ -231,12 +226,12 @@ def in_input_order(grads: tuple[Any, ...], extras: Sequence[Any]) -> tuple[Any, 
 
 
 def longest_sequence(cu_seqlens: Tensor) -> int:
-    """Length of the longest packed sequence; to read it waits for the device."""
+    """Length of the longest packed sequence; reading it waits for the device."""
     return int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
 
 
 class Problem(NamedTuple):
-    """One validated call, as a backend sees it when asked whether it can compute it."""
+    """One checked call."""
 
     query: Tensor  # (B, H, Sq, D); packed sequences (1, H, Tq, D)
     key: Tensor  # (B, Hkv, Sk, D)
@@ -261,11 +256,11 @@ class Backend(Protocol):
         ...
 
     def empty_results(self, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """``o`` and ``lse`` uninitialised, in the strides that ``forward`` mostly gives them."""
+        """``o`` and ``lse`` uninitialised, with the strides that ``forward`` usually returns."""
         ...
 
     def empty_gradients(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``dq, dk, dv`` uninitialised, in the strides that ``backward`` mostly gives them."""
+        """``dq, dk, dv`` uninitialised, with the strides that ``backward`` usually returns."""
         ...
 
     def backward(

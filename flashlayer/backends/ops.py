@@ -1,9 +1,9 @@
-"""The two custom ops through which any backend is entered where something looks at the call.
+"""Two custom ops, forward and backward, that enter any backend by its name.
 
-A compiler, ``FakeTensorMode``, a dispatch mode or a tensor subclass sees one op with a schema and a
+A compiler, ``FakeTensorMode``, a dispatch mode or a tensor subclass gets one op with a schema and a
 fake implementation, whatever the backend does inside: loops over sizes, values it reads, kernels.
-So one compiled graph serves every length. Elsewhere the backend's functions are called as they are,
-since an op made in Python costs the host 20 us more (benchmarks/NOTES.md).
+So one compiled graph serves every length. Other calls skip the op, which costs 20 us of host time
+(benchmarks/NOTES.md).
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def num_splits(
     if q.is_cpu or longest_q != 1:
         return 1
     plain = extras._replace(sinks=None, cu_seqlens_q=None, cu_seqlens_k=None) == NO_EXTRAS
-    # The one query of a packed sequence sees all its keys if they are aligned at the end.
+    # Aligned at the end, all keys of a packed sequence are visible to its one query.
     aligned = packed and spec.diagonal == "bottom_right"
     if not plain or spec.window_left is not None or not (spec.window_right is None or aligned):
         return 1
