@@ -89,8 +89,8 @@ def flash_attention(
             costs O(Sk). An entry of -inf hides its key like False.
         causal: key ``j`` is visible to query ``i`` only when ``j <= i + offset``.
         window_size: ``(left, right)``: keys from ``i + offset - left`` to ``i + offset + right``
-            inclusive are visible to query ``i``. None is unbounded; its own position is not counted;
-            ``causal`` caps ``right`` at 0.
+            inclusive are visible to query ``i``. None is unbounded; its own position is not
+            counted; ``causal`` caps ``right`` at 0.
         diagonal: ``offset`` is ``Sk - Sq`` for ``"bottom_right"`` (flash_attn's), 0 for
             ``"top_left"`` (SDPA's).
         scale: factor on the scores; ``D ** -0.5`` if None.
