@@ -8,17 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashlayer import (
-    FlashAttention,
-    KVCache,
-    backends,
-    flash_attention,
-    flash_attention_varlen,
-)
+from flashlayer import FlashAttention, backends, flash_attention, flash_attention_varlen
 from flashlayer.backends import split_keys
 from flashlayer.integrations import flash_attn as door
 from flashlayer.integrations import sdpa
 from flashlayer.integrations.transformers import attention
+from flashlayer.modules import KVCache
 from flashlayer.spec import NO_EXTRAS, AttentionExtras, AttentionSpec
 from tests.tolerance import FACTORS, assert_accurate
 

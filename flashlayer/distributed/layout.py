@@ -6,7 +6,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -135,27 +135,9 @@ def shard_lengths(x: Tensor, *, group: dist.ProcessGroup | None = None, dim: int
     return list(_gather_lengths(x, dim, group))
 
 
-def check_shards(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    causal: bool,
-    window_size: WindowSize,
-    scale: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Problem:
+def check_shards(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Problem:
     """Check the arguments as one call on this rank's shard."""
-    problem = build_problem(
-        query,
-        key,
-        value,
-        causal=causal,
-        window_size=window_size,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-    )
+    problem = build_problem(query, key, value, **options)
     if key.shape[2] != query.shape[2]:
         raise ValueError(
             f"query and key must be shards of one sequence, "

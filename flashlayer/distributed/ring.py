@@ -102,7 +102,8 @@ def ring_attention(
         >>> q, k, v = (shard_sequence(x, dim=2, placement="zigzag") for x in (q, k, v))
         >>> out = ring_attention(q, k, v, causal=True, placement="zigzag")
     """
-    problem = check_shards(query, key, value, causal, window_size, scale, softcap, sinks)
+    options = {"causal": causal, "window_size": window_size, "scale": scale, "softcap": softcap}
+    problem = check_shards(query, key, value, sinks=sinks, **options)
     left, right = window_size
     ring = Ring(
         group=group,

@@ -76,7 +76,8 @@ def ulysses_attention(
 
     Source: Jacobs et al., "DeepSpeed Ulysses" (arXiv 2309.14509), section 3.
     """
-    problem = check_shards(query, key, value, causal, window_size, scale, softcap, sinks)
+    options = {"causal": causal, "window_size": window_size, "scale": scale, "softcap": softcap}
+    problem = check_shards(query, key, value, sinks=sinks, **options)
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     for name, heads in (("query", query.shape[1]), ("key and value", key.shape[1])):
         if heads % ranks:
@@ -91,18 +92,8 @@ def ulysses_attention(
     position = layout_positions(layout, query.device)
     if placement != "contiguous":
         q, k, v = (x[:, :, position.argsort()] for x in (q, k, v))
-    out, lse = flash_attention(
-        q,
-        k,
-        v,
-        causal=causal,
-        window_size=window_size,
-        scale=scale,
-        softcap=softcap,
-        sinks=None if sinks is None else sinks.chunk(ranks)[rank],
-        return_lse=True,
-        backend=backend,
-    )
+    sinks = None if sinks is None else sinks.chunk(ranks)[rank]
+    out, lse = flash_attention(q, k, v, sinks=sinks, return_lse=True, backend=backend, **options)
     if placement != "contiguous":
         out, lse = out[:, :, position], lse[:, :, position]
     out = AllToAll.apply(group, sizes, False, out)

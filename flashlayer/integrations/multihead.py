@@ -62,19 +62,7 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
     - ``torch.jit.script`` can't compile it; ``torch.compile``, ``torch.export`` and
       ``torch.jit.trace`` can.
 
-    Args:
-        embed_dim: ``E``.
-        num_heads: ``H``; ``E`` must be a multiple of it.
-        dropout: probability that an attention weight is dropped; off in ``eval()``.
-        bias: whether the projections have a bias.
-        add_bias_kv: append one learned key and value to every sequence.
-        add_zero_attn: append one key and value of zeros to every sequence.
-        kdim: features of the keys; ``E`` if None.
-        vdim: features of the values; ``E`` if None.
-        batch_first: whether inputs are ``(N, L, E)`` rather than ``(L, N, E)``.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
-        backend: as in :func:`flashlayer.flash_attention`.
+    The one argument more is ``backend``, as in :func:`flashlayer.flash_attention`.
 
     Example:
         >>> attention = FlashMultiheadAttention(64, 4, batch_first=True)
@@ -101,19 +89,9 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         backend: str = "auto",
     ) -> None:
         backends.check_name(backend)
-        super().__init__(
-            embed_dim,
-            num_heads,
-            dropout,
-            bias,
-            add_bias_kv,
-            add_zero_attn,
-            kdim,
-            vdim,
-            batch_first,
-            device,
-            dtype,
-        )
+        extra_keys = (add_bias_kv, add_zero_attn)
+        features = (kdim, vdim, batch_first, device, dtype)
+        super().__init__(embed_dim, num_heads, dropout, bias, *extra_keys, *features)
         self._become_flash(backend)
 
     def _become_flash(self, backend: str) -> None:
@@ -218,13 +196,7 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
             if need_weights:  # the weights need the output's dropout mask
                 options["dropout_seed"] = torch.randint(2**63 - 1, (), device=q.device)
         result = flash_attention(
-            q,
-            k,
-            v,
-            diagonal="top_left",
-            return_lse=need_weights,
-            backend=self.backend,
-            **options,
+            q, k, v, diagonal="top_left", return_lse=need_weights, backend=self.backend, **options
         )
         out, lse = result if isinstance(result, tuple) else (result, None)
         out = out.transpose(1, 2).flatten(2)  # [N, L, E]
@@ -252,24 +224,17 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         return None
 
     def _forward_nested(
-        self, x: Tensor, need_weights: bool, average_attn_weights: bool, is_causal: bool
+        self, x: Tensor, need_weights: bool, average: bool, is_causal: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Self-attention of sequences of different lengths: pad, attend, nest again."""
         if x.numel() == 0:  # torch can't pad it
-            shape = [x.size(0), *([] if average_attn_weights else [self.num_heads]), 0, 0]
+            shape = [x.size(0), *([] if average else [self.num_heads]), 0, 0]
             return x, torch.zeros(shape, dtype=x.dtype, device=x.device) if need_weights else None
         lengths = torch.tensor([len(sequence) for sequence in x.unbind()], device=x.device)
         padded = torch.nested.to_padded_tensor(x, 0.0)  # [N, L, E]
         token = torch.arange(padded.shape[1], device=x.device) < lengths[:, None]  # [N, L]
-        out, weights = self.forward(
-            padded,
-            padded,
-            padded,
-            ~token,
-            need_weights,
-            average_attn_weights=average_attn_weights,
-            is_causal=is_causal,
-        )
+        options: dict[str, Any] = {"average_attn_weights": average, "is_causal": is_causal}
+        out, weights = self.forward(padded, padded, padded, ~token, need_weights, **options)
         # As torch's TransformerEncoder converts back; it has no gradient.
         nested: Tensor = vars(torch)["_nested_tensor_from_mask"](out, token, mask_check=False)
         return nested, weights

@@ -163,16 +163,8 @@ class override(TorchFunctionMode):
                     reason = "a causal bias for other lengths"
         if reason is not None:
             self._left[reason] += 1
-            return HOST(
-                query,
-                key,
-                value,
-                attn_mask,
-                dropout_p,
-                is_causal,
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )
+            arguments = (query, key, value, attn_mask, dropout_p, is_causal)
+            return HOST(*arguments, scale=scale, enable_gqa=enable_gqa)
         self._routed += 1
         leading = _leading(query, key, value, enable_gqa)
         assert leading is not None

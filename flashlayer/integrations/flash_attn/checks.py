@@ -91,18 +91,7 @@ def unpacked(name: str, x: Tensor, count: int, dim: int) -> tuple[Tensor, ...]:
 
 
 def check_qkv(q: Any, k: Any, v: Any, layout: tuple[str, ...]) -> None:
-    """Check the shapes of one call.
-
-    Args:
-        q: ``(B, Sq, H, D)``, packed ``(Tq, H, D)``.
-        k: ``(B, Sk, Hkv, D)``, packed ``(Tk, Hkv, D)``.
-        v: likewise; its ``D`` may differ.
-        layout: names of the dimensions before the heads.
-
-    Raises:
-        TypeError: an argument is not a tensor.
-        ValueError: the shapes don't fit each other.
-    """
+    """Check ``(B, S, H, D)`` or packed ``(T, H, D)``; ``layout`` names the dimensions before H."""
     names = ", ".join((*layout, "heads", "head_dim"))
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
@@ -142,12 +131,7 @@ def check_cache_arguments(
     cache_leftpad: Tensor | None,
     block_table: Tensor | None,
 ) -> None:
-    """Check which arguments need each other, and their shapes.
-
-    Raises:
-        TypeError: an argument is not a tensor, or of another dtype than the cache.
-        ValueError: the arguments don't fit each other.
-    """
+    """Check which arguments need each other, and their shapes."""
     _check_cache_tensors(q, k_cache, v_cache, block_table is not None)
     if (k is None) != (v is None):
         raise ValueError("k and v must be given together")
@@ -208,12 +192,7 @@ def _check_cache_tensors(q: Any, k_cache: Any, v_cache: Any, paged: bool) -> Non
 
 
 def check_block_table(block_table: Any, sequences: int) -> None:
-    """Check the table's type and shape.
-
-    Raises:
-        TypeError: it is not an integer tensor.
-        ValueError: it does not have one row per sequence.
-    """
+    """Check type and shape: an integer tensor with one row per sequence."""
     if not isinstance(block_table, Tensor) or block_table.dtype not in (torch.int32, torch.int64):
         kind = block_table.dtype if isinstance(block_table, Tensor) else type(block_table).__name__
         raise TypeError(f"block_table must be an int32 or int64 tensor, got {kind}")
@@ -225,16 +204,9 @@ def check_block_table(block_table: Any, sequences: int) -> None:
 
 
 def check_pages(block_table: Tensor, lengths: Tensor, pages: Tensor, needed_by: str) -> None:
-    """Check that the table has room for every sequence and names existing pages.
+    """Check that the table has room for ``lengths`` ``(N,)`` and names existing pages.
 
-    Args:
-        block_table: ``(N, blocks of a sequence)``.
-        lengths: ``(N,)``, positions of each sequence.
-        pages: ``(blocks, page, Hkv, D)``.
-        needed_by: the arguments that ``lengths`` came from.
-
-    Raises:
-        ValueError: the table is too short, or an index is out of range.
+    ``needed_by`` names the arguments that the lengths came from.
     """
     if not (has_values(block_table) and has_values(lengths)):
         return
@@ -265,16 +237,8 @@ def check_cache_lengths(
 ) -> None:
     """Check the values of the arguments that index the cache, where reading them is free.
 
-    Args:
-        start: ``(B,)``, ``cache_leftpad``.
-        filled: ``(B,)``, ``cache_seqlens``.
-        stop: ``(B,)``, ``cache_seqlens`` plus the number of new keys.
-        k_cache: the cache, or its pages.
-        cache_batch_idx: ``(B,)``, rows of the cache.
-        block_table: the pages of each sequence.
-
-    Raises:
-        ValueError: a value is outside the cache.
+    ``start`` is ``cache_leftpad``, ``filled`` is ``cache_seqlens`` and ``stop`` the same with the
+    new keys, ``(B,)`` each.
     """
     if not has_values(stop) or len(stop) == 0:
         return
@@ -305,17 +269,7 @@ def check_cache_lengths(
 
 
 def check_rotary(rotary_cos: Tensor, rotary_sin: Tensor, last: Tensor, head_dim: int) -> None:
-    """Check the tables of angles.
-
-    Args:
-        rotary_cos: ``(positions, R / 2)``.
-        rotary_sin: likewise.
-        last: ``(B,)``, ends of the positions that are looked up.
-        head_dim: ``D``.
-
-    Raises:
-        ValueError: the tables don't fit each other, the head or the positions.
-    """
+    """Check the tables ``(positions, R / 2)``; ``last`` ``(B,)`` are the ends of the positions."""
     if rotary_cos.ndim != 2 or rotary_cos.shape != rotary_sin.shape:
         raise ValueError(
             f"rotary_cos and rotary_sin must be (positions, rotated features / 2), "

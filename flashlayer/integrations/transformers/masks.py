@@ -42,49 +42,30 @@ class Window(NamedTuple):
 
 _aten = torch.ops.aten
 
+# fmt: off
 # Operations that move the values of a mask, or combine bool masks.
 REARRANGING = {
-    _aten.alias,
-    _aten.as_strided,
-    _aten.bitwise_and,
-    _aten.bitwise_or,
-    _aten.bitwise_not,
-    _aten.cat,
-    _aten.clone,
-    _aten.expand,
-    _aten.index,
-    _aten.index_select,
-    _aten.permute,
-    _aten.repeat,
-    _aten.select,
-    _aten.slice,
-    _aten.split,
-    _aten.split_with_sizes,
-    _aten.squeeze,
-    _aten.stack,
-    _aten.t,
-    _aten.transpose,
-    _aten.unbind,
-    _aten.unfold,
-    _aten.unsqueeze,
-    _aten.view,
-    _aten._unsafe_view,
-    _aten._reshape_alias,
+    _aten.alias, _aten.as_strided, _aten.bitwise_and, _aten.bitwise_or, _aten.bitwise_not,
+    _aten.cat, _aten.clone, _aten.expand, _aten.index, _aten.index_select, _aten.permute,
+    _aten.repeat, _aten.select, _aten.slice, _aten.split, _aten.split_with_sizes, _aten.squeeze,
+    _aten.stack, _aten.t, _aten.transpose, _aten.unbind, _aten.unfold, _aten.unsqueeze,
+    _aten.view, _aten._unsafe_view, _aten._reshape_alias,
 }
-
 # Operations that read only shape, dtype and device.
 SHAPED_LIKE = {
-    _aten.empty_like,
-    _aten.full_like,
-    _aten.new_empty,
-    _aten.new_full,
-    _aten.new_ones,
-    _aten.new_zeros,
-    _aten.ones_like,
-    _aten.rand_like,
-    _aten.randn_like,
-    _aten.zeros_like,
+    _aten.empty_like, _aten.full_like, _aten.new_empty, _aten.new_full, _aten.new_ones,
+    _aten.new_zeros, _aten.ones_like, _aten.rand_like, _aten.randn_like, _aten.zeros_like,
 }
+# fmt: on
+
+
+def _refusing(name: str) -> Any:
+    """A method that raises, as the values are read."""
+
+    def method(self: GuardedMask, *_: Any, **__: Any) -> NoReturn:
+        raise _misread(self.owner, f"Tensor.{name}")
+
+    return method
 
 
 class GuardedMask(Tensor):
@@ -109,21 +90,14 @@ class GuardedMask(Tensor):
         """The same mask on another device."""
         raise NotImplementedError
 
-    # For a bool tensor these do not dispatch, so __torch_dispatch__ would miss them.
-    def bool(self, *_: Any, **__: Any) -> NoReturn:
-        """Raise: for eager's mask, nonzero where a key is hidden, True would mean hidden."""
-        raise _misread(self.owner, "Tensor.bool")
-
-    def tolist(self) -> NoReturn:
-        """Raise: the values are read."""
-        raise _misread(self.owner, "Tensor.tolist")
-
-    def numpy(self, *_: Any, **__: Any) -> NoReturn:
-        """Raise: the values are read."""
-        raise _misread(self.owner, "Tensor.numpy")
+    # For a bool tensor these do not dispatch, so __torch_dispatch__ would miss them. Of eager's
+    # mask, which is nonzero where a key is hidden, bool() is the inverse.
+    bool = _refusing("bool")
+    tolist = _refusing("tolist")
+    numpy = _refusing("numpy")
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Move the mask; raise for any dtype, see :meth:`bool`."""
+        """Move the mask; raise for any dtype, also bool."""
         if any(isinstance(x, torch.dtype) for x in (*args, *kwargs.values())):
             raise _misread(self.owner, "Tensor.to")
         return super().to(*args, **kwargs)
