@@ -61,6 +61,7 @@ def test_only_restarting_positions_begin_a_sequence(
 
 
 def test_an_attention_mask_rules_packing_out_as_in_eager() -> None:
+    torch.compiler.reset()
     model = build("Llama")
     inputs = {
         "input_ids": draw_tokens(2, 7),
