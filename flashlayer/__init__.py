@@ -12,15 +12,16 @@ from flashlayer.functional import (
 
 if TYPE_CHECKING:
     from flashlayer import distributed, integrations
+    from flashlayer.integrations.multihead import FlashMultiheadAttention
     from flashlayer.integrations.swap import swap_attention
-    from flashlayer.modules import FlashAttention
-    from flashlayer.multihead import FlashMultiheadAttention
+    from flashlayer.modules import FlashAttention, KVCache
     from flashlayer.tuning import tune
 
 __version__ = "0.1.0"
 __all__ = [
     "FlashAttention",
     "FlashMultiheadAttention",
+    "KVCache",
     "available_backends",
     "distributed",
     "dropout_keep_mask",
@@ -35,7 +36,8 @@ __all__ = [
 # loads.
 _ON_USE = {
     "FlashAttention": "flashlayer.modules",
-    "FlashMultiheadAttention": "flashlayer.multihead",
+    "FlashMultiheadAttention": "flashlayer.integrations.multihead",
+    "KVCache": "flashlayer.modules",
     "swap_attention": "flashlayer.integrations.swap",
     "tune": "flashlayer.tuning",
 }

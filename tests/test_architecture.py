@@ -38,34 +38,33 @@ ALLOWED = {
     "autograd": {"spec", "transforms", "torch"},
     "functional": {"autograd", "backends", "philox", "plans", "problem", "spec", "torch"},
     "tuning": {"backends/triton", "kernels", "problem", "spec", "torch", "triton"},
-    "distributed": {"backends", "functional", "online_softmax", "problem", "spec", "torch"},
-    "heads": {"torch"},
-    "cache": {"functional", "online_softmax", "torch", "einops"},
-    "tracing": {"torch"},
-    "modules": {
+    "distributed": {
         "backends",
-        "cache",
         "distributed",
         "functional",
-        "heads",
+        "online_softmax",
+        "problem",
         "spec",
-        "tracing",
         "torch",
-        "einops",
     },
-    "multihead": {"backends", "functional", "tracing", "weights", "torch"},
-    "weights": {"functional", "problem", "spec", "torch"},
-    "integrations/*": {
+    "modules": {"backends", "distributed", "functional", "modules", "spec", "torch", "einops"},
+    "integrations": {
         "backends",
         "functional",
         "integrations",
-        "multihead",
-        "online_softmax",
+        "modules",
         "problem",
-        "tracing",
+        "spec",
         "torch",
     },
-    "integrations/transformers": {"functional", "integrations", "spec", "torch", "transformers"},
+    "integrations/transformers": {
+        "functional",
+        "integrations",
+        "problem",
+        "spec",
+        "torch",
+        "transformers",
+    },
 }
 
 # Who outside the package looks into its rooms, and into which.
@@ -81,6 +80,7 @@ MAY_OPEN = {
 # What flashlayer.online_softmax and flashlayer.distributed offer to a user.
 ONLINE_SOFTMAX = ("SoftmaxState", "init_state", "update", "state_of", "merge", "finalize", "lse")
 DISTRIBUTED = {
+    "Placement",
     "ring_attention",
     "ulysses_attention",
     "shard_sequence",
@@ -92,12 +92,12 @@ DISTRIBUTED = {
 
 def room(path: Path) -> str:
     relative = path.relative_to(PACKAGE).with_suffix("").as_posix()
-    for folder in ("kernels", "backends/aten", "integrations/transformers"):
+    rooms = ("kernels", "backends/aten", "modules", "distributed", "integrations/transformers")
+    for folder in (*rooms, "integrations"):
         if relative.startswith(f"{folder}/"):
             return folder
-    for house in ("backends", "integrations"):
-        if relative.startswith(f"{house}/") and relative not in ALLOWED:
-            return f"{house}/*"
+    if relative.startswith("backends/") and relative not in ALLOWED:
+        return "backends/*"
     return relative
 
 

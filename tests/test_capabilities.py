@@ -32,7 +32,7 @@ SUITES = (
     "tests/test_aten.py",
     "tests/test_nan.py",
     "tests/test_property.py",
-    "tests/integrations/test_flash_attn.py",
+    "tests/integrations/flash_attn",
     "tests/integrations/test_sdpa.py",
 )
 SELECTION = (

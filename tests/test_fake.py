@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from flashlayer import (
     FlashAttention,
     FlashMultiheadAttention,
+    KVCache,
     dropout_keep_mask,
     flash_attention,
     swap_attention,
@@ -19,7 +20,6 @@ from flashlayer import (
 from flashlayer.integrations import flash_attn as door
 from flashlayer.integrations import sdpa
 from flashlayer.integrations.flash_attn.layers.rotary import apply_rotary_emb
-from flashlayer.modules import KVCache
 
 E, H, HKV, D = 16, 4, 2, 8
 

@@ -11,19 +11,19 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import TorchFunctionMode
 
 from flashlayer import backends
 from flashlayer.functional import flash_attention
 from flashlayer.problem import SUPPORTED_DTYPES
-from flashlayer.tracing import is_proxy_type
 
 HOST = F.scaled_dot_product_attention
 
 
 def _without_dispatch(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function of torch, less its first act: to hand itself over to an active mode."""
+    """A copy of the function without its ``__torch_function__`` dispatch."""
     assert isinstance(function, FunctionType)
     names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
     scope = function.__globals__ | dict.fromkeys(names, lambda *_: False)
@@ -32,8 +32,8 @@ def _without_dispatch(function: Callable[..., Any]) -> Callable[..., Any]:
     return copy
 
 
-# A mode is off while it handles a call, so what these call in turn would not be seen: SDPA in the
-# first, and in the others activation checkpoints, which run the forward pass again.
+# A mode is disabled while it handles a call, so it would miss what these call: SDPA in the first,
+# and activation checkpoints, which rerun the forward pass, in the others.
 COMPOSITE = {
     function: _without_dispatch(function)
     for function in (
@@ -46,11 +46,11 @@ COMPOSITE = {
 
 
 class Report(NamedTuple):
-    """What an :class:`override` did with the calls it saw.
+    """How many calls an :class:`override` routed.
 
     Attributes:
-        routed: how many calls went to flashlayer.
-        left: how many were left to torch, by reason.
+        routed: calls that went to flashlayer.
+        left: calls that were left to torch, by reason.
     """
 
     routed: int
@@ -68,17 +68,18 @@ class override(TorchFunctionMode):
 
     The semantics are SDPA's: top-left ``is_causal``, bool masks with True = attend and float masks
     that are added, the causal biases of ``torch.nn.attention.bias``, ``enable_gqa``, any number of
-    leading dimensions, broadcast as torch broadcasts them, zeros for a query that sees no key, and
-    dropout whenever ``dropout_p > 0`` (drawn from torch's generator, but another mask than
-    torch's). A call that flashlayer has no equal of is left to torch and counted with its reason,
-    so what torch rejects torch still rejects.
+    leading dimensions, broadcast as torch broadcasts them, zeros for a query without a visible key,
+    and dropout whenever ``dropout_p > 0`` (drawn from torch's generator, but not torch's mask). A
+    call without an equivalent in flashlayer is left to torch and counted with its reason, so what
+    torch rejects torch still rejects.
 
     This is a :class:`torch.overrides.TorchFunctionMode`; no name is patched. Callers that did
     ``from torch.nn.functional import scaled_dot_product_attention`` are routed too. Blocks nest,
-    the innermost takes the calls; leaving one by an exception undoes it. Only the thread that
-    entered is affected: another one enters a block of its own. Calls below Python, such as
-    ``torch.ops.aten.scaled_dot_product_attention`` or a scripted module, are not seen;
-    ``torch.nn.attention.sdpa_kernel`` chooses among torch's kernels and has no say in routed calls.
+    the innermost takes the calls; leaving one by an exception undoes it. A block affects only the
+    thread that entered it. Calls below Python, such as
+    ``torch.ops.aten.scaled_dot_product_attention`` or a scripted module, are not routed;
+    ``torch.nn.attention.sdpa_kernel`` chooses among torch's kernels and does not affect routed
+    calls.
 
     Inside the block ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` don't take their
     fused fast path; with ``need_weights=False`` they are routed, with weights they don't use SDPA.
@@ -86,8 +87,8 @@ class override(TorchFunctionMode):
     guards on it, so outside of the block the same function runs torch's. Only nn.MultiheadAttention
     is left to torch there (:func:`flashlayer.swap_attention` replaces it).
     ``torch.fx.symbolic_trace`` records SDPA, which is routed if the graph runs in a block.
-    Activation checkpoints run the forward again in the backward pass, so that belongs inside the
-    block as well. Every torch call in the block costs a few microseconds more.
+    Activation checkpoints rerun the forward in the backward pass, so ``backward()`` belongs inside
+    the block as well. Every torch call in the block costs a few microseconds more.
 
     Args:
         backend: as in :func:`flashlayer.flash_attention`.
@@ -108,16 +109,16 @@ class override(TorchFunctionMode):
         self._left: Counter[str] = Counter()
 
     def report(self) -> Report:
-        """The calls so far; also after the block has been left."""
+        """The calls so far, also after leaving the block."""
         return Report(self._routed, dict(self._left))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Take the calls of SDPA, pass all others on."""
+        """Route calls of SDPA, pass all others on."""
         kwargs = kwargs or {}
-        if any(map(is_proxy_type, types)):
-            # Recorded as it is: the graph is routed, or not, where it runs.
+        if any(issubclass(kind, Proxy) for kind in types):
+            # Record SDPA itself: the graph is routed if it runs in a block.
             return func(*args, **kwargs)
         plain = all(kind in (Tensor, torch.nn.Parameter) for kind in types)
         if func is HOST:
@@ -162,21 +163,13 @@ class override(TorchFunctionMode):
                     reason = "a causal bias for other lengths"
         if reason is not None:
             self._left[reason] += 1
-            return HOST(
-                query,
-                key,
-                value,
-                attn_mask,
-                dropout_p,
-                is_causal,
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )
+            arguments = (query, key, value, attn_mask, dropout_p, is_causal)
+            return HOST(*arguments, scale=scale, enable_gqa=enable_gqa)
         self._routed += 1
         leading = _leading(query, key, value, enable_gqa)
         assert leading is not None
         lower_right = bias is not None and bias.variant == CausalVariant.LOWER_RIGHT
-        # torch takes numbers of any kind, flash_attention holds a bool for a mistake.
+        # torch accepts any number type, flash_attention rejects bool.
         if isinstance(scale, bool):
             scale = float(scale)
         if not isinstance(dropout_p, (int, float)) or isinstance(dropout_p, bool):
@@ -203,7 +196,7 @@ def _reason_to_leave(
     is_causal: bool,
     scale: float | None,
 ) -> str | None:
-    """Why torch should take the call, whatever the shapes; None if it need not."""
+    """Why the call is left to torch, whatever the shapes; None if it is routed."""
     tensors = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
     if any(x.layout != torch.strided for x in tensors):
         return "a layout other than strided"
@@ -215,7 +208,7 @@ def _reason_to_leave(
     if not autocast and not query.dtype == key.dtype == value.dtype:
         return "query, key and value of more than one dtype"
     if attn_mask is not None:
-        # A torch build may take both, or reject them; that is its to say.
+        # Some torch builds accept both, others reject them.
         if is_causal:
             return "attn_mask together with is_causal"
         known = (torch.bool, torch.float32, *(SUPPORTED_DTYPES if autocast else (query.dtype,)))
@@ -231,7 +224,7 @@ def _reason_to_leave(
 def _shapes_to_leave(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
 ) -> str | None:
-    """Why torch should take (and mostly reject) these shapes; None if it need not."""
+    """Why these shapes are left to torch, which rejects most of them; None if routed."""
     if min(query.ndim, key.ndim, value.ndim) < (3 if enable_gqa else 2):
         return "too few dimensions"
     if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
@@ -283,7 +276,7 @@ def _expands(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
 
 
 def _four(x: Tensor, leading: tuple[int, ...], enable_gqa: bool) -> Tensor:
-    """``(..., S, D)`` as ``(B, H, S, D)``: expanded without a copy, then flattened."""
+    """``(..., S, D)`` as ``(B, H, S, D)``: expand without a copy, then flatten."""
     if not enable_gqa:
         x = x.expand(*leading, *x.shape[-2:])
     if x.ndim < 4:
@@ -294,7 +287,7 @@ def _four(x: Tensor, leading: tuple[int, ...], enable_gqa: bool) -> Tensor:
 def _four_mask(mask: Tensor, leading: tuple[int, ...]) -> Tensor:
     """The mask with at most four dimensions.
 
-    Only one that differs along some batch dimensions and is broadcast along others is copied.
+    Copied only if it varies along some batch dimensions and is broadcast along others.
     """
     if len(leading) <= 2:
         return mask

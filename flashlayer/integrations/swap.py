@@ -1,4 +1,4 @@
-"""A model of ``nn.MultiheadAttention`` layers, turned to flash attention where it stands."""
+"""Replaces a model's ``nn.MultiheadAttention`` modules by flash attention, in place."""
 
 from __future__ import annotations
 
@@ -11,33 +11,32 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from flashlayer import backends
-from flashlayer.multihead import FlashMultiheadAttention
+from flashlayer.integrations.multihead import FlashMultiheadAttention
 
 logger = logging.getLogger(__name__)
 
-# What is replaced; a forward that was put in its place later computes something else.
+# A module whose forward is another function computes something else and is not swapped.
 HOST_FORWARD = nn.MultiheadAttention.forward
 
 
 def swap_attention(model: nn.Module, *, backend: str = "auto") -> list[str]:
     """Make every ``nn.MultiheadAttention`` in ``model`` a :class:`FlashMultiheadAttention`.
 
-    Each module changes its class and stays the same object: parameters (an optimizer built before
-    still trains them), buffers, train or eval, dtype, device, hooks, and every other reference to
-    it, so that a shared module is shared still. State dicts stay compatible.
+    Each module changes its class and stays the same object, with its parameters (an optimizer built
+    before still trains them), buffers, train or eval mode, dtype, device and hooks; shared modules
+    stay shared. State dicts stay compatible.
 
     ``nn.TransformerEncoder`` and ``nn.TransformerEncoderLayer`` have a fused path for inference
-    that does not call their attention module. It is switched off for the modules that were swapped,
-    and with it the nested tensors that the encoder makes of a ``src_key_padding_mask``: positions
-    that are padding come out as the layers compute them, in inference as in training, where the
-    nested path would fill in zeros.
+    that does not call their attention module. It is disabled for swapped modules, and with it the
+    nested tensors that the encoder makes from a ``src_key_padding_mask``: padding positions are
+    computed as in training, where the nested path would fill in zeros.
 
     A subclass of ``nn.MultiheadAttention`` that inherits ``forward`` is swapped and remains an
-    instance of its class. Left alone, and named with the reason in a warning of this module's log,
-    are a class or a single module with a ``forward`` of its own, for what it computes is not known,
-    and a module under ``torch.nn.utils.parametrize``, whose class is not its own. The hooks of
-    Hugging Face accelerate put a ``forward`` on each module and call the one before: that is
-    swapped under them, and they stay.
+    instance of its class. Skipped, with the reason in a logged warning, are classes and instances
+    with a ``forward`` of their own, because what it computes is unknown, and modules under
+    ``torch.nn.utils.parametrize``, which replaces their class. The hooks of Hugging Face accelerate
+    put a ``forward`` on each module that calls the original one: the original is swapped and the
+    hooks stay.
 
     Args:
         model: any module; changed in place.
@@ -93,7 +92,7 @@ def swap_attention(model: nn.Module, *, backend: str = "auto") -> list[str]:
 
 
 def _why_not(module: nn.MultiheadAttention) -> str | None:
-    """Why another class would not change what ``module`` computes, or not rightly; else None."""
+    """Why changing the class of ``module`` would not work; None if it would."""
     if parametrize.is_parametrized(module):
         return "parametrized: remove that first"
     if type(module).forward is not HOST_FORWARD:
@@ -101,38 +100,38 @@ def _why_not(module: nn.MultiheadAttention) -> str | None:
     if "_call_impl" in vars(module):
         return "its call was replaced on the instance: swap before that, or undo it first"
     own = vars(module).get("forward")
-    if own is None or _is_hosts(own, module):
+    if own is None or _is_original(own, module):
         return None
     if "_hf_hook" not in vars(module):
         return "its forward was replaced on the instance: swap before that, or undo it first"
-    if not _is_hosts(vars(module).get("_old_forward"), module):
+    if not _is_original(vars(module).get("_old_forward"), module):
         return "accelerate's hook is around another forward than torch's: remove the hook first"
     return None
 
 
-def _is_hosts(function: Any, module: nn.Module) -> bool:
-    """Whether ``function`` is ``module.forward`` as the class has it, kept as an attribute."""
+def _is_original(function: Any, module: nn.Module) -> bool:
+    """Whether ``function`` is the class's ``forward`` bound to ``module``."""
     bound = isinstance(function, MethodType) and function.__self__ is module
     return bound and function.__func__ is HOST_FORWARD
 
 
 def _rebind_forward(module: FlashMultiheadAttention) -> None:
-    """Methods of the class before, as accelerate keeps them on the instance."""
+    """Rebind methods of the former class that accelerate stores on the instance."""
     for name in ("forward", "_old_forward"):
-        if _is_hosts(vars(module).get(name), module):
+        if _is_original(vars(module).get(name), module):
             setattr(module, name, MethodType(type(module).forward, module))
 
 
 @functools.cache
 def _flash_class(cls: type[nn.MultiheadAttention]) -> type[FlashMultiheadAttention]:
-    """``FlashMultiheadAttention``; for a subclass a class that is both."""
+    """``FlashMultiheadAttention``; for a subclass of the host, a class that inherits from both."""
     if cls is nn.MultiheadAttention:
         return FlashMultiheadAttention
     return type(f"Flash{cls.__name__}", (FlashMultiheadAttention, cls), {"__reduce__": _reduce})
 
 
 def _reduce(module: nn.Module) -> tuple[Any, ...]:
-    # The class is made here and found under no name: it is pickled as the one it was made of.
+    # Pickle looks classes up by name, and this one is made at run time: pickle its base instead.
     return _new, (type(module).__bases__[1],), module.__dict__
 
 

@@ -21,8 +21,8 @@ from benchmarks.scaling import (
     ulysses_bytes,
     window_hops,
 )
-from flashlayer import distributed
-from tests.test_distributed import expected_traffic
+from flashlayer.distributed.layout import make_layout, visited_hops
+from tests.distributed.measures import expected_traffic
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
@@ -36,8 +36,8 @@ def test_bytes_are_those_that_the_ranks_were_seen_to_send(ranks: int) -> None:
 
 @pytest.mark.parametrize("window", [None, 0, 1, 63, 64, 65, 200, 10_000])
 def test_a_window_ends_the_ring_where_the_layer_does(window: int | None) -> None:
-    layout = distributed._layout((64,) * 8, "contiguous")
-    assert window_hops(8, 64, window) == len(distributed._distances(layout, window, 0))
+    layout = make_layout((64,) * 8, "contiguous")
+    assert window_hops(8, 64, window) == len(visited_hops(layout, window, 0))
 
 
 def simulated(hop: Hop, hops: int, *, backward: bool) -> float:

@@ -338,7 +338,7 @@ def test_dropout() -> None:
 
 
 def test_multihead_attention_inside() -> None:
-    """Its fused fast path is off, and what it calls in between is seen."""
+    """Its fused fast path is off, and the SDPA it calls is routed."""
     torch.manual_seed(2)
     layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True).eval()
     x = torch.randn(2, 5, 16)

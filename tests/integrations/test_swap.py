@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import flashlayer
-from flashlayer import FlashMultiheadAttention, multihead, swap_attention
+from flashlayer import FlashMultiheadAttention, swap_attention
+from flashlayer.integrations import multihead
 
 E, H = 16, 4
 
@@ -120,11 +121,11 @@ def test_what_is_kept() -> None:
     model = nn.ModuleDict({"a": nn.MultiheadAttention(E, H, dropout=0.3, dtype=torch.bfloat16)})
     model["a"].bias_marker = "mine"
     model["a"].in_proj_bias.requires_grad_(False)
-    seen: list[str] = []
+    events: list[str] = []
     module = model["a"].eval()
-    module.register_forward_pre_hook(lambda *_: seen.append("before"))
-    module.register_forward_hook(lambda *_: seen.append("after"))
-    module.register_full_backward_hook(lambda *_: seen.append("backward"))
+    module.register_forward_pre_hook(lambda *_: events.append("before"))
+    module.register_forward_hook(lambda *_: events.append("after"))
+    module.register_full_backward_hook(lambda *_: events.append("backward"))
     module.register_buffer("extra", torch.ones(2))
     parameters = dict(model.named_parameters())
     assert swap_attention(model, backend="tiled") == ["a"]
@@ -139,7 +140,7 @@ def test_what_is_kept() -> None:
     assert "a.extra" in model.state_dict()
     x = torch.randn(3, 2, E, dtype=torch.bfloat16, requires_grad=True)
     module(x, x, x)[0].sum().backward()
-    assert seen == ["before", "after", "backward"]
+    assert events == ["before", "after", "backward"]
 
 
 def test_an_optimizer_from_before_trains_it_alike() -> None:
@@ -237,7 +238,7 @@ def test_compiles_without_a_break() -> None:
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_layers_swapped_below_an_encoder_take_its_nested_tensors() -> None:
-    """The encoder is not seen then, and goes on nesting padded batches in inference."""
+    """The encoder is not among the modules then, and keeps nesting padded batches in inference."""
     host = encoder().eval()
     model = copy.deepcopy(host)
     for layer in model.layers:

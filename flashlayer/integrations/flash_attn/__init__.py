@@ -1,18 +1,18 @@
 """The interface of ``flash_attn`` 2.8, computed by flashlayer, on any device and in any dtype.
 
-Names, signatures, layouts ``(B, S, H, D)`` and return values are those of the package, so code that
-was written for it runs unchanged after either of::
+Names, signatures, layouts ``(B, S, H, D)`` and return values are those of the package, so code
+written for it runs unchanged after either of these, placed before its imports::
 
     sys.modules["flash_attn"] = flashlayer.integrations.flash_attn
     flashlayer.integrations.flash_attn.install()
 
-which come before its imports. Both serve ``flash_attn.flash_attn_interface``,
-``flash_attn.bert_padding`` and ``flash_attn.layers.rotary`` as well; no other submodule is there.
+Both also provide ``flash_attn.flash_attn_interface``, ``flash_attn.bert_padding`` and
+``flash_attn.layers.rotary``; no other submodule exists.
 
-What differs: ``softmax_lse`` is differentiable, and -inf where a query sees no key (flash_attn says
-+inf); the third value of ``return_attn_probs`` holds exact probabilities; head dimensions, dtypes
-and page sizes that its kernels refuse are computed; ``deterministic`` and ``num_splits`` make no
-difference, as the backward pass is always deterministic.
+Differences: ``softmax_lse`` is differentiable, and -inf for a query without a visible key
+(flash_attn has +inf); the third value of ``return_attn_probs`` holds exact probabilities; head
+dimensions, dtypes and page sizes that its kernels refuse are computed; ``deterministic`` and
+``num_splits`` are ignored, as the backward pass is always deterministic.
 """
 
 import importlib
@@ -42,9 +42,9 @@ __all__ = [
 
 
 def install() -> None:
-    """Make ``import flash_attn``, and its submodules that are served, mean this package.
+    """Make ``import flash_attn``, and the submodules that exist here, import this package.
 
-    What was imported from an installed flash_attn before stays what it was.
+    Names that were imported from an installed flash_attn before are not replaced.
     """
     own_name = "flashlayer.integrations.flash_attn"
     sys.modules["flash_attn"] = importlib.import_module(own_name)

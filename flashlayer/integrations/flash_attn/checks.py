@@ -1,4 +1,4 @@
-"""What a call of :mod:`flash_attn_interface` must look like, in flash_attn's names and layouts."""
+"""Checks and conversion of arguments in flash_attn's names and layouts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+WindowSize = tuple[int, int]
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-# flash_attn raises RuntimeError for whatever its C++ checks refuse; this library raises ValueError,
-# TypeError and, where an index leaves a table, torch's IndexError. Callers of either find what they
-# look for.
+# The C++ checks of flash_attn raise RuntimeError; this library raises ValueError, TypeError and, if
+# an index is out of range, torch's IndexError. These are both, so callers can catch either.
 class _FailedValue(ValueError, RuntimeError):
     pass
 
@@ -32,7 +32,7 @@ _FAILED = {ValueError: _FailedValue, TypeError: _FailedType, IndexError: _Failed
 
 
 def raises_runtime_error(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """``function``, whose errors are a ``RuntimeError`` too."""
+    """Make the errors of ``function`` instances of ``RuntimeError`` too."""
 
     @functools.wraps(function)
     def door(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -47,8 +47,33 @@ def raises_runtime_error(function: Callable[Arguments, Result]) -> Callable[Argu
     return door
 
 
+def attention_options(
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: WindowSize,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+) -> dict[str, Any]:
+    """Options of :func:`flashlayer.flash_attention`, with None where flash_attn has -1 or 0."""
+    if len(window_size) != 2:
+        raise ValueError(f"window_size must be (left, right), got {len(window_size)} numbers")
+    left, right = map(as_int, window_size)
+    return {
+        "scale": softmax_scale,
+        "causal": causal,
+        "window_size": (None if left < 0 else left, None if right < 0 else right),
+        "softcap": softcap if softcap > 0 else None,
+        "alibi_slopes": alibi_slopes,
+    }
+
+
+def as_int(number: int | Tensor) -> int:
+    """An int; lengths may be ``cu_seqlens.diff().max()``, windows a tensor of two."""
+    return int(number) if isinstance(number, Tensor) else number
+
+
 def has_values(x: Tensor) -> bool:
-    """Whether looking at the values of ``x`` waits for no GPU and breaks no graph."""
+    """Whether reading the values of ``x`` neither synchronizes a GPU nor breaks a graph."""
     return (
         type(x) is Tensor
         and x.device.type == "cpu"
@@ -58,7 +83,7 @@ def has_values(x: Tensor) -> bool:
 
 
 def unpacked(name: str, x: Tensor, count: int, dim: int) -> tuple[Tensor, ...]:
-    """Queries, keys and values that lie in one tensor, ``count`` in dimension ``dim``."""
+    """The ``count`` tensors stacked along ``dim`` of one packed tensor."""
     layout = "(tokens, " if dim == 1 else "(batch, sequence, "
     if not isinstance(x, Tensor) or x.ndim != dim + 3 or x.shape[dim] != count:
         raise ValueError(f"{name} must be {layout}{count}, heads, head_dim), got {_shape(x)}")
@@ -66,18 +91,7 @@ def unpacked(name: str, x: Tensor, count: int, dim: int) -> tuple[Tensor, ...]:
 
 
 def check_qkv(q: Any, k: Any, v: Any, layout: tuple[str, ...]) -> None:
-    """Shapes of one call.
-
-    Args:
-        q: ``(B, Sq, H, D)``, packed ``(Tq, H, D)``.
-        k: ``(B, Sk, Hkv, D)``, packed ``(Tk, Hkv, D)``.
-        v: likewise; its ``D`` may differ.
-        layout: names of the dimensions before the heads.
-
-    Raises:
-        TypeError: one is not a tensor.
-        ValueError: they don't fit each other.
-    """
+    """Check ``(B, S, H, D)`` or packed ``(T, H, D)``; ``layout`` names the dimensions before H."""
     names = ", ".join((*layout, "heads", "head_dim"))
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
@@ -117,12 +131,7 @@ def check_cache_arguments(
     cache_leftpad: Tensor | None,
     block_table: Tensor | None,
 ) -> None:
-    """Which arguments need each other, and their shapes.
-
-    Raises:
-        TypeError: a tensor is none.
-        ValueError: they don't fit each other.
-    """
+    """Check which arguments need each other, and their shapes."""
     _check_cache_tensors(q, k_cache, v_cache, block_table is not None)
     if (k is None) != (v is None):
         raise ValueError("k and v must be given together")
@@ -140,7 +149,7 @@ def check_cache_arguments(
             f"k_cache must have query's batch size {batch} without cache_batch_idx, "
             f"got {k_cache.shape[0]}"
         )
-    # Written to the cache by indices, which would broadcast them.
+    # The indexed write to the cache would broadcast them.
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         if x is None or k is None:
             continue
@@ -183,12 +192,7 @@ def _check_cache_tensors(q: Any, k_cache: Any, v_cache: Any, paged: bool) -> Non
 
 
 def check_block_table(block_table: Any, sequences: int) -> None:
-    """Its shape.
-
-    Raises:
-        TypeError: it is no tensor of integers.
-        ValueError: it hasn't a row for each sequence.
-    """
+    """Check type and shape: an integer tensor with one row per sequence."""
     if not isinstance(block_table, Tensor) or block_table.dtype not in (torch.int32, torch.int64):
         kind = block_table.dtype if isinstance(block_table, Tensor) else type(block_table).__name__
         raise TypeError(f"block_table must be an int32 or int64 tensor, got {kind}")
@@ -200,16 +204,9 @@ def check_block_table(block_table: Any, sequences: int) -> None:
 
 
 def check_pages(block_table: Tensor, lengths: Tensor, pages: Tensor, needed_by: str) -> None:
-    """That the table has room for every sequence and names pages that are there.
+    """Check that the table has room for ``lengths`` ``(N,)`` and names existing pages.
 
-    Args:
-        block_table: ``(N, blocks of a sequence)``.
-        lengths: ``(N,)``, positions of each sequence.
-        pages: ``(blocks, page, Hkv, D)``.
-        needed_by: the arguments that ``lengths`` came from.
-
-    Raises:
-        ValueError: it has not.
+    ``needed_by`` names the arguments that the lengths came from.
     """
     if not (has_values(block_table) and has_values(lengths)):
         return
@@ -238,18 +235,10 @@ def check_cache_lengths(
     cache_batch_idx: Tensor | None,
     block_table: Tensor | None,
 ) -> None:
-    """The values of what :func:`check_cache_arguments` saw the shapes of.
+    """Check the values of the arguments that index the cache, where reading them is free.
 
-    Args:
-        start: ``(B,)``, ``cache_leftpad``.
-        filled: ``(B,)``, ``cache_seqlens``.
-        stop: ``(B,)``, the same with the new keys.
-        k_cache: the cache, or its pages.
-        cache_batch_idx: ``(B,)``, rows of the cache.
-        block_table: which pages hold a sequence.
-
-    Raises:
-        ValueError: one of them leaves the cache.
+    ``start`` is ``cache_leftpad``, ``filled`` is ``cache_seqlens`` and ``stop`` the same with the
+    new keys, ``(B,)`` each.
     """
     if not has_values(stop) or len(stop) == 0:
         return
@@ -280,17 +269,7 @@ def check_cache_lengths(
 
 
 def check_rotary(rotary_cos: Tensor, rotary_sin: Tensor, last: Tensor, head_dim: int) -> None:
-    """The tables of angles.
-
-    Args:
-        rotary_cos: ``(positions, R / 2)``.
-        rotary_sin: likewise.
-        last: positions that are looked up end before the largest of these.
-        head_dim: ``D``.
-
-    Raises:
-        ValueError: they don't fit.
-    """
+    """Check the tables ``(positions, R / 2)``; ``last`` ``(B,)`` are the ends of the positions."""
     if rotary_cos.ndim != 2 or rotary_cos.shape != rotary_sin.shape:
         raise ValueError(
             f"rotary_cos and rotary_sin must be (positions, rotated features / 2), "

@@ -1,10 +1,9 @@
-"""Masks that nobody but flashlayer's attention function can take for something else.
+"""Bool masks that raise when a model uses them as anything else.
 
-transformers gives a mask to whatever attention a model has. flashlayer's masks are True where a key
-is visible; a model with an attention of its own expects eager's, which are added to the scores, and
-would compute with no mask or with its opposite. A :class:`GuardedMask` can be moved, sliced,
-joined and combined with other bool masks, each result guarded in turn; every operation that reads
-the values in another way raises.
+transformers passes our mask to every model, also to one with its own attention, which expects
+eager's additive mask: adding a bool mask hides nothing, "hide where nonzero" inverts it. A
+:class:`GuardedMask` can be moved, sliced, joined and combined with other bool masks, and the result
+is guarded too; every operation that interprets the values otherwise raises.
 """
 
 from __future__ import annotations
@@ -13,96 +12,74 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_batchedtensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from flashlayer.integrations.transformers.packing import (
+    boundaries,
+    readable,
+    restarts,
+    same_sequence,
+)
+from flashlayer.problem import Packing
 from flashlayer.spec import WindowSize
 
 
-class Band(NamedTuple):
-    """Which keys a query sees, in the terms of :func:`flashlayer.flash_attention`.
+class Window(NamedTuple):
+    """Which keys are visible, in the terms of :func:`flashlayer.flash_attention`.
 
     Attributes:
-        window: keys to the left and right of a query's own position; ``(None, 0)`` is causal.
-        diagonal: where a query's own position is among the first ``keys`` keys.
-        keys: how many keys there are to see: a static cache holds room for more.
+        window_size: keys to the left and right of a query's own position; ``(None, 0)`` is causal.
+        diagonal: alignment of the queries with the first ``keys`` keys.
+        keys: the number of keys in use, which in a static cache is below its capacity.
         chunked: the packed sequences are chunks of longer ones.
     """
 
-    window: WindowSize
+    window_size: WindowSize
     diagonal: Literal["bottom_right", "top_left"]
     keys: int
     chunked: bool = False
 
 
-class Packing(NamedTuple):
-    """Boundaries of packed sequences, as :func:`flashlayer.flash_attention_varlen` has them."""
-
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor | None
-    max_seqlen_q: int | None
-    max_seqlen_k: int | None
-
-
 _aten = torch.ops.aten
 
+# fmt: off
 # Operations that move the values of a mask, or combine bool masks.
 REARRANGING = {
-    _aten.alias,
-    _aten.as_strided,
-    _aten.bitwise_and,
-    _aten.bitwise_or,
-    _aten.bitwise_not,
-    _aten.cat,
-    _aten.clone,
-    _aten.expand,
-    _aten.index,
-    _aten.index_select,
-    _aten.permute,
-    _aten.repeat,
-    _aten.select,
-    _aten.slice,
-    _aten.split,
-    _aten.split_with_sizes,
-    _aten.squeeze,
-    _aten.stack,
-    _aten.t,
-    _aten.transpose,
-    _aten.unbind,
-    _aten.unfold,
-    _aten.unsqueeze,
-    _aten.view,
-    _aten._unsafe_view,
-    _aten._reshape_alias,
+    _aten.alias, _aten.as_strided, _aten.bitwise_and, _aten.bitwise_or, _aten.bitwise_not,
+    _aten.cat, _aten.clone, _aten.expand, _aten.index, _aten.index_select, _aten.permute,
+    _aten.repeat, _aten.select, _aten.slice, _aten.split, _aten.split_with_sizes, _aten.squeeze,
+    _aten.stack, _aten.t, _aten.transpose, _aten.unbind, _aten.unfold, _aten.unsqueeze,
+    _aten.view, _aten._unsafe_view, _aten._reshape_alias,
 }
-
-# Operations that make a tensor like a mask and don't look at its values.
+# Operations that read only shape, dtype and device.
 SHAPED_LIKE = {
-    _aten.empty_like,
-    _aten.full_like,
-    _aten.new_empty,
-    _aten.new_full,
-    _aten.new_ones,
-    _aten.new_zeros,
-    _aten.ones_like,
-    _aten.rand_like,
-    _aten.randn_like,
-    _aten.zeros_like,
+    _aten.empty_like, _aten.full_like, _aten.new_empty, _aten.new_full, _aten.new_ones,
+    _aten.new_zeros, _aten.ones_like, _aten.rand_like, _aten.randn_like, _aten.zeros_like,
 }
+# fmt: on
+
+
+def _refusing(name: str) -> Any:
+    """A method that raises, as the values are read."""
+
+    def method(self: GuardedMask, *_: Any, **__: Any) -> NoReturn:
+        raise _misread(self.owner, f"Tensor.{name}")
+
+    return method
 
 
 class GuardedMask(Tensor):
-    """A bool mask, True = attend, that raises when it is read in another way.
+    """A bool mask, True = attend, that raises when it is used as another kind of mask.
 
     Attributes:
-        owner: the type of the model that asked for the mask.
-        inverted: True = hide: the model knows that the mask is bool, and may fill scores by it.
+        owner: type of the model that the mask is for, named in errors.
+        inverted: True = hide, after ``~``: the model treats the mask as bool and may fill by it.
     """
 
     owner: str
     inverted: bool = False
 
-    # Operations go to __torch_dispatch__ alone.
+    # Only __torch_dispatch__ handles operations.
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
 
     def dense(self) -> Tensor:
@@ -113,22 +90,14 @@ class GuardedMask(Tensor):
         """The same mask on another device."""
         raise NotImplementedError
 
-    # Of a bool tensor these are no operations, so __torch_dispatch__ would not see them. Of eager's
-    # mask they are True where a key is hidden.
-    def bool(self, *_: Any, **__: Any) -> NoReturn:
-        """Raise: eager's mask is not zero, which is True, where a key is hidden."""
-        raise _misread(self.owner, "Tensor.bool")
-
-    def tolist(self) -> NoReturn:
-        """Raise, as every other reading."""
-        raise _misread(self.owner, "Tensor.tolist")
-
-    def numpy(self, *_: Any, **__: Any) -> NoReturn:
-        """Raise, as every other reading."""
-        raise _misread(self.owner, "Tensor.numpy")
+    # For a bool tensor these do not dispatch, so __torch_dispatch__ would miss them. Of eager's
+    # mask, which is nonzero where a key is hidden, bool() is the inverse.
+    bool = _refusing("bool")
+    tolist = _refusing("tolist")
+    numpy = _refusing("numpy")
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Move the mask; raise for any dtype, see :meth:`bool`."""
+        """Move the mask; raise for any dtype, also bool."""
         if any(isinstance(x, torch.dtype) for x in (*args, *kwargs.values())):
             raise _misread(self.owner, "Tensor.to")
         return super().to(*args, **kwargs)
@@ -137,7 +106,7 @@ class GuardedMask(Tensor):
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        """Run ``func`` on the dense mask and guard what comes out, or raise."""
+        """Run ``func`` on the dense mask and guard the result, or raise."""
         kwargs = {} if kwargs is None else kwargs
         masks = [x for x in tree_leaves((args, kwargs)) if isinstance(x, GuardedMask)]
         owner = masks[0].owner
@@ -145,7 +114,7 @@ class GuardedMask(Tensor):
             return args[0]
         if func is _aten._to_copy.default and kwargs.get("dtype") in (None, torch.bool):
             return args[0].moved(kwargs.get("device"))
-        if func is _aten.clone.default and isinstance(args[0], BandMask):
+        if func is _aten.clone.default and isinstance(args[0], WindowMask):
             return args[0].moved(None)
         plain_args, plain_kwargs = tree_map_only(GuardedMask, _dense, (args, kwargs))
         if func.overloadpacket in SHAPED_LIKE or _known_as_bool(func, args):
@@ -171,7 +140,7 @@ def _read_as_index(func: Any, args: tuple) -> bool:
 
 
 def _known_as_bool(func: Any, args: tuple) -> bool:
-    """Whether this is what bool masks are for: eager's mask would raise, being no bool tensor."""
+    """Whether only a bool mask can be used so: the operation would raise for eager's mask."""
     packet = func.overloadpacket
     guarded = [isinstance(argument, GuardedMask) for argument in args]
     if packet is _aten.where and guarded == [True, False, False]:
@@ -194,7 +163,7 @@ class DenseMask(GuardedMask):
     """A guarded mask of any shape whose values are stored.
 
     Attributes:
-        visible: the plain bool tensor; of an inverted mask what is hidden.
+        visible: the plain bool tensor; True = hidden if the mask is inverted.
     """
 
     visible: Tensor
@@ -221,7 +190,7 @@ class DenseMask(GuardedMask):
         return f"DenseMask(shape={tuple(self.shape)}, of {self.owner})"
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[str, bool]]:
-        """The tensor within, by name, and what else it takes to make the mask again."""
+        """The inner tensor's name, and the rest of the constructor's arguments."""
         return ["visible"], (self.owner, self.inverted)
 
     @staticmethod
@@ -241,16 +210,16 @@ class DenseMask(GuardedMask):
         return DenseMask(visible, self.owner, self.inverted)
 
 
-class BandMask(GuardedMask):
-    """A bool mask ``(B, 1, Sq, Sk)``, True = attend, that is made only if somebody reads it.
+class WindowMask(GuardedMask):
+    """A bool mask ``(B, 1, Sq, Sk)``, True = attend, that is materialized only when it is read.
 
-    Until then it is a :class:`Band` and at most O(Sk) of tensors. Moving it to another device keeps
-    that; every other operation that is allowed works on the dense mask.
+    Until then it is a :class:`Window` and O(Sk) of tensors. Moving it to another device keeps it
+    so; every other allowed operation materializes it.
 
     Attributes:
-        padding: bool ``(B, band.keys)``, False for padding; None without any.
+        padding: bool ``(B, window.keys)``, False for padding; None without any.
         cu_seqlens: boundaries of the sequences packed along ``B * Sq``; None for one a row.
-        pattern: bool ``(B or 1, 1, Sq, Sk)``, what the band does not say; None if it says all.
+        pattern: bool ``(B or 1, 1, Sq, Sk)``, combined with the window; None without any.
     """
 
     padding: Tensor | None
@@ -258,7 +227,9 @@ class BandMask(GuardedMask):
     pattern: Tensor | None
 
     @staticmethod
-    def __new__(cls, shape: tuple[int, ...], device: torch.device, *_: Any, **__: Any) -> BandMask:
+    def __new__(
+        cls, shape: tuple[int, ...], device: torch.device, *_: Any, **__: Any
+    ) -> WindowMask:
         """A tensor of this shape without storage."""
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
 
@@ -266,7 +237,7 @@ class BandMask(GuardedMask):
         self,
         shape: tuple[int, ...],
         device: torch.device,
-        band: Band,
+        window: Window,
         padding: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
@@ -275,168 +246,113 @@ class BandMask(GuardedMask):
         packable: bool = False,
         owner: str = "model",
     ) -> None:
-        # For a graph that makes or takes the mask: plain numbers, tensors, and at least one tensor.
-        self.numbers: tuple[Any, ...] = (*band, max_seqlen, packable, owner)
+        # Dynamo flattens the mask into plain numbers and tensors, of which it needs at least one.
+        self.numbers: tuple[Any, ...] = (*window, max_seqlen, packable, owner)
         self.padding = padding
         self.cu_seqlens = cu_seqlens
         self.pattern = pattern
         self.anchor = torch.empty(0, device=device) if anchor is None else anchor
 
     @property
-    def band(self) -> Band:
-        """The geometry."""
-        return Band(*self.numbers[:-3])
+    def window(self) -> Window:
+        """The window."""
+        return Window(*self.numbers[:-3])
 
     @property
     def packable(self) -> bool:
-        """Whether restarting positions count: no ``attention_mask``, and nobody has read them."""
+        """Whether :meth:`separated` applies: no ``attention_mask``, and not applied yet."""
         return self.numbers[-2]
 
     @property
     def owner(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The type of the model that asked for the mask."""
+        """Type of the model that the mask is for."""
         return self.numbers[-1]
 
     @property
     def packing(self) -> Packing | None:
-        """The packed sequences, None for one a row."""
+        """Boundaries of the packed sequences, None for one a row."""
         if self.cu_seqlens is None:
             return None
         return Packing(self.cu_seqlens, None, self.numbers[-3], self.numbers[-3])
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
-        """The geometry; the dense mask is ``repr(mask.dense())``."""
+        """The window; the dense mask is ``repr(mask.dense())``."""
         tensors = self.__tensor_flatten__()[0][1:]
-        return f"BandMask(shape={tuple(self.shape)}, {self.band}, with {tensors})"
+        return f"WindowMask(shape={tuple(self.shape)}, {self.window}, with {tensors})"
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple]:
-        """The tensors within, by name, and what else it takes to make the mask again."""
+        """The inner tensors' names, and the rest of the constructor's arguments."""
         names = ["anchor", "padding", "cu_seqlens", "pattern"]
         return [name for name in names if getattr(self, name) is not None], self.numbers
 
     @staticmethod
     def __tensor_unflatten__(
         tensors: dict[str, Tensor], numbers: tuple, size: Any, stride: Any
-    ) -> BandMask:
+    ) -> WindowMask:
         """The inverse of :meth:`__tensor_flatten__`."""
-        *band, longest, packable, owner = numbers
+        *window, longest, packable, owner = numbers
         options: dict[str, Any] = {"max_seqlen": longest, "packable": packable, "owner": owner}
         options |= tensors
-        return BandMask(size, tensors["anchor"].device, Band(*band), **options)
+        return WindowMask(size, tensors["anchor"].device, Window(*window), **options)
 
     def separated(self, position_ids: Tensor | None, causal: bool) -> Tensor:
-        """The mask with a sequence of its own from each restart of the positions ``(B, S)`` on.
+        """The mask with a new sequence at each restart of the positions ``(B, S)``.
 
-        Causal masks only, without a past and without an ``attention_mask``. Restarts are read once
-        for each mask: reading waits for the GPU, and the layers share a mask. A graph and a meta
-        tensor can't be read; there the mask becomes dense.
+        Only for causal masks without a past and without an ``attention_mask``. Positions are read
+        once per mask, which all layers share, as reading synchronizes the GPU. If they can't be
+        read (under a compiler, on meta), the mask becomes dense.
         """
         if position_ids is None or position_ids.ndim != 2 or not self.packable:
             return self
         batch, _, q_length, kv_length = self.shape
-        without_past = q_length == kv_length == self.band.keys == position_ids.shape[-1] > 1
-        causal = causal if self.pattern is not None else self.band.window[1] == 0
-        told = self.cu_seqlens is not None and not self.band.chunked
-        if not without_past or not causal or told:
+        window = self.window
+        without_past = q_length == kv_length == window.keys == position_ids.shape[-1] > 1
+        causal = causal if self.pattern is not None else window.window_size[1] == 0
+        separated = self.cu_seqlens is not None and not window.chunked
+        if not without_past or not causal or separated:
             return self
-        sequences = _restarted(position_ids).expand(batch, -1)
+        sequences = restarts(position_ids).expand(batch, -1)
         if not readable(sequences):
-            return self.dense() & _same(sequences)
+            return self.dense() & same_sequence(sequences)
         longest = self.numbers[-3]
         if bool(sequences.any()):
             if self.cu_seqlens is not None:
-                # Both only rise along a row, so their sum changes where either does.
+                # Both are non-decreasing along a row, so their sum changes where either does.
                 sequences = sequences + self._sequences(self.cu_seqlens)
             self.cu_seqlens, longest = boundaries(sequences)
-        self.numbers = (*self.band, longest, False, self.owner)
+        self.numbers = (*window, longest, False, self.owner)
         return self
 
     def dense(self) -> Tensor:
         """The mask as a plain tensor, bool ``(B, 1, Sq, Sk)``."""
         batch, _, q_length, kv_length = self.shape
-        band = self.band
-        offset = band.keys - q_length if band.diagonal == "bottom_right" else 0
+        window = self.window
+        offset = window.keys - q_length if window.diagonal == "bottom_right" else 0
         query = torch.arange(q_length, device=self.device)[:, None]
         key = torch.arange(kv_length, device=self.device)
-        mask = (key < band.keys).expand(q_length, -1)
-        left, right = band.window
+        mask = (key < window.keys).expand(q_length, -1)
+        left, right = window.window_size
         if left is not None:
             mask = mask & (key >= query + offset - left)
         if right is not None:
             mask = mask & (key <= query + offset + right)
         mask = mask.expand(batch, 1, -1, -1)
         if self.padding is not None:
-            padding = nn.functional.pad(self.padding, (0, kv_length - band.keys))
+            padding = nn.functional.pad(self.padding, (0, kv_length - window.keys))
             mask = mask & padding[:, None, None, :]
         if self.cu_seqlens is not None:
-            mask = mask & _same(self._sequences(self.cu_seqlens))
+            mask = mask & same_sequence(self._sequences(self.cu_seqlens))
         return mask if self.pattern is None else mask & self.pattern
 
     def _sequences(self, cu_seqlens: Tensor) -> Tensor:
-        """Numbers ``(B, S)`` of the packed sequences."""
+        """Index of each token's packed sequence, ``(B, S)``."""
         batch, _, length, _ = self.shape
         token = torch.arange(batch * length, device=self.device)
         return torch.bucketize(token, cu_seqlens, right=True).view(batch, length)
 
-    def moved(self, device: torch.device | None) -> BandMask:
-        """The same mask on another device, its band still a band."""
+    def moved(self, device: torch.device | None) -> WindowMask:
+        """The same mask on another device, not materialized."""
         device = self.device if device is None else device
         names, numbers = self.__tensor_flatten__()
         tensors = {name: getattr(self, name).to(device) for name in names}
         return self.__tensor_unflatten__(tensors, numbers, self.shape, self.stride())
-
-
-# Modes under which a tensor may have no values, or values that a graph must not depend on.
-_TRACING_MODES = (
-    torch._C._TorchDispatchModeKey.FAKE,
-    torch._C._TorchDispatchModeKey.PROXY,
-    torch._C._TorchDispatchModeKey.FUNCTIONAL,
-)
-
-
-def readable(tensor: Tensor) -> bool:
-    """Whether Python may look at the values.
-
-    Not while a graph is made of the model, be it by torch.compile, make_fx or torch.jit.trace, and
-    not of meta, fake and functional tensors nor inside torch.vmap.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
-        return False
-    if torch._is_functional_tensor(tensor):  # pyright: ignore[reportPrivateImportUsage]
-        return False
-    if torch._C._get_tracing_state() is not None or is_batchedtensor(tensor):
-        return False
-    return all(torch._C._get_dispatch_mode(mode) is None for mode in _TRACING_MODES)
-
-
-def _restarted(position_ids: Tensor) -> Tensor:
-    """Numbers ``(B, S)`` of the sequences that restarting positions begin; gaps begin none.
-
-    A position lower than the one before begins a sequence. So does a repeated 0, after a sequence
-    of one token, unless other positions repeat in the row, too, or all are 0.
-    """
-    step = position_ids.diff(dim=-1)
-    zero = position_ids[:, 1:] == 0
-    repeat = step == 0
-    repeats_mean_nothing = (repeat & ~zero).any(-1, keepdim=True) | zero.all(-1, keepdim=True)
-    begins = (step < 0) | (repeat & zero & ~repeats_mean_nothing)
-    return nn.functional.pad(begins.cumsum(-1), (1, 0))
-
-
-def _same(sequences: Tensor) -> Tensor:
-    """Bool ``(B, 1, S, S)``: whether two tokens are of the same sequence."""
-    return (sequences[:, :, None] == sequences[:, None, :])[:, None]
-
-
-def boundaries(sequences: Tensor) -> tuple[Tensor, int]:
-    """``cu_seqlens`` of the sequences that ``(B, S)`` numbers, and the length of the longest.
-
-    Each row begins a new one.
-    """
-    begins = torch.ones_like(sequences, dtype=torch.bool)
-    begins[:, 1:] = sequences.diff(dim=-1) != 0
-    begins = begins.flatten().nonzero().flatten()
-    cu_seqlens = nn.functional.pad(begins, (0, 1), value=sequences.numel())
-    return cu_seqlens.to(torch.int32), int(cu_seqlens.diff().max())

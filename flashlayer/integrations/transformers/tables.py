@@ -1,9 +1,9 @@
-"""What only a model's Python module tells: tables of classes, and whether it can have SDPA.
+"""Facts found in a model's Python module: tables of attention classes, and support of SDPA.
 
 GPT-Neo, GPT-J, Falcon and others look their attention up with
-``GPT_NEO_ATTENTION_CLASSES[config._attn_implementation]``. transformers checks the name of an
-implementation when a model is built and does not look at these tables, so a name that it knows and
-a table does not ends in a bare KeyError. Such a table gets an entry that raises a sentence.
+``GPT_NEO_ATTENTION_CLASSES[config._attn_implementation]``. transformers validates the name when a
+model is built but ignores these tables, so our name would end in a bare KeyError. Such a table gets
+an entry that raises an explanation.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _searched: set[str] = set()
 
 
 def refuse_tables(name: str) -> None:
-    """Have each model that is built with the implementation ``name`` complete its tables first.
+    """Complete the tables of each model that is built with the implementation ``name``.
 
-    transformers asks ``PreTrainedModel.get_correct_attn_implementation`` about the name before a
-    model makes its layers. Other names are none of our business.
+    transformers calls ``PreTrainedModel.get_correct_attn_implementation`` with the name before a
+    model makes its layers. Other names are passed on unchanged.
     """
     from transformers import PreTrainedModel
 
@@ -43,7 +43,7 @@ def refuse_tables(name: str) -> None:
 
 
 def _complete_tables(model_class: type, name: str) -> None:
-    """Give ``name`` an entry in every table of the model's modules and of transformers' models."""
+    """Add ``name`` to every table in the model's modules and in transformers' models."""
     modules = {cls.__module__ for cls in model_class.__mro__}
     modules |= {module for module in sys.modules if module.startswith("transformers.models.")}
     for module in modules - _searched:
@@ -55,9 +55,9 @@ def _complete_tables(model_class: type, name: str) -> None:
 
 @torch.compiler.assume_constant_result
 def knows_is_causal(module: str) -> bool:
-    """Whether ``is_causal`` of an attention from this Python module means something.
+    """Whether ``is_causal`` of an attention from this Python module can be trusted.
 
-    Eager attention takes no notice of it, so it may be wrong in models that can't have SDPA.
+    Eager attention ignores it, so it may be wrong in models that don't support SDPA.
     """
     from transformers import PreTrainedModel
 
@@ -71,7 +71,7 @@ def knows_is_causal(module: str) -> bool:
 
 
 def _is_table(value: Any) -> bool:
-    """Whether this is a dict from names of implementations to classes of attention."""
+    """Whether this is a dict from implementation names to attention classes."""
     return (
         isinstance(value, dict)
         and "eager" in value
@@ -82,7 +82,7 @@ def _is_table(value: Any) -> bool:
 
 
 def _refuse(title: str, known: tuple[str, ...], *arguments: Any, **_: Any) -> NoReturn:
-    """Stand in for a class of attention, and raise when the model makes it."""
+    """Raise when the model instantiates this entry as its attention class."""
     owner = getattr(arguments[0] if arguments else None, "model_type", None) or "model"
     raise ValueError(
         f"{owner}: the model's attention is its own, not flashlayer's (it chooses from {title}, "

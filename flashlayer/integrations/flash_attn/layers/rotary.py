@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashlayer.modules.positions import rotate_pairs, sequence_ids
+
 
 def apply_rotary_emb(
     x: Tensor,
@@ -27,26 +29,23 @@ def apply_rotary_emb(
         inplace: write the result into ``x``.
         seqlen_offsets: position of each sequence's first token, an int or ``(B,)``.
         cu_seqlens: ``(N + 1,)``, boundaries of packed sequences.
-        max_seqlen: not needed; there for the signature.
+        max_seqlen: ignored; there for the signature.
 
     Returns:
         As ``x``; computed in fp32 at least.
     """
+    offsets = seqlen_offsets
     if cu_seqlens is None:
         position = torch.arange(x.shape[1], device=x.device)  # [S]
-        if isinstance(seqlen_offsets, Tensor):
-            position = position + seqlen_offsets[:, None]  # [B, S]
-        else:
-            position = position + seqlen_offsets
+        if isinstance(offsets, Tensor):
+            offsets = offsets[:, None]  # [B, 1]
     else:
         token = torch.arange(x.shape[0], device=x.device)
-        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
-        sequence = sequence.clamp(max=len(cu_seqlens) - 2)
+        sequence = sequence_ids(token, cu_seqlens).clamp(max=len(cu_seqlens) - 2)
         position = token - cu_seqlens[sequence]  # [T]
-        if isinstance(seqlen_offsets, Tensor):
-            position = position + seqlen_offsets[sequence]
-        else:
-            position = position + seqlen_offsets
+        if isinstance(offsets, Tensor):
+            offsets = offsets[sequence]
+    position = position + offsets
     rotated = apply_rotary_emb_torch(x, cos[position], sin[position], interleaved)
     return x.copy_(rotated) if inplace else rotated
 
@@ -65,13 +64,4 @@ def apply_rotary_emb_torch(
         sin: likewise.
         interleaved: as in :func:`apply_rotary_emb`.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (table.to(dtype).unsqueeze(-2) for table in (cos, sin))  # [..., S, 1, R/2]
-    half = cos.shape[-1]
-    head, rest = x[..., : 2 * half].to(dtype), x[..., 2 * half :]
-    pairs = (half, 2) if interleaved else (2, half)
-    first, second = head.unflatten(-1, pairs).unbind(-1 if interleaved else -2)
-    rotated = torch.stack(
-        (first * cos - second * sin, first * sin + second * cos), dim=-1 if interleaved else -2
-    ).flatten(-2)
-    return torch.cat((rotated.to(x.dtype), rest), dim=-1)
+    return rotate_pairs(x, cos.unsqueeze(-2), sin.unsqueeze(-2), interleaved)

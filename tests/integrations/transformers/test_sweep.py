@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.integrations import sweep
+from tests.integrations.transformers import sweep
 
 # Of each way in which models make, read and hand on their masks at least one.
 SOME = (

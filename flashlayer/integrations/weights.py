@@ -31,19 +31,19 @@ def attention_weights(
 ) -> Tensor:
     """``exp(score - lse)``, ``(B, H, Sq, Sk)`` or averaged over heads ``(B, Sq, Sk)``.
 
-    A block of queries at a time, recomputed in the backward pass, so that what is alive besides the
-    result is one block of :data:`WEIGHTS_AT_ONCE` elements. How many blocks there are depends on
-    sizes, so a compiler sees a custom op.
+    Computed a block of queries at a time and recomputed in the backward pass, so the memory besides
+    the result is one block of :data:`WEIGHTS_AT_ONCE` elements. The number of blocks depends on
+    sizes, so compilers get a custom op.
 
     Args:
         q: ``(B, H, Sq, D)``.
         k: ``(B, H, Sk, D)``.
-        lse: ``(B, H, Sq)``, what :func:`flash_attention` returned for the same options.
+        lse: ``(B, H, Sq)`` from :func:`flash_attention` with the same options.
         average: take the mean over the heads.
         attn_mask: as in :func:`flash_attention`.
         causal: top-left.
         dropout_p: probability that a weight is dropped; the rest are divided by ``1 - dropout_p``.
-        dropout_seed: what :func:`flash_attention` got.
+        dropout_seed: the one passed to :func:`flash_attention`.
     """
     if attn_mask is not None:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
@@ -94,9 +94,9 @@ def _probabilities(
     dropout_p: float,
     dropout_seed: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """``exp(score - lse)`` of the queries ``[start, stop)``, and dropout's factors on it."""
+    """``exp(score - lse)`` of the queries ``[start, stop)``, and the factors of dropout."""
     q, lse = q[:, :, start:stop], lse[:, :, start:stop]
-    # Autocast would round the scores to what lse is exact for.
+    # lse is of scores in its own dtype; autocast would compute these in a lower one.
     with _without_autocast(q):
         scores = (q.to(lse.dtype) @ k.to(lse.dtype).mT) * q.shape[-1] ** -0.5  # [B, H, M, Sk]
     if mask is not None:
@@ -108,7 +108,7 @@ def _probabilities(
         query = torch.arange(start, stop, device=q.device)[:, None]
         later = torch.arange(k.shape[2], device=q.device) > query
         scores = scores.masked_fill(later, -torch.inf)
-    # A row that sees no key has lse = -inf and only scores of -inf.
+    # A row without a visible key has lse = -inf and only scores of -inf; -inf - -inf is NaN.
     p = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1))
     if dropout_p == 0:
         return p, None
@@ -170,7 +170,7 @@ def _weights_backward_op(
     dropout_p: float,
     mask_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # dS = P * dP, the derivative of exp(S - lse); an op has no autograd inside.
+    # dS = P * dP, the derivative of exp(S - lse), by hand: autograd does not record inside an op.
     dq, dlse = torch.empty_like(q), torch.empty_like(lse)
     dk = torch.zeros_like(k, dtype=lse.dtype)
     d_mask = None

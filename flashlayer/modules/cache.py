@@ -1,4 +1,4 @@
-"""Keys and values of the positions before, for generation."""
+"""Keys and values of earlier positions, for generation."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of the positions a layer has already seen, for generation.
+    """Keys and values of the positions a layer has already processed, for generation.
 
     One for each layer; starts empty. Under ``torch.no_grad()`` or ``torch.inference_mode()`` it
-    appends in place to a buffer that doubles when it is full, so that ``n`` tokens cost O(n)
-    copying. With gradients enabled it concatenates, O(n) a call, and the positions before keep
-    their gradients: outputs of several calls are differentiated together, as those of one call. A
-    backward pass frees what they share, as of any graph.
+    appends in place to a buffer that doubles when it is full, so ``n`` tokens cost O(n) copying.
+    With gradients enabled it concatenates, O(n) a call, and earlier positions keep their gradients:
+    the outputs of several calls can be differentiated together, like those of one call. As in any
+    graph, a backward pass frees what they share.
 
     Attributes:
         length: number of positions held.
@@ -42,7 +42,7 @@ class KVCache:
         self._check(key, value)
         stop = self.length + key.shape[2]
         if torch.is_grad_enabled():
-            # No in-place write: the backward pass of an earlier call needs its keys unchanged.
+            # Writing in place would change keys that an earlier call saved for its backward.
             held = [buffer[:, :, : self.length] for buffer in self._buffers]
             both = zip(held, new, strict=True)
             self._buffers = [torch.cat(pair, dim=2) for pair in both] if self.length else new
@@ -74,10 +74,10 @@ class KVCache:
                 raise TypeError(f"{name} must be {buffer.dtype} as the cache, got {x.dtype}")
 
     def _with_room(self, buffer: Tensor, needed: int) -> Tensor:
-        """The buffer, or a copy of it where it is too short or can't be written to."""
+        """The buffer, or a copy if it is too short or can't be written to."""
         batch, kv_heads, capacity, dim = buffer.shape
-        # Only inference mode may write to a tensor that was made in it, and Dynamo can't ask; a
-        # buffer with a gradient belongs to a graph.
+        # An inference tensor can be written in inference mode only; Dynamo can't trace
+        # is_inference(). A buffer that requires grad belongs to a graph.
         writable = (
             torch.compiler.is_compiling()
             or torch.is_inference_mode_enabled()

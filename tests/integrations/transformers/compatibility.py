@@ -1,6 +1,6 @@
-"""Writes docs/compatibility.md: ``python -m tests.integrations.compatibility``.
+"""Writes docs/compatibility.md: ``python -m tests.integrations.transformers.compatibility``.
 
-Each cell of the table is what :func:`tests.integrations.hosts.outcome` found, just now.
+Each cell of the table is what :func:`tests.integrations.transformers.situations.outcome` found.
 """
 
 import textwrap
@@ -11,19 +11,20 @@ from typing import Any
 import torch
 import transformers
 
-from tests.integrations.hosts import HOSTS, SITUATIONS, outcome
-from tests.integrations.sweep import read_outcomes
+from tests.integrations.transformers.hosts import HOSTS
+from tests.integrations.transformers.situations import SITUATIONS, outcome
+from tests.integrations.transformers.sweep import read_outcomes
 
-PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+PAGE = Path(__file__).parents[3] / "docs" / "compatibility.md"
 
 INTRODUCTION = """\
 # flashlayer in Hugging Face transformers
 
-Written by `python -m tests.integrations.compatibility` with transformers {transformers} and torch
-{torch}; the tests compare every cell with what they find. Each model is tiny, random and built
-from its config. It runs with eager attention in fp64 and in fp32, and with flashlayer in fp32;
-flashlayer may be off from fp64 by twice what eager fp32 is, in gradients by three times
-(`tests/tolerance.py`) and two roundings of the result.
+Written by `python -m tests.integrations.transformers.compatibility` with transformers
+{transformers} and torch {torch}; the tests compare every cell with what they find. Each model is
+tiny, random and built from its config. It runs with eager attention in fp64 and in fp32, and with
+flashlayer in fp32; flashlayer may be off from fp64 by twice what eager fp32 is, in gradients by
+three times (`tests/tolerance.py`) and two roundings of the result.
 
 - `no padding`, `left padding`, `right padding`: logits, loss and the gradient of every parameter.
 - `packed`: the same, sequences one after the other in a row, told by restarting `position_ids`;
@@ -70,9 +71,9 @@ model, as with flash_attn, also where eager is not told (with a cache, and gpt-o
 
 ## Every model class
 
-`python -m tests.integrations.sweep` builds a tiny model of every class that transformers' auto
-classes know and compares its results with its own eager attention, without padding, with padding on
-the right and on the left. Of {classes} classes:
+`python -m tests.integrations.transformers.sweep` builds a tiny model of every class that
+transformers' auto classes know and compares its results with its own eager attention, without
+padding, with padding on the right and on the left. Of {classes} classes:
 
 | outcome | classes |
 |---|---|

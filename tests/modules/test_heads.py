@@ -18,8 +18,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from flashlayer import FlashAttention
-from flashlayer.modules import KVCache
+from flashlayer import FlashAttention, KVCache
 from tests.processes import run_group
 
 EMBED = 24
@@ -139,10 +138,10 @@ def check_ring_of_shards_of_heads(rank: int, device: torch.device) -> None:
     ring.load_state_dict(layer.state_dict())
     x = torch.randn(2, 8, EMBED, dtype=torch.float64)
     expected = run(layer, {"x": x})
-    part = mesh["cp"].get_local_rank()
-    actual = run(parallelize(ring, mesh["tp"], *SHARDED), {"x": x.chunk(2, dim=1)[part]})
+    shard = mesh["cp"].get_local_rank()
+    actual = run(parallelize(ring, mesh["tp"], *SHARDED), {"x": x.chunk(2, dim=1)[shard]})
     for name in ("out", "dx"):
-        torch.testing.assert_close(actual[name], expected[name].chunk(2, dim=1)[part], msg=name)
+        torch.testing.assert_close(actual[name], expected[name].chunk(2, dim=1)[shard], msg=name)
     for name, _ in layer.named_parameters():
         dist.all_reduce(actual[name], group=mesh["cp"].get_group())
         torch.testing.assert_close(actual[name], expected[name], msg=name)

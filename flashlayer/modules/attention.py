@@ -11,18 +11,19 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from flashlayer import backends, distributed
-from flashlayer.cache import KVCache
 from flashlayer.functional import flash_attention, flash_attention_varlen
-from flashlayer.heads import Heads, local_features, local_heads
+from flashlayer.modules.cache import KVCache
+from flashlayer.modules.heads import Heads, local_features, local_heads
+from flashlayer.modules.positions import alibi_slopes, rotate, token_positions
+from flashlayer.modules.tracing import leaf_call
 from flashlayer.spec import WindowSize
-from flashlayer.tracing import leaf_call
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
 class FlashAttention(nn.Module):
-    r"""Multi-head attention over ``(B, S, E)`` by way of :func:`flash_attention`.
+    r"""Multi-head attention over ``(B, S, E)`` through :func:`flash_attention`.
 
     ::
 
@@ -35,8 +36,8 @@ class FlashAttention(nn.Module):
         num_kv_heads: ``Hkv``, key and value heads; ``H`` must be a multiple of it. ``H`` if None; 1
             is MQA.
         head_dim: ``D``; ``embed_dim // num_heads`` if None, which must then divide evenly.
-        causal: each position sees itself and those before it (bottom-right aligned with a longer
-            context).
+        causal: each position attends to itself and those before it (bottom-right aligned with a
+            longer context).
         window_size: ``(left, right)`` sliding window, as in :func:`flash_attention`.
         softcap: cap on the scores, as in :func:`flash_attention`.
         alibi: add ALiBi with the paper's slopes, see :func:`alibi_slopes`.
@@ -53,17 +54,17 @@ class FlashAttention(nn.Module):
         context_parallel_group: a process group over which the sequence is sharded: ``x`` is this
             rank's shard, positions are those of the whole sequence, and attention is
             :func:`flashlayer.distributed.ring_attention`. None is off.
-        context_parallel_placement: which positions a shard is, ``"contiguous"`` or ``"zigzag"``:
-            :func:`flashlayer.distributed.shard_sequence`. Contiguous shards may differ in length,
-            which costs a small exchange a call; zigzag's are taken to be alike.
+        context_parallel_placement: which positions a shard holds, ``"contiguous"`` or ``"zigzag"``,
+            see :func:`flashlayer.distributed.shard_sequence`. Contiguous shards may differ in
+            length, so each call gathers the lengths; zigzag shards must have one length.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
     Tensor parallelism: ``parallelize_module`` with ``ColwiseParallel`` for ``q_proj``, ``k_proj``
     and ``v_proj`` and ``RowwiseParallel`` for ``out_proj`` gives every rank some of the heads, with
-    their slopes, sinks and rows of a mask; outputs and gradients are those of one process. Where
-    the ranks don't divide the kv heads, shard ``q_proj`` and ``out_proj`` alone. Dropout draws from
-    each rank's own generator.
+    their slopes, sinks and rows of a mask; outputs and gradients equal those of one process. If the
+    ranks don't divide the kv heads, shard only ``q_proj`` and ``out_proj``. Dropout draws from each
+    rank's own generator.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -100,27 +101,7 @@ class FlashAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        for name, size in (
-            ("embed_dim", embed_dim),
-            ("num_heads", num_heads),
-            ("num_kv_heads", num_kv_heads),
-            ("head_dim", 1 if head_dim is None else head_dim),
-        ):
-            if not isinstance(size, int) or isinstance(size, bool):
-                raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if num_heads % num_kv_heads:
-            raise ValueError(
-                f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}"
-            )
-        if head_dim is None:
-            if embed_dim % num_heads:
-                raise ValueError(
-                    f"embed_dim must be a multiple of num_heads unless head_dim is given, "
-                    f"got {embed_dim} and {num_heads}"
-                )
-            head_dim = embed_dim // num_heads
+        head_dim = _check_sizes(embed_dim, num_heads, num_kv_heads, head_dim)
         for name, number in (("rotary_base", rotary_base), ("dropout", dropout)):
             if number is not None and (not isinstance(number, Real) or isinstance(number, bool)):
                 raise TypeError(f"{name} must be a float, got {type(number).__name__}")
@@ -178,8 +159,7 @@ class FlashAttention(nn.Module):
 
         Args:
             x: ``(B, S, E)``; with ``cu_seqlens`` packed, ``(T, E)``.
-            context: ``(B, Sc, E)``, where keys and values come from (cross-attention); ``x`` if
-                None.
+            context: ``(B, Sc, E)``, the source of keys and values (cross-attention); ``x`` if None.
             attn_mask: bool or float, broadcastable to ``(B, H, S, Sk)``, as in
                 :func:`flash_attention`.
             cu_seqlens: ``(N + 1,)``, boundaries of the packed sequences, as in
@@ -191,13 +171,13 @@ class FlashAttention(nn.Module):
             As ``x``.
 
         Raises:
-            ValueError: a shape does not fit, or two arguments that exclude each other meet.
+            ValueError: a shape does not fit, or two arguments exclude each other.
         """
         self._check_inputs(x, context, attn_mask, cu_seqlens, max_seqlen, cache)
         source = x if context is None else context
         q, k, v = local_features(self.q_proj(x), self.k_proj(source), self.v_proj(source))
         heads = self._heads(q, k, v)
-        # Tensor parallelism makes fewer heads than num_heads, never narrower ones.
+        # Under tensor parallelism there are fewer heads than num_heads, each of head_dim.
         q, k, v = (rearrange(y, "... s (h d) -> ... h s d", d=self.head_dim) for y in (q, k, v))
         if heads is not None:
             k, v = heads.keys(k), heads.keys(v)
@@ -209,7 +189,7 @@ class FlashAttention(nn.Module):
         sharding = self._sharding(q)
         if self.rotary_base is not None:
             if sharding is None:
-                position = _positions(q, cu_seqlens, 0 if cache is None else cache.length)
+                position = token_positions(q, cu_seqlens, 0 if cache is None else cache.length)
             else:
                 position = distributed.position_ids(q.shape[-2], device=q.device, **sharding)
             q, k = (rotate(y, self.rotary_base, position) for y in (q, k))
@@ -231,22 +211,24 @@ class FlashAttention(nn.Module):
         return self.out_proj(rearrange(out, "b h s d -> b s (h d)"))
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> Heads | None:
-        """The heads of this process; None where it has all of the layer's."""
-        whole = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        """The heads of this process; None if it has all of the layer's."""
         widths = q.shape[-1], k.shape[-1], v.shape[-1]
+        kv_width = self.num_kv_heads * self.head_dim
         weight = getattr(self.q_proj, "weight", None)
-        if widths == (whole[0], whole[1], whole[1]) and type(weight) is nn.Parameter:
+        all_here = widths == (self.num_heads * self.head_dim, kv_width, kv_width)
+        if all_here and type(weight) is nn.Parameter:
             return None
         return local_heads(widths, weight, self.head_dim, self.num_heads, self.num_kv_heads)
 
     def _options(self, heads: Heads | None, device: torch.device) -> dict[str, Any]:
-        """Those of the attention function; the ring has no ALiBi and no dropout."""
+        """Options of the attention function; the ring has no ALiBi and no dropout."""
+        sinks = self.sinks
         options: dict[str, Any] = {
             "causal": self.causal,
             "window_size": self.window_size,
             "scale": self.scale,
             "softcap": self.softcap,
-            "sinks": self.sinks if heads is None or self.sinks is None else heads.sinks(self.sinks),
+            "sinks": sinks if heads is None or sinks is None else heads.sinks(sinks),
             "backend": self.backend,
         }
         if self.context_parallel_group is not None:
@@ -254,14 +236,12 @@ class FlashAttention(nn.Module):
         slopes = None
         if self.alibi:
             slopes = alibi_slopes(self.num_heads if heads is None else heads.total, device)
-            slopes = slopes if heads is None else heads.of_heads(slopes, 0, "alibi")
-        return options | {
-            "alibi_slopes": slopes,
-            "dropout_p": self.dropout if self.training else 0.0,
-        }
+            slopes = slopes if heads is None else heads.local(slopes, 0, "alibi")
+        dropout_p = self.dropout if self.training else 0.0
+        return options | {"alibi_slopes": slopes, "dropout_p": dropout_p}
 
     def _sharding(self, q: Tensor) -> dict[str, Any] | None:
-        """Where the shards of ``q`` are, as arguments; None where it is a whole sequence."""
+        """Where the sequence's shards are, as arguments; None without context parallelism."""
         group, placement = self.context_parallel_group, self.context_parallel_placement
         if group is None:
             return None
@@ -283,7 +263,7 @@ class FlashAttention(nn.Module):
         layout, ndim = ("(batch, sequence", 3) if cu_seqlens is None else ("(tokens", 2)
         for name, tensor in (("x", x), ("context", x if context is None else context)):
             if not isinstance(tensor, Tensor):
-                # A tracer's own, where the layer is no submodule of what is traced.
+                # A Proxy arrives here if the layer is not a submodule of the traced model.
                 proxy = ": trace a model that holds the layer" if isinstance(tensor, Proxy) else ""
                 raise TypeError(
                     f"{name} must be a torch.Tensor, got {type(tensor).__name__}{proxy}"
@@ -297,21 +277,17 @@ class FlashAttention(nn.Module):
             raise TypeError(f"cache must be a KVCache or None, got {type(cache).__name__}")
         if max_seqlen is not None and cu_seqlens is None:
             raise ValueError("max_seqlen needs cu_seqlens: it is about packed sequences")
+        cp = ("context_parallel_group", group, "the ring has no such option")
         exclusions = (
             ("context", context, "rotary_base", self.rotary_base, "they share no positions"),
             ("context", context, "cu_seqlens", cu_seqlens, "it has no boundaries of its own"),
             ("context", context, "cache", cache, "the cache holds the keys of x"),
             ("cache", cache, "cu_seqlens", cu_seqlens, "it holds whole batches"),
             ("attn_mask", attn_mask, "cu_seqlens", cu_seqlens, "a mask has no packed form"),
-            *(
-                (name, argument, "context_parallel_group", group, "the ring has no such option")
-                for name, argument in (
-                    ("context", context),
-                    ("attn_mask", attn_mask),
-                    ("cu_seqlens", cu_seqlens),
-                    ("cache", cache),
-                )
-            ),
+            ("context", context, *cp),
+            ("attn_mask", attn_mask, *cp),
+            ("cu_seqlens", cu_seqlens, *cp),
+            ("cache", cache, *cp),
         )
         for name, argument, other_name, other, reason in exclusions:
             if argument is not None and other is not None:
@@ -319,69 +295,53 @@ class FlashAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """The options that the projections do not show; those at their default are left out."""
-        parts = [f"{self.embed_dim}, {self.num_heads}"]
-        if self.num_kv_heads != self.num_heads:
-            parts.append(f"num_kv_heads={self.num_kv_heads}")
-        parts.append(f"head_dim={self.head_dim}")
-        if self.causal:
-            parts.append("causal=True")
-        if tuple(self.window_size) != (None, None):
-            parts.append(f"window_size={tuple(self.window_size)}")
-        if self.rotary_base is not None:
-            parts.append(f"rotary_base={self.rotary_base}")
-        if self.softcap is not None:
-            parts.append(f"softcap={self.softcap}")
-        if self.alibi:
-            parts.append("alibi=True")
-        if self.sinks is not None:
-            parts.append("sinks=True")
-        if self.dropout:
-            parts.append(f"dropout={self.dropout}")
-        if self.scale is not None:
-            parts.append(f"scale={self.scale}")
-        if self.backend != "auto":
-            parts.append(f"backend={self.backend!r}")
+        defaults = {
+            "num_kv_heads": self.num_heads,
+            "head_dim": None,
+            "causal": False,
+            "window_size": (None, None),
+            "rotary_base": None,
+            "softcap": None,
+            "alibi": False,
+            "sinks": False,
+            "dropout": 0.0,
+            "scale": None,
+            "backend": "auto",
+        }
+        values = vars(self) | {
+            "window_size": tuple(self.window_size),
+            "sinks": self.sinks is not None,
+        }
+        parts = [str(self.embed_dim), str(self.num_heads)]
+        for name, default in defaults.items():
+            if values[name] != default:
+                parts.append(f"{name}={values[name]!r}")
         if self.context_parallel_group is not None:
             parts.append(f"context_parallel={self.context_parallel_placement!r}")
         return ", ".join(parts)
 
 
-def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
-    """The slopes of ALiBi for ``num_heads`` heads, ``(H,)`` fp32 (Press et al., arXiv 2108.12409).
-
-    ``2 ** (-8 n / H)`` for n = 1 to H where H is a power of two; else those of the power of two
-    below, and every other one of the power of two above, as in the paper's code.
-    """
-    power = 2 ** (num_heads.bit_length() - 1)
-    slopes = torch.exp2(-8 / power * torch.arange(1, power + 1, device=device))
-    odd = 1 + 2 * torch.arange(num_heads - power, device=device)
-    return torch.cat((slopes, torch.exp2(-4 / power * odd)))
-
-
-def _positions(x: Tensor, cu_seqlens: Tensor | None, first: int) -> Tensor:
-    """Position of every token in its sequence, ``(S,)``."""
-    token = torch.arange(first, first + x.shape[-2], device=x.device)
-    if cu_seqlens is None:
-        return token
-    return token - cu_seqlens[torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)]
-
-
-def rotate(x: Tensor, base: float, position: Tensor) -> Tensor:
-    """Rotary position embedding of ``(..., S, D)`` at positions ``(S,)``; same shape and dtype.
-
-    Angles and rotation are computed in fp32 (fp64 for fp64) whatever the dtype of ``x``: in bf16,
-    positions past 256 are no longer distinct.
-    """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    frequency = base ** -(
-        torch.arange(0, x.shape[-1], 2, device=x.device, dtype=dtype) / x.shape[-1]
-    )
-    angle = position.to(dtype)[:, None] * frequency  # [S, D/2]
-    first, second = x.to(dtype).chunk(2, dim=-1)
-    return torch.cat(
-        (
-            first * angle.cos() - second * angle.sin(),
-            first * angle.sin() + second * angle.cos(),
-        ),
-        dim=-1,
-    ).to(x.dtype)
+def _check_sizes(embed_dim: int, num_heads: int, num_kv_heads: int, head_dim: int | None) -> int:
+    """Raise unless the sizes fit together; returns ``head_dim``."""
+    for name, size in (
+        ("embed_dim", embed_dim),
+        ("num_heads", num_heads),
+        ("num_kv_heads", num_kv_heads),
+        ("head_dim", 1 if head_dim is None else head_dim),
+    ):
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}"
+        )
+    if head_dim is None:
+        if embed_dim % num_heads:
+            raise ValueError(
+                f"embed_dim must be a multiple of num_heads unless head_dim is given, "
+                f"got {embed_dim} and {num_heads}"
+            )
+        return embed_dim // num_heads
+    return head_dim

@@ -1,4 +1,4 @@
-"""``nn.MultiheadAttention`` over flash attention: the same module from outside."""
+"""``nn.MultiheadAttention`` computed by flash attention, with the same interface."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch.fx import Proxy
 
 from flashlayer import backends
 from flashlayer.functional import flash_attention
-from flashlayer.tracing import leaf_call
-from flashlayer.weights import attention_weights
+from flashlayer.integrations.weights import attention_weights
+from flashlayer.modules.tracing import leaf_call
 
-# torch's own: whether there is a batch dimension, or an AssertionError.
+# torch's check of the shapes: returns whether there is a batch dimension.
 _shape_check = vars(F)["_mha_shape_check"]
 
 
-# nn.MultiheadAttention raises AssertionError for some wrong calls and RuntimeError for others; this
-# library raises ValueError and TypeError. Callers of either find what they look for.
+# nn.MultiheadAttention raises AssertionError for some wrong calls and RuntimeError for others, this
+# library ValueError and TypeError. These are both, so callers can catch either.
 class _AssertedShape(ValueError, AssertionError):
     pass
 
@@ -32,11 +32,11 @@ class _AssertedDtype(TypeError, AssertionError):
     pass
 
 
-def _to_be_called(module: nn.Module, inputs: Any) -> None:
-    """A hook that does nothing.
+def _no_op_hook(module: nn.Module, inputs: Any) -> None:
+    """Keep ``nn.TransformerEncoderLayer`` from its fused path.
 
-    In inference an ``nn.TransformerEncoderLayer`` takes the parameters of its ``self_attn`` to a
-    fused kernel and never calls the module, unless a hook wants it called.
+    In inference the layer passes the parameters of ``self_attn`` to a fused kernel without calling
+    the module, unless the module has a hook.
     """
 
 
@@ -45,36 +45,24 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
 
     Constructor, ``forward``, ``state_dict``, initialisation and results are those of
     :class:`torch.nn.MultiheadAttention`, whose documentation describes the arguments; a checkpoint
-    of either loads into the other. It differs in this:
+    of either loads into the other. Differences:
 
-    - ``need_weights=True`` computes the weights from the log-sum-exp, a block of queries at a time
-      and in the backward pass again: averaged over heads they take twice their own size and one
-      block, never ``H`` times it.
-    - A query that every key is hidden from gives 0, as the fused kernels of SDPA do, and weights of
-      0; torch gives NaN with ``need_weights=True``.
-    - ``is_causal=True`` needs no ``attn_mask``. With one it is the hint it is in torch: that mask
-      is taken to be the (top-left) causal one, and is not read where the hint says it all.
-    - Masks of different dtypes may meet, and are not expanded over heads.
-    - A nested tensor is taken where torch takes one: for self-attention in inference, with
+    - ``need_weights=True`` computes the weights from the log-sum-exp, a block of queries at a time,
+      and recomputes them in the backward pass: averaged over heads they take twice their own size
+      and one block, never ``H`` times it.
+    - A query without a visible key gives 0, as in the fused kernels of SDPA, and weights of 0;
+      torch gives NaN with ``need_weights=True``.
+    - ``is_causal=True`` needs no ``attn_mask``. With one it is a hint, as in torch: the mask is
+      taken to be the (top-left) causal one, and not read if the hint suffices.
+    - Masks may have different dtypes, and are not expanded over heads.
+    - Nested tensors are accepted where torch accepts them: for self-attention in inference, with
       ``batch_first`` and without masks. Elsewhere pass a padded batch with ``key_padding_mask``.
-    - There is no second, fused path for inference, and a ``TransformerEncoderLayer`` around it does
-      not take its own: it calls this module always, which a forward pre-hook sees to.
+    - There is no fused path for inference, and a ``TransformerEncoderLayer`` around it does not
+      take its own: a forward pre-hook makes it call this module.
     - ``torch.jit.script`` can't compile it; ``torch.compile``, ``torch.export`` and
       ``torch.jit.trace`` can.
 
-    Args:
-        embed_dim: ``E``.
-        num_heads: ``H``; ``E`` must be a multiple of it.
-        dropout: probability that an attention weight is dropped; off in ``eval()``.
-        bias: whether the projections have a bias.
-        add_bias_kv: append one learned key and value to every sequence.
-        add_zero_attn: append one key and value of zeros to every sequence.
-        kdim: features of the keys; ``E`` if None.
-        vdim: features of the values; ``E`` if None.
-        batch_first: whether inputs are ``(N, L, E)`` rather than ``(L, N, E)``.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
-        backend: as in :func:`flashlayer.flash_attention`.
+    The one argument more is ``backend``, as in :func:`flashlayer.flash_attention`.
 
     Example:
         >>> attention = FlashMultiheadAttention(64, 4, batch_first=True)
@@ -101,25 +89,15 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         backend: str = "auto",
     ) -> None:
         backends.check_name(backend)
-        super().__init__(
-            embed_dim,
-            num_heads,
-            dropout,
-            bias,
-            add_bias_kv,
-            add_zero_attn,
-            kdim,
-            vdim,
-            batch_first,
-            device,
-            dtype,
-        )
+        extra_keys = (add_bias_kv, add_zero_attn)
+        features = (kdim, vdim, batch_first, device, dtype)
+        super().__init__(embed_dim, num_heads, dropout, bias, *extra_keys, *features)
         self._become_flash(backend)
 
     def _become_flash(self, backend: str) -> None:
-        """What an ``nn.MultiheadAttention`` needs besides the class to be one of these."""
+        """Set up what an ``nn.MultiheadAttention`` lacks besides its class."""
         self.backend = backend
-        self.register_forward_pre_hook(_to_be_called)
+        self.register_forward_pre_hook(_no_op_hook)
 
     def _reset_parameters(self) -> None:
         for weight in (
@@ -167,13 +145,13 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
 
         Returns:
             The output, of ``query``'s shape, and the weights after dropout, ``(N, L, S)``, ``(N, H,
-            L, S)`` when not averaged, without ``N`` when there is no batch; None when not needed.
-            ``add_bias_kv`` and ``add_zero_attn`` add a key each to ``S``.
+            L, S)`` if not averaged, without ``N`` if there is no batch; None if not needed.
+            ``add_bias_kv`` and ``add_zero_attn`` add one key each to ``S``.
 
         Raises:
             TypeError: a mask is neither bool nor floating.
-            ValueError: a shape does not fit, or an input is a nested tensor that torch would not
-                take either. Both are the AssertionError or RuntimeError of torch's module as well.
+            ValueError: a shape does not fit, or an input is a nested tensor that torch rejects too.
+                Both are also the AssertionError or RuntimeError that torch's module raises.
         """
         packed = query is key and key is value
         if any(isinstance(x, Tensor) and x.is_nested for x in (query, key, value)):
@@ -206,8 +184,8 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
             or (extra_keys == 0 and lengths[0] == lengths[1])
         )
         mask = _merge_masks(
-            None if causal else _visible(attn_mask, self.num_heads),
-            None if key_padding_mask is None else _visible(key_padding_mask[:, None, None], 1),
+            None if causal else _attend_mask(attn_mask, self.num_heads),
+            None if key_padding_mask is None else _attend_mask(key_padding_mask[:, None, None], 1),
             extra_keys,
         )
         q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)) for x in (q, k, v))
@@ -215,16 +193,10 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         options: dict[str, Any] = {"attn_mask": mask, "causal": causal, "dropout_p": 0.0}
         if self.training and self.dropout > 0:
             options["dropout_p"] = self.dropout
-            if need_weights:  # they show the mask that the output was made with
+            if need_weights:  # the weights need the output's dropout mask
                 options["dropout_seed"] = torch.randint(2**63 - 1, (), device=q.device)
         result = flash_attention(
-            q,
-            k,
-            v,
-            diagonal="top_left",
-            return_lse=need_weights,
-            backend=self.backend,
-            **options,
+            q, k, v, diagonal="top_left", return_lse=need_weights, backend=self.backend, **options
         )
         out, lse = result if isinstance(result, tuple) else (result, None)
         out = out.transpose(1, 2).flatten(2)  # [N, L, E]
@@ -252,26 +224,19 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         return None
 
     def _forward_nested(
-        self, x: Tensor, need_weights: bool, average_attn_weights: bool, is_causal: bool
+        self, x: Tensor, need_weights: bool, average: bool, is_causal: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Self-attention of sequences of unlike lengths: padded, and nested again."""
-        if x.numel() == 0:  # which torch does not pad
-            shape = [x.size(0), *([] if average_attn_weights else [self.num_heads]), 0, 0]
+        """Self-attention of sequences of different lengths: pad, attend, nest again."""
+        if x.numel() == 0:  # torch can't pad it
+            shape = [x.size(0), *([] if average else [self.num_heads]), 0, 0]
             return x, torch.zeros(shape, dtype=x.dtype, device=x.device) if need_weights else None
         lengths = torch.tensor([len(sequence) for sequence in x.unbind()], device=x.device)
         padded = torch.nested.to_padded_tensor(x, 0.0)  # [N, L, E]
-        shown = torch.arange(padded.shape[1], device=x.device) < lengths[:, None]  # [N, L]
-        out, weights = self.forward(
-            padded,
-            padded,
-            padded,
-            ~shown,
-            need_weights,
-            average_attn_weights=average_attn_weights,
-            is_causal=is_causal,
-        )
-        # torch's own way back, which its TransformerEncoder takes: without a gradient.
-        nested: Tensor = vars(torch)["_nested_tensor_from_mask"](out, shown, mask_check=False)
+        token = torch.arange(padded.shape[1], device=x.device) < lengths[:, None]  # [N, L]
+        options: dict[str, Any] = {"average_attn_weights": average, "is_causal": is_causal}
+        out, weights = self.forward(padded, padded, padded, ~token, need_weights, **options)
+        # As torch's TransformerEncoder converts back; it has no gradient.
+        nested: Tensor = vars(torch)["_nested_tensor_from_mask"](out, token, mask_check=False)
         return nested, weights
 
     def _project(
@@ -324,7 +289,7 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         )
         for name, x, _ in named:
             if not isinstance(x, Tensor):
-                # A tracer's own, where the module is no submodule of what is traced.
+                # A Proxy arrives here if the module is not a submodule of the traced model.
                 proxy = ": trace a model that holds the module" if isinstance(x, Proxy) else ""
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}{proxy}")
         try:
@@ -371,8 +336,8 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
                 raise error(f"{name} must be {expected}, got {tuple(mask.shape)}")
 
 
-def _visible(mask: Tensor | None, heads: int) -> Tensor | None:
-    """From torch's convention here, True = hidden, to True = attend; ``(N * H, L, S)`` split."""
+def _attend_mask(mask: Tensor | None, heads: int) -> Tensor | None:
+    """A bool mask inverted to True = attend, and ``(N * H, L, S)`` unflattened."""
     if mask is None:
         return None
     if mask.ndim == 3:
@@ -383,7 +348,7 @@ def _visible(mask: Tensor | None, heads: int) -> Tensor | None:
 def _merge_masks(
     attn_mask: Tensor | None, padding: Tensor | None, extra_keys: int
 ) -> Tensor | None:
-    """One mask of both, which leaves the appended keys visible."""
+    """Both masks as one, with the appended keys visible."""
     if attn_mask is None or padding is None:
         merged = padding if attn_mask is None else attn_mask
     elif attn_mask.dtype == padding.dtype == torch.bool:

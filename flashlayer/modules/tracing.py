@@ -8,16 +8,11 @@ from torch import nn
 from torch.fx import Proxy, Tracer
 
 
-def is_proxy_type(kind: type) -> bool:
-    """Whether values of this type stand for what a tracer records."""
-    return issubclass(kind, Proxy)
-
-
 def leaf_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any | None:
-    """The call of ``module`` as one node of the graph being traced; None if none is.
+    """Record the call of ``module`` as one node of the graph being traced; None if none is.
 
-    A tracer's default rule takes modules of ``torch.nn`` alone for leaves. To record it from within
-    ``forward`` would be too late: hooks would be part of the graph, and run again in the leaf.
+    By default a tracer treats only modules of ``torch.nn`` as leaves. Recording from ``forward``
+    would be too late: hooks would be traced into the graph and run again in the leaf.
     """
     tracer = next((x.tracer for x in (*args, *kwargs.values()) if isinstance(x, Proxy)), None)
     if not isinstance(tracer, Tracer):

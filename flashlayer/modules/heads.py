@@ -1,4 +1,4 @@
-"""Tensor parallelism: which of a layer's heads the projections of this process make."""
+"""Tensor parallelism: which of the layer's heads this process's projections produce."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Heads:
     Attributes:
         total: query heads of the whole layer.
         count: query heads here.
-        first: index of the first one; None if only the widths tell that there are fewer.
-        kv_index: for each query head here, its head in keys that are whole; None where the keys are
-            sharded as the queries are.
-        mesh: the ranks that hold the heads; None where the weights are plain tensors.
+        first: index of the first one; None if it is unknown (plain weights of fewer heads).
+        kv_index: for each query head here, its head among unsharded keys; None if the keys are
+            sharded like the queries.
+        mesh: the ranks that hold the heads; None if the weights are plain tensors.
         placements: of the query projection's weight on ``mesh``.
     """
 
@@ -35,9 +35,9 @@ class Heads:
     placements: tuple[Placement, ...]
 
     def share(self, x: Tensor) -> Tensor:
-        """``x``, which every rank holds whole; its gradient is summed over the ranks.
+        """``x``, replicated on every rank, with its gradient summed over the ranks.
 
-        Each rank uses it for its own heads, so its own gradient is only their part of the sum.
+        Each rank uses it for its own heads only, so the gradient it computes is a partial sum.
         """
         if self.mesh is None or not x.requires_grad or not torch.is_grad_enabled():
             return x
@@ -49,11 +49,11 @@ class Heads:
             x = DTensor.from_local(x, self.mesh, everywhere)
         return x.redistribute(placements=everywhere).to_local(grad_placements=summed)
 
-    def of_heads(self, x: Tensor, dim: int, name: str) -> Tensor:
+    def local(self, x: Tensor, dim: int, name: str) -> Tensor:
         """This rank's heads of ``x``, which has ``total`` of them in dimension ``dim``.
 
         Raises:
-            ValueError: it is not known which heads these are.
+            ValueError: ``first`` is unknown.
         """
         if self.first is None:
             raise ValueError(
@@ -63,23 +63,23 @@ class Heads:
         return self.share(x).narrow(dim, self.first, self.count)
 
     def sinks(self, sinks: Tensor) -> Tensor:
-        """This rank's of ``(H,)``, or sinks that are sharded already."""
+        """This rank's slice of ``(H,)``; sinks that are sharded already stay."""
         if self.mesh is not None and _is_dtensor(sinks):
             dtensor: DTensor = sinks  # pyright: ignore[reportAssignmentType]
             return dtensor.redistribute(placements=self.placements).to_local()
         if len(sinks) == self.count:
             return sinks
-        return self.of_heads(sinks, 0, "sinks")
+        return self.local(sinks, 0, "sinks")
 
     def mask(self, attn_mask: Tensor) -> Tensor:
-        """This rank's of ``(B, H, S, Sk)``; one of its heads, or the same for all, stays."""
+        """This rank's heads of ``(B, H, S, Sk)``; a mask of its own heads or of size 1 stays."""
         heads = attn_mask.shape[-3] if attn_mask.ndim >= 3 else 1
         if heads == self.total:
-            return self.of_heads(attn_mask, attn_mask.ndim - 3, "attn_mask")
+            return self.local(attn_mask, attn_mask.ndim - 3, "attn_mask")
         return self.share(attn_mask) if heads == 1 else attn_mask
 
     def keys(self, x: Tensor) -> Tensor:
-        """``(..., Hkv, S, D)``, of which every query head here reads the head of its own index."""
+        """``(..., Hkv, S, D)`` reindexed so that query head ``i`` here reads kv head ``i``."""
         if self.kv_index is None:
             return x
         x = self.share(x)
@@ -88,7 +88,7 @@ class Heads:
         return x.index_select(-3, torch.tensor(self.kv_index, device=x.device))
 
     def normalize(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """``norm(x)``; the gradient of its weight is that of every rank's heads."""
+        """``norm(x)``, the gradient of its weight summed over the ranks."""
         weight = norm.weight
         if not isinstance(weight, Tensor) or self.mesh is None or _is_dtensor(weight):
             return norm(x)
@@ -98,22 +98,23 @@ class Heads:
 def local_heads(
     widths: tuple[int, int, int], q_weight: Any, head_dim: int, num_heads: int, num_kv_heads: int
 ) -> Heads | None:
-    """What the widths of the projections' outputs come to; None if this is the whole layer.
+    """The heads that projection outputs of these widths hold; None if all of the layer's.
 
     Args:
-        widths: features that ``q_proj``, ``k_proj`` and ``v_proj`` made.
-        q_weight: weight of ``q_proj``; a sharded ``DTensor`` says which heads are here.
+        widths: features of the outputs of ``q_proj``, ``k_proj`` and ``v_proj``.
+        q_weight: weight of ``q_proj``; a sharded ``DTensor`` tells which heads are here.
         head_dim: ``D``.
         num_heads: ``H`` of the layer.
         num_kv_heads: ``Hkv`` of the layer.
 
     Raises:
-        ValueError: a width is no whole number of heads; keys and queries are sharded apart.
+        ValueError: a width is not a whole number of heads; keys and queries are not sharded over
+            the same ranks.
     """
     first, mesh, placements = 0, None, ()
     if _is_dtensor(q_weight) and any(place.is_shard() for place in q_weight.placements):
         mesh, placements = q_weight.device_mesh, q_weight.placements
-        # The code around a layer may have divided its counts by the ranks; the weight's is whole.
+        # Callers may have divided num_heads by the ranks; the DTensor's shape is global.
         group_size = num_heads // num_kv_heads
         num_heads = q_weight.shape[0] // head_dim
         num_kv_heads = num_heads // group_size
@@ -133,7 +134,7 @@ def local_heads(
     known = mesh is not None and count < num_heads
     kv_index = None
     if count * num_kv_heads != kv_count * num_heads:
-        # Queries sharded, keys whole on every rank: as MQA is.
+        # Queries sharded, keys replicated, as with MQA.
         if kv_count != num_kv_heads or not (known or num_kv_heads == 1):
             raise ValueError(
                 f"q_proj makes {count} of {num_heads} heads and k_proj {kv_count} of "
@@ -147,13 +148,13 @@ def local_heads(
 
 
 def local_features(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the projections made here, also where they return it as ``DTensor``s of all ranks."""
+    """The local shards of projection outputs that are ``DTensor``s sharded over the features."""
     if type(q) is Tensor or not _is_dtensor(q):
         return q, k, v
     dtensor: DTensor = q  # pyright: ignore[reportAssignmentType]
     if not any(place.is_shard(q.ndim - 1) or place.is_shard(-1) for place in dtensor.placements):
         return q, k, v
-    # RowwiseParallel takes the plain tensor that the heads are put together to as a shard again.
+    # RowwiseParallel takes a plain tensor as a local shard, so out_proj gets what it expects.
     q, k, v = (y.to_local() if _is_dtensor(y) else y for y in (q, k, v))  # pyright: ignore
     return q, k, v
 
@@ -169,7 +170,7 @@ def _is_dtensor(x: Any) -> bool:
 
 
 def _first_row(weight: Any) -> int:
-    """Index in the whole weight of the first row that this rank holds."""
+    """Global index of the first row of the weight that this rank holds."""
     rows, first = weight.shape[0], 0
     coordinate = weight.device_mesh.get_coordinate()
     for rank, ranks, place in zip(

@@ -1,0 +1,409 @@
+"""Ring attention: keys and values travel round the ranks, partial results merge by their LSE."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashlayer import backends, online_softmax
+from flashlayer.distributed.layout import (
+    Layout,
+    Placement,
+    Rectangle,
+    agreed_layout,
+    check_shards,
+    graph_break,
+    rectangles,
+    visited_hops,
+)
+from flashlayer.online_softmax import SoftmaxState
+from flashlayer.problem import build_problem
+from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, WindowSize
+
+
+@graph_break
+def ring_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    placement: Placement = "contiguous",
+    lengths: Sequence[int] | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (None, None),
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Self-attention over the whole sequence, of which every rank of ``group`` holds a shard.
+
+    Each rank attends from its own queries to one rank's keys at a time, while the next keys
+    arrive. The partial outputs merge by their LSE (:mod:`flashlayer.online_softmax`). In the
+    backward pass keys and values travel once more, followed by the sums of their gradients, which
+    end at the keys' own rank. Hops that no rank needs, because the window ends before them, are
+    skipped: nothing is sent. Memory per rank is that of its shard, of the keys of two hops and, in
+    the backward pass, of their gradients: O(S / N).
+
+    Traffic: with N ranks, S positions a rank and h hops (h = N without a window) each rank sends::
+
+        forward    (h - 1) * B * Hkv * S * (D + Dv) elements of key's dtype
+        backward   the same, and h times B * Hkv * S * (D + Dv) elements of the gradients' sums,
+                   fp32 (fp64 for fp64); nothing if h = 1
+
+    on average if the shards differ in length. Query heads don't travel: GQA divides the traffic by
+    ``H / Hkv``.
+
+    Every rank must make the same calls in the same order, forward and backward: if one rank's loss
+    did not depend on its output, the others would wait forever. The gradient of ``sinks``, which is
+    replicated, is that of the rank's own queries, as for any replicated parameter: sum it over the
+    group.
+
+    Args:
+        query: ``(B, H, S, D)``, this rank's shard; fp16, bf16, fp32 or fp64.
+        key: ``(B, Hkv, S, D)``, likewise; ``H`` must be a multiple of ``Hkv``.
+        value: ``(B, Hkv, S, Dv)``, likewise.
+        group: the process group, with a backend that can send point to point (gloo, NCCL); the
+            default group if None.
+        placement: which positions a shard holds, see :func:`shard_sequence`. ``"zigzag"`` balances
+            causal attention.
+        lengths: the shards' lengths ``S`` by rank. If None they are gathered and the other sizes
+            compared: one small exchange, for which a GPU is synchronized.
+        causal: as in :func:`flashlayer.flash_attention`, in positions of the whole sequence.
+        window_size: likewise.
+        scale: likewise.
+        softcap: likewise.
+        sinks: ``(H,)``, the same on every rank.
+        return_lse: also return the log-sum-exp.
+        backend: what computes a hop, as in :func:`flashlayer.flash_attention`; not ``"standard"``.
+
+    Returns:
+        ``out`` ``(B, H, S, Dv)``, the shard of the output; with ``return_lse`` also ``lse``
+        ``(B, H, S)``. Both are differentiable, once.
+
+    Raises:
+        TypeError: as :func:`flashlayer.flash_attention`.
+        ValueError: likewise; this process is not in ``group``; the shards don't fit each other or
+            the placement.
+
+    Sources: Liu, Zaharia & Abbeel, "Ring Attention with Blockwise Transformers" (arXiv 2310.01889),
+    section 3; Brandon et al., "Striped Attention" (arXiv 2311.09431), for the imbalance of causal
+    work and its cure by placement.
+
+    Example:
+        >>> q, k, v = (shard_sequence(x, dim=2, placement="zigzag") for x in (q, k, v))
+        >>> out = ring_attention(q, k, v, causal=True, placement="zigzag")
+    """
+    options = {"causal": causal, "window_size": window_size, "scale": scale, "softcap": softcap}
+    problem = check_shards(query, key, value, sinks=sinks, **options)
+    left, right = window_size
+    ring = Ring(
+        group=group,
+        rank=dist.get_rank(group),
+        layout=agreed_layout(problem, group, placement, lengths),
+        # The window as given: the problem's own drops edges that hide nothing within one shard.
+        spec=replace(problem.spec, window_left=left, window_right=0 if causal else right),
+        backend=backend,
+    )
+    if backend != "auto":  # "auto" always finds a backend
+        ring.check_backend(problem)
+    out, lse = RingAttention.apply(ring, problem.query, problem.key, problem.value, sinks)
+    return (out, lse) if return_lse else out
+
+
+class Step(NamedTuple):
+    """Keys and values of the rank ``hops`` back, and the rectangles visible to our queries."""
+
+    hops: int
+    next_hops: int | None  # of the next step
+    key: Tensor
+    value: Tensor
+    rectangles: list[Rectangle]
+
+
+@dataclass(frozen=True)
+class Ring:
+    """One call on one rank: where the shards are, and what is computed between them.
+
+    Attributes:
+        group: the process group.
+        rank: this process's rank in it.
+        layout: where the shards are.
+        spec: the options, with the window in positions of the whole sequence.
+        backend: what computes a rectangle.
+    """
+
+    group: dist.ProcessGroup | None
+    rank: int
+    layout: Layout
+    spec: AttentionSpec
+    backend: str
+
+    @property
+    def hops(self) -> tuple[int, ...]:
+        """The steps: after t hops, rank r attends to the keys of rank r - t."""
+        return visited_hops(self.layout, self.spec.window_left, self.spec.window_right)
+
+    def source(self, hops: int) -> int:
+        """The rank whose keys are here after so many hops."""
+        return (self.rank - hops) % len(self.layout)
+
+    def length(self, rank: int) -> int:
+        """Length of a rank's shard."""
+        return sum(map(len, self.layout[rank]))
+
+    def rectangles(self, source: int) -> list[Rectangle]:
+        """The rectangles of another rank's keys that are visible to this rank's queries."""
+        window = self.spec.window_left, self.spec.window_right
+        return rectangles(self.layout[self.rank], self.layout[source], *window)
+
+    def problem(self, rectangle: Rectangle, q: Tensor, k: Tensor, v: Tensor) -> Problem:
+        """One rectangle as a call of its own, without the sinks."""
+        # The inputs are already cast, and the backward pass may run under another autocast state.
+        with torch.autocast(q.device.type, enabled=False):
+            return build_problem(
+                q[:, :, rectangle.q_rows],
+                k[:, :, rectangle.k_rows],
+                v[:, :, rectangle.k_rows],
+                window_size=rectangle.window_size,
+                diagonal="top_left",
+                scale=self.spec.scale,
+                softcap=self.spec.softcap,
+            )
+
+    def steps(self, k: Tensor, v: Tensor) -> Iterator[Step]:
+        """One step after the other, this rank's own keys first.
+
+        While the caller computes one, the keys of the next travel. Two buffers alternate, so at
+        most the keys of two steps are in memory.
+        """
+        all_hops = self.hops
+        longest = max(self.length(rank) for rank in range(len(self.layout)))
+        here = arriving = k.new_empty(0)
+        if len(all_hops) > 1:
+            here, arriving = (_empty_message(longest, k, v, k.dtype) for _ in range(2))
+            for mine, packed in zip((k, v), _unpack(here, k.shape[2], k, v), strict=True):
+                packed.copy_(mine)
+        for hops, next_hops in itertools.zip_longest(all_hops, all_hops[1:]):
+            source, works = self.source(hops), []
+            if next_hops is not None:
+                sizes = (
+                    _message_size(self.length(rank), k, v)
+                    for rank in (source, self.source(next_hops))
+                )
+                sent, received = (x[:n] for x, n in zip((here, arriving), sizes, strict=True))
+                works = self.shift(sent, received, next_hops - hops)
+            keys = (k, v) if hops == 0 else _unpack(here, self.length(source), k, v)
+            yield Step(hops, next_hops, *keys, self.rectangles(source))
+            _wait(works)
+            here, arriving = arriving, here
+
+    def check_backend(self, problem: Problem) -> None:
+        """Refuse what the backend can't compute before anything is sent."""
+        q, k, v = problem[:3]
+        for hops in self.hops:
+            source = self.source(hops)
+            shape = *k.shape[:2], self.length(source)
+            k_like, v_like = (x.new_empty(()).expand(*shape, x.shape[3]) for x in (k, v))
+            for rectangle in self.rectangles(source):
+                select_backend(self.problem(rectangle, q, k_like, v_like), self.backend)
+
+    def shift(self, send: Tensor, receive: Tensor, hops: int) -> list[dist.Work]:
+        """Post both: ``send`` goes ``hops`` ranks on, ``receive`` is filled from as many back."""
+        ranks = len(self.layout)
+        ends = (
+            (dist.isend, send, (self.rank + hops) % ranks),
+            (dist.irecv, receive, (self.rank - hops) % ranks),
+        )
+        operations = [
+            dist.P2POp(operation, tensor, group=self.group, group_peer=peer)
+            for operation, tensor, peer in ends
+            if tensor.numel() > 0
+        ]
+        return dist.batch_isend_irecv(operations) if operations else []
+
+
+class RingAttention(torch.autograd.Function):
+    """``apply(ring, q, k, v, sinks) -> (o, lse)``, once differentiable.
+
+    Only this rank's q, k, v, o and lse are kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ring: Ring, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attend to the keys of one step after the other, and merge."""
+        state = online_softmax.init_state(
+            q.shape[:3], v.shape[3], dtype=_accumulation_dtype(q), device=q.device
+        )
+        if sinks is not None:  # one key whose value is 0
+            state = online_softmax.state_of(state.o, state.m.copy_(sinks[:, None]))
+        for step in ring.steps(k, v):
+            for rectangle in step.rectangles:
+                problem = ring.problem(rectangle, q, step.key, step.value)
+                partial = select_backend(problem, ring.backend).forward(*problem)
+                _merge_rows(state, rectangle.q_rows, online_softmax.state_of(*partial))
+        return online_softmax.finalize(state).to(q.dtype), online_softmax.lse(state)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        """Keep what the derivatives need."""
+        ctx.ring, *tensors = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The same steps again."""
+        return None, *RingGradient.apply(ctx.ring, do, dlse, *ctx.saved_tensors)
+
+
+class RingGradient(torch.autograd.Function):
+    """``apply(ring, do, dlse, q, k, v, sinks, o, lse)``: dq, dk, dv, d_sinks; no derivative."""
+
+    @staticmethod
+    def forward(
+        ring: Ring,
+        do: Tensor | None,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        o: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """One step after the other; the sums of dK and dV travel one step behind their keys."""
+        do = torch.zeros_like(o) if do is None else do
+        dtype = _accumulation_dtype(q)
+        dq = torch.zeros_like(q, dtype=dtype)
+        # Sums of dK and dV over this step, and over the earlier steps on other ranks.
+        sums = arriving = k.new_empty(0, dtype=dtype)
+        works: list[dist.Work] = []
+        for step in ring.steps(k, v):
+            length = step.key.shape[2]
+            step_sums = _empty_message(length, k, v, dtype).zero_()
+            dk, dv = _unpack(step_sums, length, k, v)
+            for rectangle in step.rectangles:
+                rows, keys = rectangle.q_rows, rectangle.k_rows
+                partials = _partial_gradients(
+                    ring.problem(rectangle, q, step.key, step.value),
+                    ring.backend,
+                    do[:, :, rows],
+                    None if dlse is None else dlse[:, :, rows],
+                    o[:, :, rows],
+                    lse[:, :, rows],
+                )
+                sums_here = dq[:, :, rows], dk[:, :, keys], dv[:, :, keys]
+                for total, partial in zip(sums_here, partials, strict=True):
+                    total += partial
+            _wait(works)
+            sums = step_sums if step.hops == 0 else step_sums.add_(arriving)
+            # On with the keys; after the last step home, round the rest of the ring.
+            by = (0 if step.next_hops is None else step.next_hops) - step.hops
+            if by != 0:
+                arriving_length = ring.length(ring.source(step.hops + by))
+                arriving = _empty_message(arriving_length, k, v, dtype)
+                works = ring.shift(sums, arriving, by)
+        if len(ring.hops) > 1:
+            _wait(works)
+            sums = arriving
+        dk, dv = _unpack(sums, k.shape[2], k, v)
+        d_sinks = _d_sinks(sinks, o, lse, do, dlse)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_sinks
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        """Nothing to keep."""
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> None:
+        """Refuse.
+
+        Raises:
+            NotImplementedError: always; a second derivative would be silently wrong otherwise.
+        """
+        raise NotImplementedError("ring_attention has no second derivative; use ulysses_attention")
+
+
+def select_backend(problem: Problem, backend: str) -> Any:
+    """The backend for a rectangle: its backward must take ``o`` and ``lse`` over all keys.
+
+    Raises:
+        ValueError: the backend refuses, or has no backward of its own.
+    """
+    chosen = backends.select(backend, problem)
+    if chosen.backward is not None:
+        return chosen
+    if backend == "auto":
+        return backends.BACKENDS["tiled"]
+    raise ValueError(f"backend {backend!r} can't compute a part: it has no backward of its own")
+
+
+def _partial_gradients(
+    problem: Problem, backend: str, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dq, dk, dv`` of a rectangle; the whole gradient is the sum over rectangles.
+
+    The probabilities are ``exp(score - lse)`` and ``delta`` is ``rowsum(o * do) - dlse``: with the
+    output and the LSE over *all* keys both are those of the whole softmax, so a rectangle needs
+    nothing of the others.
+    """
+    q, k, v, spec, extras = problem
+    chosen = select_backend(problem, backend)
+    # The kernels read lse without strides, and these rows may be a slice.
+    lse = lse.contiguous()
+    return chosen.backward(do, dlse, q, k, v, o, lse, spec, extras)[:3]
+
+
+def _merge_rows(state: SoftmaxState, rows: slice, partial: SoftmaxState) -> None:
+    """Merge the state of some rows into ``state`` in place."""
+    before = SoftmaxState(*(x[:, :, rows] for x in state))
+    for old, new in zip(before, online_softmax.merge(before, partial), strict=True):
+        old.copy_(new)
+
+
+def _d_sinks(
+    sinks: Tensor | None, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None
+) -> Tensor | None:
+    if sinks is None:
+        return None
+    delta = (o.to(lse.dtype) * do).sum(dim=-1)
+    if dlse is not None:
+        delta -= dlse
+    return AttentionExtras(sinks=sinks).sinks_gradient(lse, delta)
+
+
+def _wait(works: list[dist.Work]) -> None:
+    for work in works:
+        work.wait()
+
+
+def _message_size(length: int, k: Tensor, v: Tensor) -> int:
+    """Elements of the keys and values of ``length`` positions, which travel as one message."""
+    return k.shape[0] * k.shape[1] * length * (k.shape[3] + v.shape[3])
+
+
+def _empty_message(length: int, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    return k.new_empty(_message_size(length, k, v), dtype=dtype)
+
+
+def _unpack(message: Tensor, length: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of the message's keys and values; the buffer may be longer."""
+    batch, kv_heads, _, dim = k.shape
+    stop, edge = _message_size(length, k, v), batch * kv_heads * length * dim
+    keys, values = message[:edge], message[edge:stop]
+    return keys.view(batch, kv_heads, length, dim), values.view(batch, kv_heads, length, v.shape[3])
+
+
+def _accumulation_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
