@@ -128,7 +128,7 @@ def _execute(
 
 def _decode(q: Tensor, k: Tensor, v: Tensor, splits: int, **options: Any) -> Results:
     """A decoding step that is split over the keys, as on a GPU."""
-    with mock.patch.object(split_keys, "num_splits", lambda *_: splits):
+    with mock.patch.object(split_keys, "num_splits", return_value=splits):
         out = flash_attention(q, k, v, backend="triton", **options)
     same_dtype = flash_attention(q, k, v, backend="standard", **options)
     wide = {n: x.double() if isinstance(x, Tensor) else x for n, x in options.items()}

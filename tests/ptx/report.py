@@ -33,8 +33,8 @@ Every cell is **error over bound**: the largest error against standard attention
 the accuracy rule allows (2 times the error of standard attention in the same dtype, 3 times for
 gradients, plus rounding). Above 1 is a failure. Each case ran four times: asynchronous operations
 as late as their waits allow and as early as possible, each with the warps in two random orders; all
-four gave the same bits. Memory that no kernel writes held NaN, and every access to shared memory was checked for
-races.
+four gave the same bits. Memory that no kernel writes held NaN, and every access to shared memory
+was checked for races.
 
 `*`: right, but a wgmma reads what cp.async or st wrote without the `fence.proxy.async` that the ISA
 asks for, in the kernel that is marked. The emulator has one memory for both; on a chip the product
