@@ -1,6 +1,6 @@
 """Draws docs/architecture.svg, the map of the package, from its imports.
 
-``python docs/architecture.py`` writes the picture; ``tests/docs/test_architecture.py`` fails while
+``python docs/architecture.py`` writes the picture; ``tests/docs/test_map.py`` fails while
 the committed one is stale. A room is a file of ``flashlayer`` or one of its folders; in
 ``backends`` every backend is a room of its own. Arrows point from a room to what it imports.
 An arrow that a chain of others implies is left out, so that few enough are left to follow.
