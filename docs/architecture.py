@@ -49,18 +49,21 @@ def modules() -> dict[tuple[str, ...], Path]:
     return found
 
 
-def imported_names(path: Path) -> Iterator[tuple[str, ...]]:
-    """Dotted names below ``flashlayer`` that a file imports, anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            top, *rest = name.split(".")
-            if top == "flashlayer":
-                yield tuple(rest)
+def imported_names(node: ast.AST) -> Iterator[tuple[str, ...]]:
+    """Names below ``flashlayer`` that a file imports anywhere, but under ``TYPE_CHECKING``."""
+    names = []
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and node.module is not None:
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+    for name in names:
+        top, *rest = name.split(".")
+        if top == "flashlayer":
+            yield tuple(rest)
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from imported_names(child)
 
 
 def read_imports() -> Graph:
@@ -74,7 +77,7 @@ def read_imports() -> Graph:
     for module, path in known.items():
         if not module:
             continue
-        for name in imported_names(path):
+        for name in imported_names(ast.parse(path.read_text(encoding="utf-8"))):
             target = next(name[:n] for n in range(len(name), -1, -1) if name[:n] in known)
             if not target:
                 raise ValueError(f"{path}: import {name} from the file that defines it")

@@ -37,11 +37,18 @@ EXPECTED = {
 
 def examples(page: Path) -> dict[str, str]:
     """Every python block of a page, by the heading above it."""
-    found = {}
-    for section in re.split(r"^#+ ", page.read_text(), flags=re.MULTILINE):
-        heading = section.splitlines()[0] if section else ""
-        for number, block in enumerate(re.findall(r"```python\n(.*?)```", section, re.DOTALL)):
+    found: dict[str, str] = {}
+    heading, number = "", 0
+    # A comment in a block begins like a heading, so blocks are matched as a whole.
+    for match in re.finditer(
+        r"```(\w*)[^\n]*\n(.*?)```|^#+ ([^\n]*)$", page.read_text(), re.M | re.S
+    ):
+        language, block, title = match.groups()
+        if title is not None:
+            heading, number = title, 0
+        elif language == "python":
             found[f"{heading} {number}" if number else heading] = block
+            number += 1
     return found
 
 
