@@ -30,6 +30,7 @@ EXPECTED = {
         "Anything on SDPA",
         "nn.MultiheadAttention",
         "Code written for flash_attn",
+        "Unit-test gradients",
     ],
     ROOT / "docs" / "parallel.md": ["A sequence over several processes"],
 }
