@@ -259,21 +259,21 @@ def describe(room: str) -> list[str]:
 
 def color(room: str, graph: Graph) -> str:
     """A tint by what the room is for."""
-    if "functional" in reachable(graph, room):
-        return "#B3D5E8"  # built on the public functions
     if room == "kernels":
         return "#EBD2E0"
     if room.startswith("backends"):
         return "#B0DCCB"
+    if room not in {"functional", *reachable(graph, "functional")}:
+        return "#B3D5E8"
     return "#F5D391" if graph[room] else "#E6EAEE"
 
 
 KEY = (
-    ("#B3D5E8", "built on the functions"),
-    ("#F5D391", "one call"),
+    ("#B3D5E8", "uses the functions"),
+    ("#F5D391", "every call"),
     ("#B0DCCB", "backends"),
     ("#EBD2E0", "Triton kernels"),
-    ("#E6EAEE", "imports no other room"),
+    ("#E6EAEE", "imports none of the others"),
 )
 
 
