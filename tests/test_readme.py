@@ -66,7 +66,9 @@ def parameters() -> list:
 def test_example_runs(example: str, tmp_path: Path) -> None:
     # A comment in the first line says where an example runs on several processes.
     torchrun = re.match(r"# (\w+\.py); run it with: torchrun (.*) \1\n", example)
-    command = [sys.executable, "-W", "error", "-c", example]
+    # torch compiles its own forward-mode formulas with the jit it has deprecated.
+    allowed = "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+    command = [sys.executable, "-W", "error", "-W", allowed, "-c", example]
     if torchrun is not None:
         program = tmp_path / torchrun[1]
         program.write_text(example)
