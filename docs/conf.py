@@ -1,5 +1,6 @@
-"""The site: ``make docs``."""
+"""Sphinx configuration of the site; ``make docs`` builds it."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -32,6 +33,8 @@ exclude_patterns = ["exercises/solutions"]
 
 # Files elsewhere in the repository that a page of the site includes.
 INCLUDED = {
+    "CHANGELOG.md": "changelog",
+    "CONTRIBUTING.md": "contributing",
     "benchmarks/NOTES.md": "benchmarks/notes",
     "benchmarks/results/codegen.md": "benchmarks/codegen",
     "benchmarks/results/compiled.md": "benchmarks/compiled",
@@ -40,9 +43,11 @@ INCLUDED = {
     "benchmarks/results/cpu-2-cores/attention.md": "benchmarks/attention",
     "benchmarks/results/cpu-2-cores/backends/attention.md": "benchmarks/backends",
     "benchmarks/results/cpu-2-cores/parity/report.md": "benchmarks/parity",
+    "benchmarks/results/cpu-2-cores/training.md": "benchmarks/training",
+    "tests/ptx/README.md": "benchmarks/emulator",
 }
 
-# The page shows the committed outputs; tests/docs/test_notebooks.py holds them to the code.
+# Show the committed outputs; tests/docs/test_notebooks.py compares them with a run.
 nb_execution_mode = "off"
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "colon_fence", "tasklist"]
@@ -64,14 +69,14 @@ html_math_renderer = "mathml"
 
 
 def mathml(latex: str, display: str) -> str:
-    """The formula as MathML, which browsers show without a script and without a network.
+    """The formula as MathML, which browsers render without a script or a network.
 
     Raises:
-        ExtensionError: the converter left something of it untranslated.
+        ExtensionError: the converter left a part of the formula as LaTeX.
     """
-    # The converter knows the environment under its other name.
+    # latex2mathml supports align*, which lays out the same.
     markup = convert(latex.replace("{aligned}", "{align*}"), display=display)
-    # A prime is a raised sign already: raised again, as a small exponent, it vanishes.
+    # The prime character is drawn raised: as an exponent it would be too small to see.
     markup = re.sub(
         r"<msup>(<m[it]\w*>[^<]*</m[it]\w*>)<mi>&#x02032;</mi></msup>",
         r'<mrow>\1<mo lspace="0" rspace="0">&#x02032;</mo></mrow>',
@@ -83,13 +88,13 @@ def mathml(latex: str, display: str) -> str:
 
 
 def visit_math(self: HTML5Translator, node: nodes.math) -> None:
-    """A formula in a line of text."""
+    """Write an inline formula."""
     self.body.append(mathml(node.astext(), "inline"))
     raise nodes.SkipNode
 
 
 def visit_math_block(self: HTML5Translator, node: nodes.math_block) -> None:
-    """A formula of its own."""
+    """Write a displayed formula, with its number if it has one."""
     self.body.append(self.starttag(node, "div", CLASS="math"))
     self.body.append(mathml(node.astext(), "block"))
     if node["number"]:
@@ -99,27 +104,27 @@ def visit_math_block(self: HTML5Translator, node: nodes.math_block) -> None:
 
 
 class LinksIntoTheRepository(SphinxTransform):
-    """A link to a file of the repository stays on the site where the site has what is in it.
+    """Redirects links to files of the repository to the site's pages with the same content.
 
-    ``[`update`](../../flashlayer/online_softmax.py)`` opens the file where the Markdown is read as
-    it is. Here it leads to the function's entry in the API reference or, if it has none, to the
-    file's listing. A name that the file no longer has is a warning.
+    ``[`update`](../../flashlayer/online_softmax.py)`` opens the file where the Markdown is read on
+    a code host. On the site it leads to the function's entry in the API reference or, if there is
+    none, to the file's listing. A name that is no longer in the file is a warning.
     """
 
     default_priority = 200
 
     def apply(self) -> None:
-        """Replace them in one document."""
+        """Redirect the links of one document."""
         for link in list(self.document.findall(addnodes.download_reference)):
             _, file = self.env.relfn2path(link["reftarget"], self.env.docname)
             self.replace(link, Path(file))
         for link in list(self.document.findall(addnodes.pending_xref)):
-            # A page outside the sources, which MyST has without its suffix.
+            # A Markdown file outside the sources: MyST drops its suffix.
             if link["refdomain"] == "doc" and Path(link["reftarget"]).is_absolute():
                 self.replace(link, Path(link["reftarget"] + ".md"))
 
     def replace(self, link: nodes.Element, file: Path) -> None:
-        """Let a link to a file lead to where the site has it, if it has."""
+        """Redirect one link, if the site has the content of the file."""
         path = file.relative_to(ROOT).as_posix()
         if path in INCLUDED:
             target = {"refdomain": "std", "reftype": "doc", "reftarget": "/" + INCLUDED[path]}
@@ -132,21 +137,25 @@ class LinksIntoTheRepository(SphinxTransform):
         link.replace_self(addnodes.pending_xref("", *link.children, **target))
 
     def name_in(self, path: str, link: nodes.Element) -> str:
-        """What the link calls by name, in full; the file's name if nothing."""
+        """Full name of the object that the link's text names; the file's path if it names none."""
         name = link.astext()
         if not re.fullmatch(r"[\w.]+", name) or name.endswith(".py"):
             return path
         if not re.search(rf"\b{name.split('.')[-1]}\b", (ROOT / path).read_text()):
             logger.warning("%s has no %s", path, name, location=link)
-        if name in flashlayer.__all__:
-            return f"flashlayer.{name}"
-        return f"{path.removesuffix('.py').replace('/', '.')}.{name}"
+        module = path.removesuffix(".py").split("/")
+        # The reference documents an object under the outermost package that exports it.
+        for depth in range(1, len(module)):
+            package = ".".join(module[:depth])
+            if name in getattr(importlib.import_module(package), "__all__", ()):
+                return f"{package}.{name}"
+        return f"{'.'.join(module)}.{name}"
 
 
 def find_listing(
     app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, content: nodes.Element
 ) -> nodes.Element | None:
-    """Where a link into the repository leads that the API reference has no entry for."""
+    """The listing for a link into the repository without an entry in the API reference."""
     if "listing" not in node:
         return None
     standard = env.get_domain("std")
@@ -156,7 +165,7 @@ def find_listing(
 
 
 def setup(app: Sphinx) -> None:
-    """What Sphinx calls."""
+    """Register with Sphinx."""
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
     app.add_transform(LinksIntoTheRepository)
     app.connect("missing-reference", find_listing)

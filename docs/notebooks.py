@@ -1,7 +1,7 @@
-"""The chapter's notebooks: run them, and tell which committed outputs are stale.
+"""Runs the chapter's notebooks and finds committed outputs that are stale.
 
-``python docs/notebooks.py`` runs them all and writes what comes out into the files;
-``python docs/notebooks.py 1 3`` those whose names begin so.
+``python docs/notebooks.py`` runs all of them and writes the outputs into the files;
+``python docs/notebooks.py 1 3`` those whose names start with 1 or 3.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from nbformat import NotebookNode
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "docs" / "chapter").glob("*.ipynb"))
 
-# Of a picture's pixels, how many may look different: on another CPU the last bit of a number
-# can shift the smoothed edge of a line. A word or a curve that changed is ten times as much.
+# Share of a picture's pixels that may differ: on another CPU the last bit of a number can shift the
+# antialiased edge of a line. A changed word or curve differs in ten times as many.
 PIXELS = 1e-4
-SHADE = 0.2  # of the way from black to white
+SHADE = 0.2  # a pixel differs from this difference of a channel on, of a range of 1
 
 
 def execute(path: Path) -> NotebookNode:
-    """Run a notebook from its first cell to its last, in a kernel of its own.
+    """Run all cells of a notebook in order, in a new kernel.
 
     Raises:
         CellExecutionError: a cell raised; the message has its traceback.
@@ -42,7 +42,7 @@ def execute(path: Path) -> NotebookNode:
 
 async def _execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
     with tempfile.TemporaryDirectory() as scratch:
-        # Sockets that are files: a free port could be taken before the kernel binds it.
+        # Unix sockets: a free TCP port could be taken before the kernel binds it.
         manager = AsyncKernelManager(
             kernel_name="python3",
             transport="ipc",
@@ -56,7 +56,7 @@ async def _execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
             coalesce_streams=True,
             resources={"metadata": {"path": str(folder)}},
         )
-        # This checkout is what runs, and nobody's IPython profile.
+        # Import this checkout, and ignore the user's IPython profile.
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = os.environ | {"PYTHONPATH": path, "IPYTHONDIR": scratch}
         await client.async_execute(env=environment, cleanup_kc=True)
@@ -64,7 +64,7 @@ async def _execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
 
 
 def clean(notebook: NotebookNode) -> NotebookNode:
-    """The notebook without what differs from one editor or run to the next."""
+    """Remove metadata that depends on the editor or the run."""
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -80,12 +80,12 @@ def clean(notebook: NotebookNode) -> NotebookNode:
 
 
 def write(notebook: NotebookNode, path: Path) -> None:
-    """Write it as it is committed."""
+    """Write a notebook in the format that is committed."""
     nbformat.write(notebook, path)
 
 
 def stale_outputs(committed: NotebookNode, executed: NotebookNode) -> list[str]:
-    """What the committed notebook shows otherwise than a run of its code does, a line each."""
+    """Differences between the committed outputs and those of a run, one line each."""
     stale = []
     for number, (before, after) in enumerate(zip(committed.cells, executed.cells, strict=True)):
         if before.cell_type != "code":
@@ -102,7 +102,7 @@ def stale_outputs(committed: NotebookNode, executed: NotebookNode) -> list[str]:
 
 
 def kinds(cell: NotebookNode) -> list[tuple[str, ...]]:
-    """What a cell's outputs are made of."""
+    """Type, stream name and MIME types of each of a cell's outputs."""
     return [
         (output.output_type, output.get("name", ""), *sorted(output.get("data", {})))
         for output in cell.outputs
@@ -123,7 +123,7 @@ def _differences(old: NotebookNode, new: NotebookNode) -> list[str]:
 
 
 def same_picture(old: str, new: str) -> bool:
-    """Whether two PNGs, in base 64, look alike."""
+    """Whether two PNGs in base 64 differ in few enough pixels."""
     a, b = (imread(io.BytesIO(base64.b64decode(data))) for data in (old, new))
     return a.shape == b.shape and bool((np.abs(a - b).max(-1) > SHADE).mean() <= PIXELS)
 

@@ -1,11 +1,11 @@
-"""Boxes and arrows, for the pictures that are no plots; see :mod:`drawing` for those."""
+"""Boxes and arrows for diagrams; the style of plots is in :mod:`drawing`."""
 
 from __future__ import annotations
 
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-# Tints of drawing's colours, light enough for words to stand on.
+# Light tints of drawing's colours, for text on top of them.
 LIGHT_BLUE, LIGHT_AMBER, LIGHT_GREEN, LIGHT_PINK = "#B3D5E8", "#F5D391", "#B0DCCB", "#EBD2E0"
 PALE, GREY = "#E6EAEE", "#777777"
 
@@ -13,7 +13,7 @@ Point = tuple[float, float]
 
 
 def canvas(axes: Axes, x: Point, y: Point) -> None:
-    """Axes to draw on: from ``x[0]`` to ``x[1]`` and from ``y[0]`` to ``y[1]``, nothing else."""
+    """Set the limits ``x`` and ``y`` of the axes and hide ticks and frame."""
     axes.set(xlim=x, ylim=y)
     axes.axis("off")
 
@@ -21,14 +21,14 @@ def canvas(axes: Axes, x: Point, y: Point) -> None:
 def box(
     axes: Axes, corner: Point, size: Point, color: str, text: str = "", **style: object
 ) -> None:
-    """A coloured box with words in its middle; ``style`` is theirs."""
+    """A coloured box with centered text; ``style`` is passed to the text."""
     axes.add_patch(Rectangle(corner, *size, facecolor=color, edgecolor="white"))
     middle = (corner[0] + size[0] / 2, corner[1] + size[1] / 2)
     axes.text(*middle, text, ha="center", va="center", **style)
 
 
 def frame(axes: Axes, corner: Point, size: Point, color: str) -> None:
-    """An empty box, to point something out."""
+    """An outline that highlights an area."""
     axes.add_patch(
         Rectangle(corner, *size, fill=False, edgecolor=color, linewidth=2, clip_on=False)
     )

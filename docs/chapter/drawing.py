@@ -1,10 +1,10 @@
-"""How the chapter's pictures look. What a picture shows is said where it is drawn."""
+"""Style of the chapter's plots."""
 
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
 
-# Okabe and Ito's colours, which colour-blind readers tell apart.
+# Okabe and Ito's colours, distinguishable for colour-blind readers.
 BLUE, ORANGE, GREEN, PINK, SKY, AMBER = (
     "#0072B2",
     "#D55E00",
@@ -16,7 +16,7 @@ BLUE, ORANGE, GREEN, PINK, SKY, AMBER = (
 
 
 def set_style() -> None:
-    """Make figures that can be read on a phone and in a dark page."""
+    """Set font sizes for a phone and a white background for dark pages."""
     plt.rcParams.update(
         {
             "axes.grid": True,

@@ -1,7 +1,7 @@
-"""To read the kernels where they are, and to watch them run.
+"""Shows the source of the kernels in notebooks, and records calls while they run.
 
-A notebook never holds a copy of the library's source. It shows what stands in the installed file,
-so a kernel that changes makes the committed page stale, and the test says so.
+A notebook holds no copy of the library's source. It shows the installed file, so a change of a
+kernel makes the committed page stale, which a test detects.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor
 
 
 class Reader:
-    """Goes through the source of a kernel in pieces; each begins where the one before ended."""
+    """Shows the source of a kernel in consecutive pieces."""
 
     def __init__(self, kernel: Any) -> None:
-        # What triton.jit returns keeps the Python function it was made of.
+        # ``fn`` of a triton.jit function is the Python function.
         self.lines = inspect.getsource(kernel.fn).splitlines()
         self.position = 0
 
     def until(self, *marks: str) -> Markdown:
-        """The next piece, up to and with the line that has the mark in it.
+        """The next piece, up to and including the line that contains the mark.
 
-        With several marks: the first one, from there on the second, and so on.
+        Several marks are searched one after the other, each from where the last was found.
         """
         stop = self.position
         for mark in marks:
@@ -37,11 +37,11 @@ class Reader:
         return self._show(stop + 1)
 
     def skip_to(self, mark: str) -> None:
-        """Leave out what stands before the line that has the mark in it."""
+        """Skip the lines before the one that contains the mark."""
         self.position = self._find(mark, self.position)
 
     def rest(self) -> Markdown:
-        """All that is left."""
+        """The remaining lines."""
         return self._show(len(self.lines))
 
     def _find(self, mark: str, start: int) -> int:
@@ -68,9 +68,9 @@ def source(kernel: Any) -> Markdown:
 def watching(
     module: ModuleType, name: str, watcher: Callable[[tuple, Any], None]
 ) -> Iterator[None]:
-    """While it lasts, ``watcher(arguments, result)`` is told of every call of a kernel's helper.
+    """Call ``watcher(arguments, result)`` after every call of a kernel's helper in this context.
 
-    Under the interpreter a kernel is a Python function, which finds its helpers by their names.
+    In the interpreter a kernel is a Python function that looks its helpers up by name.
     """
     original = getattr(module, name)
 
@@ -87,10 +87,10 @@ def watching(
 
 
 def array(tensor: Any) -> Tensor:
-    """The numbers in a tensor of the interpreter."""
+    """The values of a tensor of Triton's interpreter."""
     return torch.from_numpy(tensor.handle.data.copy())
 
 
 def row_count(rows: Any, valid: Any) -> int:
-    """How many rows of a tile exist, of those that ``load_tiles`` or ``store_tiles`` is given."""
+    """Number of valid rows among those that ``load_tiles`` or ``store_tiles`` gets."""
     return array(rows).numel() if valid is None else int(array(valid).sum())

@@ -1,4 +1,4 @@
-"""Which answers the tests of the exercises are put to: ``--answers FOLDER``, by default yours."""
+"""The option ``--answers FOLDER``: which answers the tests of the exercises check."""
 
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 
 
 def load_answers(folder: Path, exercise: str) -> ModuleType:
-    """The module ``exercise`` of a folder."""
+    """Import the file of an exercise from a folder."""
     spec = spec_from_file_location(f"answers_{exercise}", folder / f"{exercise}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -26,6 +26,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="module")
 def answers(request: pytest.FixtureRequest) -> ModuleType:
-    """The functions that were filled in: of test_exercise_1.py those of exercise_1.py."""
+    """The answers to check: the module exercise_1 for test_exercise_1.py."""
     exercise = request.path.stem.removeprefix("test_")
     return load_answers(request.config.getoption("answers"), exercise)

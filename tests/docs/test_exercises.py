@@ -1,4 +1,4 @@
-"""The exercises' tests tell right from wrong: solutions pass, empty and wrong answers fail."""
+"""The exercises' tests pass the solutions and fail empty and wrong answers."""
 
 import inspect
 import re
@@ -19,13 +19,13 @@ NAMES = [path.stem for path in sorted(FOLDER.glob("exercise_*.py"))]
 
 
 def functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
-    """What the module itself defines."""
+    """Functions that the module itself defines."""
     members = inspect.getmembers(module, inspect.isfunction)
     return {name: f for name, f in members if f.__module__ == module.__name__}
 
 
 def failures(name: str, answers: ModuleType) -> dict[str, Exception]:
-    """What the tests of an exercise raise for these answers."""
+    """Exceptions that an exercise's tests raise for these answers, by test."""
     raised = {}
     for test, run in functions(load_answers(FOLDER, f"test_{name}")).items():
         if test.startswith("test_"):
@@ -61,7 +61,7 @@ def test_empty_exercises_fail(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "wrong", "function"), wrong_answers())
 def test_wrong_answers_fail(name: str, wrong: str, function: Callable[..., Any]) -> None:
-    """By a comparison, not only by a crash, so that the reader is told what came out."""
+    """At least one test fails by a comparison, which shows the reader the wrong result."""
     answers = load_answers(FOLDER / "solutions", name)
     assert hasattr(answers, wrong.split("__")[0])
     setattr(answers, wrong.split("__")[0], function)
@@ -73,7 +73,7 @@ def test_wrong_answers_fail(name: str, wrong: str, function: Callable[..., Any])
 def test_every_function_has_a_solution_and_wrong_answers(name: str) -> None:
     empty = functions(load_answers(FOLDER, name))
     solved = functions(load_answers(FOLDER / "solutions", name))
-    for function in empty:  # as text: a class that both define is another in each
+    for function in empty:  # as text, since each module defines its own classes
         assert str(inspect.signature(solved[function])) == str(inspect.signature(empty[function]))
     wrong = functions(load_answers(Path(__file__).parent / "wrong_answers", name))
     assert {f.split("__")[0] for f in wrong if "__" in f} == set(empty)

@@ -1,4 +1,4 @@
-"""The chapter's notebooks run, and show what a run of them shows."""
+"""The chapter's notebooks run, and their committed outputs are those of a run."""
 
 import base64
 import copy
@@ -26,7 +26,7 @@ def notebook(*sources: str) -> NotebookNode:
     return new_notebook(cells=[new_code_cell(source) for source in sources])
 
 
-def test_stale_outputs_are_told(tmp_path: Path) -> None:
+def test_stale_outputs_are_found(tmp_path: Path) -> None:
     path = tmp_path / "n.ipynb"
     nbformat.write(clean(notebook("print(6 * 7)", "6 * 9", "answer = 54")), path)
     executed = execute(path)
@@ -43,7 +43,7 @@ def test_stale_outputs_are_told(tmp_path: Path) -> None:
     assert len(stale_outputs(never_run, executed)) == 5  # three counts, two outputs
 
 
-def test_an_exception_is_told(tmp_path: Path) -> None:
+def test_an_exception_is_raised(tmp_path: Path) -> None:
     path = tmp_path / "n.ipynb"
     nbformat.write(clean(notebook("1 / 0")), path)
     with pytest.raises(CellExecutionError, match="ZeroDivisionError"):

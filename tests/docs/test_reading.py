@@ -1,4 +1,4 @@
-"""What the notebooks show of the kernels is what stands in their files."""
+"""The helpers that show the kernels' source in notebooks."""
 
 import inspect
 import math
@@ -12,7 +12,7 @@ from docs.chapter.reading import Reader, array, row_count, source, watching
 
 
 def kernel(x):
-    """What stands in for one."""
+    """Stands in for a kernel."""
     total = 0
     for i in range(x):
         total += i
@@ -31,7 +31,7 @@ def code(piece: Markdown) -> str:
 
 def test_pieces_are_consecutive_and_complete() -> None:
     reader = Reader(JITTED)
-    assert code(reader.until('"""What')) == 'def kernel(x):\n    """What stands in for one."""'
+    assert code(reader.until('"""Stands')) == 'def kernel(x):\n    """Stands in for a kernel."""'
     assert code(reader.until("for i", "total -=")).startswith("total = 0\nfor i in range(x):\n")
     assert code(reader.rest()) == "return total"
     assert code(source(JITTED)) == inspect.getsource(kernel).rstrip()
@@ -43,7 +43,7 @@ def test_skipping() -> None:
     assert code(reader.until("total -=")) == "total += i\ntotal -= 1"
 
 
-def test_a_mark_that_is_gone_is_told() -> None:
+def test_a_missing_mark_is_an_error() -> None:
     reader = Reader(JITTED)
     reader.until("for i")
     with pytest.raises(LookupError, match="no line has 'total = 0' in it"):

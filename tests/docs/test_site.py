@@ -1,4 +1,4 @@
-"""The site builds without a warning, and a page of it needs no network."""
+"""The site builds without a warning, and its pages load nothing from the network."""
 
 import re
 import subprocess
@@ -47,7 +47,7 @@ def test_a_named_function_leads_to_its_reference_or_listing(site: Path) -> None:
 
 
 def test_primes_are_not_raised_twice(site: Path) -> None:
-    """A prime raised as an exponent, in an exponent, is too small to be seen: m' would read m."""
+    """A prime set as an exponent is too small to see: m' would read m."""
     page = (site / "chapter" / "2_online_softmax.html").read_text(encoding="utf-8")
     assert "&#x02032;</mo>" in page
     assert "&#x02032;</mi>" not in page
