@@ -4,20 +4,19 @@ Softmax attention needs, for one query with scores :math:`s_j` and values :math:
 
     m = max_j s_j        l = sum_j exp(s_j - m)        o = sum_j exp(s_j - m) v_j        out = o / l
 
-which looks like three passes over the keys. It takes one, because the triple ``(m, l, o)`` of a set
-of keys can be computed from the triples of any two parts of it: with ``m = max(m_a, m_b)``::
+which reads the keys three times. One pass is enough, because the state ``(m, l, o)`` of a set of
+keys follows from the states of two subsets that divide it: with ``m = max(m_a, m_b)``::
 
     l = exp(m_a - m) l_a + exp(m_b - m) l_b        o = exp(m_a - m) o_a + exp(m_b - m) o_b
 
-Factoring ``exp(m_a - m)`` out of each term of part a shows it. The rule is associative and
-commutative, and the empty set ``(-inf, 0, 0)`` is its neutral element, so blocks may come in any
-order, in any grouping, from any device.
+since ``exp(s_j - m) = exp(m_a - m) exp(s_j - m_a)``. The rule is associative and commutative with
+the empty set ``(-inf, 0, 0)`` as neutral element, so blocks of keys may be merged in any order and
+grouping.
 
 Sources: Milakov & Gimelshein, "Online normalizer calculation for softmax" (arXiv 1805.02867),
 section 3, for ``m`` and ``l``; Dao, "FlashAttention-2" (arXiv 2307.08691), section 3.1, for ``o``
-left unnormalised until the end and for ``lse = m + log(l)``, all that the backward pass needs to
-recompute every probability as ``exp(s_j - lse)``.
-The chapter in ``docs/chapter`` derives all of it.
+left unnormalised until the end and for ``lse = m + log(l)``, from which the backward pass
+recomputes every probability as ``exp(s_j - lse)``. ``docs/chapter`` derives all of it.
 
 Example:
     >>> scores, value = torch.randn(4, 100), torch.randn(100, 8)
@@ -37,13 +36,12 @@ from torch import Tensor
 
 
 class SoftmaxState(NamedTuple):
-    """What is known about the keys seen so far, for every row (query).
+    """The state of every row (query) after some of the keys.
 
     Attributes:
         m: ``(..., M)`` running maximum of the scores; -inf before the first visible key.
         l: ``(..., M)`` running denominator, ``sum exp(score - m)``.
-        o: ``(..., M, Dv)`` running numerator, ``sum exp(score - m) * value``, not yet divided by
-            ``l``.
+        o: ``(..., M, Dv)`` running numerator, ``sum exp(score - m) * value``.
     """
 
     m: Tensor
@@ -58,13 +56,13 @@ def init_state(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> SoftmaxState:
-    """The state of no keys at all: ``(-inf, 0, 0)``.
+    """The state before any key: ``(-inf, 0, 0)``.
 
     Args:
         rows: shape of the rows, ``(..., M)``.
         value_dim: ``Dv``.
-        dtype: dtype of all three tensors; the accumulation happens in it.
-        device: their device.
+        dtype: of all three tensors, and of the accumulation.
+        device: of all three tensors.
     """
     m = torch.full((*rows,), -torch.inf, dtype=dtype, device=device)
     return SoftmaxState(m, torch.zeros_like(m), m.new_zeros((*rows, value_dim)))
@@ -77,10 +75,10 @@ def update(
 
     Args:
         state: of rows ``(..., M)``.
-        scores: ``(..., M, N)``, -inf where a row does not see a key; in the state's dtype.
+        scores: ``(..., M, N)``, -inf where a key is hidden; in the state's dtype.
         value: ``(..., N, Dv)``, in the state's dtype.
-        kept: ``(..., M, N)``, factors of dropout: 0 or ``1 / (1 - p)``. They weigh the values only;
-            the denominator is that of the full softmax.
+        kept: ``(..., M, N)``, dropout factors, 0 or ``1 / (1 - p)``. They multiply the numerator
+            only; the denominator is that of the full softmax.
     """
     m = scores.amax(dim=-1)  # [..., M]
     p = torch.exp(scores - _finite(m).unsqueeze(-1))  # [..., M, N]
@@ -88,11 +86,11 @@ def update(
 
 
 def state_of(out: Tensor, lse: Tensor) -> SoftmaxState:
-    """The state of finished attention, to be merged with others: one value of score ``lse``.
+    """A state from finished attention, to be merged with others: one value of score ``lse``.
 
     Args:
-        out: ``(..., M, Dv)``, what :func:`finalize` returned, in any dtype.
-        lse: ``(..., M)``, what :func:`lse` returned; the state is in its dtype.
+        out: ``(..., M, Dv)``, from :func:`finalize`, in any dtype.
+        lse: ``(..., M)``, from :func:`lse`; the state is in its dtype.
     """
     return SoftmaxState(lse, (lse > -torch.inf).to(lse.dtype), out.to(lse.dtype))
 
@@ -100,7 +98,7 @@ def state_of(out: Tensor, lse: Tensor) -> SoftmaxState:
 def merge(a: SoftmaxState, b: SoftmaxState) -> SoftmaxState:
     """The state of the keys of ``a`` and ``b`` together; associative and commutative."""
     m = torch.maximum(a.m, b.m)
-    # `m` is -inf for a row that has seen nothing in either part; -inf - -inf would be NaN.
+    # m is -inf for a row without a visible key in a and b; -inf - -inf would be NaN.
     a_weight, b_weight = torch.exp(a.m - _finite(m)), torch.exp(b.m - _finite(m))
     return SoftmaxState(
         m,
@@ -110,15 +108,15 @@ def merge(a: SoftmaxState, b: SoftmaxState) -> SoftmaxState:
 
 
 def finalize(state: SoftmaxState) -> Tensor:
-    """The output ``(..., M, Dv)``; zero for a row that has seen no key."""
+    """The output ``(..., M, Dv)``; 0 for a row without a visible key."""
     return state.o / torch.where(state.l == 0, 1, state.l).unsqueeze(-1)
 
 
 def lse(state: SoftmaxState) -> Tensor:
-    """Log-sum-exp of the scores ``(..., M)``, natural logarithm; -inf for a row without keys."""
+    """Log-sum-exp of the scores ``(..., M)``, natural log; -inf for a row without a visible key."""
     return state.m + torch.log(state.l)
 
 
 def _finite(m: Tensor) -> Tensor:
-    """``m`` with -inf, the maximum of nothing, replaced by 0, so that exp(-inf - m) is 0."""
+    """``m`` with -inf replaced by 0, so that exp(-inf - m) is 0 and not NaN."""
     return torch.where(m == -torch.inf, 0, m)

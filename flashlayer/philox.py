@@ -2,8 +2,7 @@
 
 Whether a probability is dropped is a pure function of (seed, batch, head, query, key): the first
 word of Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with
-the seed as key and the four indices as counter. It does not depend on tile sizes, on the pass, or
-on the device.
+the seed as key and the four indices as counter. Tile sizes, pass and device don't change it.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def random_word(seed: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: T
     Returns:
         int64 in ``[0, 2**32)``.
     """
-    # int64 holds a 32-bit word; the product of two wraps, and its 64 bits are still the right ones.
+    # Words are held in int64. The product of two may overflow its sign; the 64 bits stay correct.
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     c0, c1, c2, c3 = batch, head, query, key
     for _ in range(ROUNDS):
@@ -47,7 +46,7 @@ def random_word(seed: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: T
 
 
 def threshold(dropout_p: float) -> int:
-    """A word below this is dropped: ``dropout_p`` in units of ``2**-32``."""
+    """Words below it are dropped: ``dropout_p`` in units of ``2**-32``."""
     return round(dropout_p * 2**32)
 
 

@@ -41,6 +41,11 @@ def is_observed(x: Tensor) -> bool:
     )
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What scores, sums and the LSE of inputs in ``dtype`` are computed in: fp32, or fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 class Options(TypedDict, total=False):
     """Keyword options of ``flash_attention`` and ``flash_attention_varlen``, for type checkers."""
 

@@ -1,4 +1,4 @@
-"""Opt-in: measure tile sizes on the GPU at hand instead of looking them up."""
+"""Opt-in: measure tile sizes on this GPU instead of taking them from the table."""
 
 from __future__ import annotations
 
@@ -29,25 +29,22 @@ def tune(
     path: str | Path | None = None,
     **options: Any,
 ) -> dict[str, dict[str, Any]]:
-    """Find the fastest tiles for calls like this one on this device; this process uses them after.
+    """Find the fastest tiles for calls like this one; this process uses them from then on.
 
-    Nothing is tuned unless this is called: the tiles of a call come from a table, so that it always
-    runs the same kernels. "Like this one" is a bucket: the same device, dtype, head dimensions and
-    sides of the window, and lengths with the same power of two above them.
+    Without it tiles come from a table, and a call always runs the same kernels. "Like this one"
+    means the same bucket: device, dtype, head dimensions, bounded sides of the window, and lengths
+    rounded up to a power of two.
 
-    Every row of the table for this dtype, whatever chip or head dimension it was written for, is
-    tried with its number of stages and one more or less, from sm_90 on also with tensor descriptors
-    (TMA); what does not fit the chip is passed over. That compiles a hundred kernels and takes
-    minutes.
+    Candidates are all rows of the table for this dtype, of any chip and head dimension, each with
+    its number of stages and one more or less, from sm_90 on also with tensor descriptors (TMA).
+    Those that do not fit the chip are skipped. This compiles a hundred kernels and takes minutes.
 
     Args:
-        query: ``(B, H, Sq, D)``; with ``key`` and ``value`` as :func:`flashlayer.flash_attention`
-            takes them.
+        query: ``(B, H, Sq, D)``; tensors and options as in :func:`flashlayer.flash_attention`.
         key: ``(B, Hkv, Sk, D)``.
         value: ``(B, Hkv, Sk, Dv)``.
         backward: also tune dK/dV and dQ.
-        path: a JSON file of results: what it holds for this bucket is taken without measuring, what
-            is measured is added to it.
+        path: a JSON file of results; buckets in it are not measured again, others are added.
         **options: those of :func:`flashlayer.flash_attention`.
 
     Returns:
@@ -56,7 +53,7 @@ def tune(
 
     Raises:
         ValueError: the Triton backend can't compute this call.
-        TypeError: as :func:`flashlayer.flash_attention`.
+        TypeError: as in :func:`flashlayer.flash_attention`.
 
     Example:
         >>> chosen = flashlayer.tune(q, k, v, causal=True, path="tiles.json")  # doctest: +SKIP
@@ -90,10 +87,10 @@ def _read(path: str | Path | None) -> dict[str, dict[str, Any]]:
 
 
 def _fastest(kernel: str, bucket: tuple, problem: Problem) -> Any:
-    """The candidate with the least median time; all of them take turns."""
+    """The candidate with the smallest median time; they are timed in turns."""
     from triton.runtime.errors import OutOfResources, PTXASError
 
-    run = _forward(problem) if kernel == "forward" else _backward(problem)
+    run = _call(kernel, problem)
     before = backend.TUNED.get(bucket)
     times: dict[Any, list[float]] = {}
     try:
@@ -115,13 +112,12 @@ def _fastest(kernel: str, bucket: tuple, problem: Problem) -> Any:
     return min(times, key=lambda candidate: median(times[candidate]))
 
 
-def _forward(problem: Problem) -> Callable[[], object]:
-    return lambda: backend.forward(*problem)
-
-
-def _backward(problem: Problem) -> Callable[[], object]:
+def _call(kernel: str, problem: Problem) -> Callable[[], object]:
+    """A call that launches this kernel."""
     q, k, v, spec, extras = problem
-    o, lse = backend.forward(*problem)
+    if kernel == "forward":
+        return lambda: backend.forward(q, k, v, spec, extras)
+    o, lse = backend.forward(q, k, v, spec, extras)
     return lambda: backend.backward(torch.ones_like(o), None, q, k, v, o, lse, spec, extras)
 
 

@@ -1,4 +1,4 @@
-"""What the wrapper makes of ATen's kernel: windows, packed sequences and padding from its parts."""
+"""ATen's kernel behind its wrapper: windows, packed sequences and padding cut into pieces."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flashlayer import available_backends, flash_attention, flash_attention_varlen
 from flashlayer.backends import aten
-from flashlayer.backends.aten import flash, parts, short
-from flashlayer.backends.aten.parts import split
+from flashlayer.backends.aten import kernel, pieces, short
+from flashlayer.backends.aten.pieces import split
 from flashlayer.spec import NO_EXTRAS, AttentionSpec
 from tests.tolerance import assert_matches_standard
 
@@ -22,9 +22,10 @@ def qkv(batch: int, heads: int, kv_heads: int, seqlen: int, dtype: torch.dtype) 
     return [torch.randn(batch, h, seqlen, 16, dtype=dtype) for h in (heads, kv_heads, kv_heads)]
 
 
-def padding(keys: int, *shown: tuple[int, int]) -> Tensor:
+def padding(keys: int, *visible: tuple[int, int]) -> Tensor:
+    """A mask (B, 1, 1, Sk); in each batch entry the keys from start to stop are visible."""
     key = torch.arange(keys)
-    return torch.stack([(key >= start) & (key < stop) for start, stop in shown])[:, None, None]
+    return torch.stack([(key >= start) & (key < stop) for start, stop in visible])[:, None, None]
 
 
 WINDOWS: dict[str, dict[str, Any]] = {
@@ -34,7 +35,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "right_alone": {"window_size": (None, 40)},
     "left_alone": {"window_size": (40, None)},
     "diagonal_alone": {"window_size": (0, 0)},
-    # Several triangles, and a ragged end of their own.
+    # Several triangles, and a shorter masked block at the end.
     "triangles": {"window_size": (64, 0)},
     "triangles_ahead": {"window_size": (0, 33)},
     "triangles_both_sides": {"window_size": (20, 29)},
@@ -45,8 +46,8 @@ WINDOWS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", WINDOWS)
 def test_window(name: str, dtype: torch.dtype) -> None:
-    """Over several blocks of queries, the last of them shorter."""
-    q, k, v = qkv(2, 4, 2, 2 * parts.WINDOW_BLOCK_MIN + 37, dtype)
+    """Several blocks of queries, the last one shorter."""
+    q, k, v = qkv(2, 4, 2, 2 * pieces.MASKED_BLOCK_MIN + 37, dtype)
     assert_matches_standard(q, k, v, backend="aten", with_noise=True, **WINDOWS[name])
 
 
@@ -55,47 +56,45 @@ SIDES = st.none() | st.integers(0, 150)
 
 @settings(deadline=None)
 @given(st.integers(1, 400), st.integers(-120, 120), SIDES, SIDES, st.booleans())
-def test_the_parts_of_a_band_hold_every_pair_once(
+def test_the_pieces_of_a_window_hold_every_pair_once(
     queries: int, more: int, left: int | None, right: int | None, is_top_left: bool
 ) -> None:
-    """Each part's rows, causal triangle and mask written out, against the band."""
+    """Rows, causal triangle and mask of each piece, added up, against the window itself."""
     keys = max(1, queries + more)
     q, k = torch.zeros(1, 1, queries, 1), torch.zeros(1, 1, keys, 1)
-    band = AttentionSpec(1.0, left, right, "top_left" if is_top_left else "bottom_right")
+    spec = AttentionSpec(1.0, left, right, "top_left" if is_top_left else "bottom_right")
     i, j = (torch.arange(length).view(1, 1, -1, 1) for length in (queries, keys))
     count = torch.zeros(queries, keys)
-    for part in split(q, k, band, NO_EXTRAS):
-        for rows, columns in zip(part.queries(i), part.keys(j), strict=True):
-            seen = torch.ones(rows.shape[1], columns.shape[1])
-            seen = seen.tril() if part.causal else seen
-            seen = seen if part.band is None else seen * (part.band == 0)
-            assert part.band is None or seen.any(dim=-1).all(), "a row without a key has no LSE"
-            count[rows.flatten()[:, None], columns.flatten()] += seen
-    assert torch.equal(count > 0, band.visible(0, queries, 0, keys, queries, keys, q.device))
+    for piece in split(q, k, spec, NO_EXTRAS):
+        for rows, columns in zip(piece.queries(i), piece.keys(j), strict=True):
+            visible = torch.ones(rows.shape[1], columns.shape[1])
+            visible = visible.tril() if piece.causal else visible
+            visible = visible if piece.mask is None else visible * (piece.mask == 0)
+            assert visible.any(dim=-1).all() or piece.mask is None, "a row without a key"
+            count[rows.flatten()[:, None], columns.flatten()] += visible
+    assert torch.equal(count > 0, spec.visible(0, queries, 0, keys, queries, keys, q.device))
     assert count.max() <= 1
 
 
 def test_a_wide_window_needs_no_mask() -> None:
     q = torch.zeros(1, 1, 1024, 1)
-    band = AttentionSpec(1.0, 128, 0, diagonal="top_left")
-    found = split(q, q, band, NO_EXTRAS)
-    assert [(part.blocks, part.band) for part in found] == [(1, None), (7, None), (7, None)]
+    found = split(q, q, AttentionSpec(1.0, 128, 0, diagonal="top_left"), NO_EXTRAS)
+    assert [(piece.blocks, piece.mask) for piece in found] == [(1, None), (7, None), (7, None)]
 
 
 def test_triangles_come_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a call copies is bounded, whatever the length."""
-    monkeypatch.setattr(parts, "TRIANGLE_ROWS", 100)
+    """So that the size of the copies is bounded at any length."""
+    monkeypatch.setattr(pieces, "TRIANGLE_ROWS", 100)
     q, k, v = qkv(2, 4, 2, 400, torch.float32)
-    band = AttentionSpec(1.0, 40, 0, diagonal="top_left")
-    found = split(q, k, band, NO_EXTRAS)
-    assert [part.blocks for part in found] == [1, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1]
+    found = split(q, k, AttentionSpec(1.0, 40, 0, diagonal="top_left"), NO_EXTRAS)
+    assert [piece.blocks for piece in found] == [1, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1]
     assert_matches_standard(q, k, v, backend="aten", with_noise=True, window_size=(40, 0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (20, 3)}], ids=str)
 def test_packed(options: dict[str, Any], dtype: torch.dtype) -> None:
-    """Sequences of every length, an empty one, and tokens past the last."""
+    """Sequences of several lengths, an empty one, and tokens past the last one."""
     edges = torch.tensor([0, 1, 1, 150, 340], dtype=torch.int32)
     q, k, v = (torch.randn(345, h, 16, dtype=dtype) for h in (4, 2, 2))
     results = assert_matches_standard(
@@ -139,14 +138,14 @@ def test_unlike_lengths(
     [
         (4, 12, {"causal": True}, slice(0, 8)),
         (90, 90, {"window_size": (33, 0)}, slice(0, 33)),
-        (90, 90, {"window_size": (33, 0)}, slice(30, 70)),  # all that some queries see
+        (90, 90, {"window_size": (33, 0)}, slice(30, 70)),  # every visible key of some queries
     ],
     ids=["causal", "window", "whole_rows"],
 )
-def test_a_part_whose_scores_are_all_minus_infinity_weighs_nothing(
+def test_a_piece_whose_scores_are_all_minus_infinity_has_no_weight(
     seqlen_q: int, seqlen_k: int, options: dict[str, Any], overflowing: slice
 ) -> None:
-    """The kernel says o = 0 and lse = 0 of such a row, and the merge took that for a key."""
+    """The kernel returns o = 0, lse = 0 for such a row; merged, that would be a key of score 0."""
     q = -(torch.rand(1, 2, seqlen_q, 8) + 0.5) * 1e20
     k, v = torch.rand(1, 1, seqlen_k, 8) + 0.5, torch.randn(1, 1, seqlen_k, 8)
     k *= 1e-20
@@ -183,7 +182,7 @@ MASKS = {
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", MASKS)
 def test_padding(name: str, causal: bool, dtype: torch.dtype) -> None:
-    """Hidden keys are NaN: what is skipped can't be read."""
+    """Hidden keys are NaN, so reading one shows."""
     q, k, v = qkv(2, 4, 2, 70, dtype)
     mask = MASKS[name]
     for x in (k, v):
@@ -203,14 +202,14 @@ def test_padding_with_holes_is_gathered_but_not_under_causal() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("seqlen_q", [1, 3, flash.FOLDED_ROWS_MAX])
+@pytest.mark.parametrize("seqlen_q", [1, 3, kernel.FOLDED_ROWS_MAX])
 def test_a_group_of_heads_is_folded_into_rows(seqlen_q: int, dtype: torch.dtype) -> None:
-    """Under and over the number of keys from which that pays in fp32."""
-    for keys in (90, flash.FOLDED_FP32_MIN // 64):
+    """Below and above the number of keys from which folding pays in fp32."""
+    for keys in (90, kernel.FOLDED_FP32_MIN // 64):
         sizes = ((6, seqlen_q), (2, keys), (2, keys))
         q, k, v = (torch.randn(2, heads, seqlen, 16, dtype=dtype) for heads, seqlen in sizes)
-        few_rows = 3 * seqlen_q <= flash.FOLDED_ROWS_MAX
-        assert flash.folds(q, k) == (few_rows and (dtype == torch.bfloat16 or keys > 90))
+        few_rows = 3 * seqlen_q <= kernel.FOLDED_ROWS_MAX
+        assert kernel.folds(q, k) == (few_rows and (dtype == torch.bfloat16 or keys > 90))
         assert_matches_standard(q, k, v, backend="aten", with_noise=True)
 
 
@@ -218,7 +217,7 @@ def test_a_group_of_heads_is_folded_into_rows(seqlen_q: int, dtype: torch.dtype)
 def test_folded_results_pass_through_forward_mode_and_a_compiled_graph(
     kv_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flash, "FOLDED_FP32_MIN", 0)
+    monkeypatch.setattr(kernel, "FOLDED_FP32_MIN", 0)
     q, k, v = (torch.randn(1, h, s, 16) for h, s in ((4, 2), (kv_heads, 30), (kv_heads, 30)))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -259,8 +258,8 @@ def test_auto_takes_the_kernel_for_windows_padding_and_packed(
     assert [args[1].shape[2] for args in calls] == [30, 10]
 
 
-def test_the_default_device_has_no_say() -> None:
-    """The window's mask was made there: uninitialised, on a meta default."""
+def test_the_default_device_is_ignored() -> None:
+    """A window's mask made on it would have no values on meta."""
     q = torch.randn(1, 1, 200, 8)
     expected = flash_attention(q, q, q, window_size=(2, 0), backend="aten")
     with torch.device("meta"):
@@ -277,13 +276,13 @@ def test_a_gradient_of_lse_past_the_range_of_fp16() -> None:
 
 @pytest.fixture
 def shortest(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Short bf16 problems of any number of rows go to the products; their scores are noted."""
+    """Short bf16 problems of any number of rows take the products; records each call's dO."""
     monkeypatch.setattr(short, "ROWS_MIN", 0)
     monkeypatch.setattr(short, "_multiplies_bf16", lambda: True)
     taken = []
     backward = short.short_backward
     monkeypatch.setattr(
-        flash, "short_backward", lambda do, *rest: (taken.append(do), backward(do, *rest))[1]
+        kernel, "short_backward", lambda do, *rest: (taken.append(do), backward(do, *rest))[1]
     )
     return taken
 
@@ -304,7 +303,7 @@ def test_short_gradients(
     monkeypatch.setattr(short, "SCORES_AT_ONCE", at_once)
     sizes = ((4, seqlen_q), (kv_heads, seqlen_k), (kv_heads, seqlen_k))
     q, k, v = (torch.randn(2, h, s, 40, dtype=torch.bfloat16) for h, s in sizes)
-    if options:  # what no query sees may hold anything
+    if options:  # keys hidden from every query may hold anything
         k[:, :, seqlen_q:], v[:, :, seqlen_q:] = torch.nan, torch.inf
     assert_matches_standard(q, k, v, backend="aten", **options)
     assert shortest
@@ -316,10 +315,10 @@ def gradients(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(out, leaves, do))
 
 
-def test_short_gradients_of_large_scores_are_as_near_as_the_kernels(
+def test_short_gradients_of_large_scores_are_as_accurate_as_the_kernels(
     shortest: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Scores rounded to bf16 gave four times the kernel's error here."""
+    """Scores rounded to bf16 would have four times the kernel's error here."""
     q, k, v, do = (torch.randn(2, 4, 128, 64, dtype=torch.bfloat16) for _ in range(4))
     expected = gradients(*(x.double() for x in (6 * q, k, v, do)))
     by_products = gradients(6 * q, k, v, do)
@@ -327,12 +326,12 @@ def test_short_gradients_of_large_scores_are_as_near_as_the_kernels(
     monkeypatch.setattr(short, "LENGTH_MAX", 0)
     by_kernel = gradients(6 * q, k, v, do)
     assert len(shortest) == 1
-    for product, kernel, exact in zip(by_products, by_kernel, expected, strict=True):
-        assert (product - exact).abs().max() <= 1.5 * (kernel - exact).abs().max()
+    for short_grad, kernel_grad, exact in zip(by_products, by_kernel, expected, strict=True):
+        assert (short_grad - exact).abs().max() <= 1.5 * (kernel_grad - exact).abs().max()
 
 
 def test_which_short_gradients_are_products(shortest: list[Tensor]) -> None:
-    """Those of whole rows; a window's parts share theirs."""
+    """Those of pieces that share no rows; the pieces of a window do."""
     q = torch.randn(1, 2, 150, 16, dtype=torch.bfloat16, requires_grad=True)
     flash_attention(q, q, q, window_size=(40, 0)).sum().backward()
     assert not shortest

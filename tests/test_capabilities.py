@@ -1,4 +1,4 @@
-"""ATen's kernel under each capability that it was compiled for: its exponential, and the suites."""
+"""ATen's kernel under each CPU capability it is compiled for: its exponential, and the suites."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch import Tensor
 
 from flashlayer import flash_attention
 from flashlayer.backends import aten
-from flashlayer.backends.aten import flash
+from flashlayer.backends.aten import kernel
 from tests.tolerance import EXPONENTIALS, UNIT, assert_matches_standard, aten_exponential
 
 ROOT = Path(__file__).parents[1]
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
 
-# What each capability needs of the CPU.
+# CPU features that each capability needs.
 NEEDS = {"DEFAULT": (), "AVX2": ("avx2", "fma3"), "AVX512": ("avx512_f", "avx512_bw", "avx512_vl")}
 
-# The suites that judge ATen's path, and their tests that do. The folding of heads is left out: it
-# reshapes tensors, and takes half of the time.
+# The suites that test the aten backend, and a selection of those tests. Folding heads is left out:
+# it only reshapes tensors, and takes half of the time.
 SUITES = (
     "tests/test_capabilities.py",
     "tests/test_accuracy.py",
@@ -39,12 +39,12 @@ SELECTION = (
     "(aten or capabilities or accuracy_in_lower_precision or autocast)"
     " and not triton and not tiled and not folded and not other_capability"
 )
-SELECTED_MIN = 350  # so many tests at the least, or the selection no longer says what it should
+SELECTED_MIN = 350  # fewer selected tests would mean that SELECTION no longer matches their names
 
 
 @pytest.mark.parametrize("capability", EXPONENTIALS)
 def test_the_suites_hold_under_any_other_capability(capability: str) -> None:
-    """ATen looks at ATEN_CPU_CAPABILITY once, so it takes a process for each."""
+    """ATen reads ATEN_CPU_CAPABILITY once a process, so each capability needs its own."""
     if capability == CAPABILITY:
         pytest.skip(f"{capability} is what this process runs under")
     if CAPABILITY not in EXPONENTIALS:
@@ -75,14 +75,14 @@ def test_the_capability_is_the_one_asked_for() -> None:
 
 
 def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(0) and exp(x) over their sum, for each x, and lse; the other keys weigh nothing."""
+    """For each x: exp(0) and exp(x) over their sum, and lse; the other keys have no weight."""
     k = torch.full((len(x), 1, 32, 2), -1e4)
     k[:, 0, :2] = 0
     k[:, 0, 1, 0] = x
     v = torch.zeros_like(k)
     v[:, 0, 0, 0] = v[:, 0, 1, 1] = 1
     q = torch.ones(len(x), 1, 1, 2)
-    out, lse = flash._FLASH(q, k, v, scale=1.0)
+    out, lse = kernel._FLASH(q, k, v, scale=1.0)
     return out[:, 0, 0], lse[:, 0, 0]
 
 
@@ -92,14 +92,14 @@ def error(actual: Tensor, x: Tensor) -> Tensor:
 
 
 def test_the_exponential_of_the_forward_pass_is_as_far_off_as_the_bound_says() -> None:
-    """Measured where the sum is 1 to the last bit, so that the output is exp(x) itself."""
+    """Measured where the sum rounds to 1, so that the output is exp(x) itself."""
     exp = aten_exponential(torch.float32)
     x = -18 - 62 * torch.rand(200_000)
     out, _ = forward(x)
     assert (out[:, 0] == 1).all()
     share = error(out[:, 1], x) / (exp.forward + exp.forward_slope * x.abs())
     assert 0.9 < share.max() <= 1
-    # Nearer to 0 as a ratio, whose two terms are rounded.
+    # Nearer to 0 as a ratio of two rounded numbers.
     x = -18 * torch.rand(200_000)
     out, lse = forward(x)
     ratio = out[:, 1].double() / out[:, 0].double()
@@ -122,15 +122,15 @@ def test_the_exponential_of_the_backward_pass_is_as_far_off_as_the_bound_says() 
 def test_the_exponential_of_half_precision_is_as_far_off_as_the_bound_says(
     dtype: torch.dtype,
 ) -> None:
-    """Measured as the sum of one exp(0) and 31 exp(x), which lse keeps in fp32."""
+    """Measured through lse, in fp32, as the sum of one exp(0) and 31 exp(x)."""
     x = (-3 * torch.rand(200_000)).to(dtype)
     k = x.view(-1, 1, 1, 1).repeat(1, 1, 32, 1)
     k[:, :, 0] = 0
-    _, lse = flash._FLASH(torch.ones_like(k[:, :, :1]), k, torch.zeros_like(k), scale=1.0)
+    _, lse = kernel._FLASH(torch.ones_like(k[:, :, :1]), k, torch.zeros_like(k), scale=1.0)
     exact = torch.log(1 + 31 * x.double().exp())
     exp = aten_exponential(dtype)
     found = (lse.flatten() - exact).abs()
-    # The sum of 32 numbers in vectors of 8 or more is rounded up to 6 times, lse twice more.
+    # A sum of 32 numbers in vectors of 8 or more has up to 6 roundings, lse two more.
     assert (found <= exp.forward + exp.forward_slope * x.abs() + (6 + 2 * exact) * UNIT).all()
     if exp.forward > 100 * UNIT:
         assert found.max() > 0.8 * exp.forward
@@ -140,15 +140,15 @@ def test_the_exponential_of_half_precision_is_as_far_off_as_the_bound_says(
 def test_the_bound_of_aten_catches_a_small_error(
     what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 1e-5: a few ten times what the exponential does."""
-    kernel_forward, kernel_backward = aten.flash_forward, aten.flash_backward
+    """An error of 1e-5, a few ten times that of the exponential."""
+    flash_forward, flash_backward = aten.flash_forward, aten.flash_backward
 
     def forward_off(*args: Any) -> tuple[Tensor, Tensor]:
-        out, lse = kernel_forward(*args)
+        out, lse = flash_forward(*args)
         return out * (1 + 1e-5 * (what == "out")), lse + 1e-5 * (what == "lse")
 
     def backward_off(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(x * (1 + 1e-5 * (what == "gradients")) for x in kernel_backward(*args))
+        return tuple(x * (1 + 1e-5 * (what == "gradients")) for x in flash_backward(*args))
 
     q, k, v = (torch.randn(1, 2, 63, 40) for _ in range(3))
     assert_matches_standard(q, k, v, backend="aten", causal=True)
@@ -167,7 +167,7 @@ def test_the_bound_of_aten_catches_a_small_error(
         (2, 64, 64, {}),
         (2, 64, 64, {"causal": True}),
         (4, 65, 600, {}),
-        (8, 16, 64, {}),  # folded into 64 rows of a kv head
+        (8, 16, 64, {}),  # folded: 64 rows for each kv head
         (2, 200, 200, {"window_size": (70, 9)}),
         (2, 130, 150, {"causal": True}),
         (2, 800, 100, {}),
@@ -176,7 +176,7 @@ def test_the_bound_of_aten_catches_a_small_error(
 def test_half_precision_needs_no_packing_for_units_that_the_capability_lacks(
     dtype: torch.dtype, heads: int, seqlen_q: int, seqlen_k: int, options: dict[str, Any]
 ) -> None:
-    """On a CPU with AMX below AVX-512 the kernel raised "pack_vnni2 is only supported when ..."."""
+    """On a CPU with AMX the kernel raises "pack_vnni2 is only supported when ..." below AVX-512."""
     q = torch.randn(1, heads, seqlen_q, 64, dtype=dtype)
     k, v = (torch.randn(1, 2, seqlen_k, 64, dtype=dtype) for _ in range(2))
     assert_matches_standard(q, k, v, backend="aten", with_noise=True, **options)

@@ -1,13 +1,14 @@
 """The tiled algorithm in plain PyTorch: any dtype, any device, O(Sq + Sk) memory.
 
-It is the kernels' algorithm at a readable size: blocks of queries, tiles of keys, the online
-softmax going forward and the probabilities recomputed from the LSE going back (FlashAttention-2,
+The kernels' algorithm at a readable size: blocks of queries, tiles of keys, the online softmax in
+the forward pass, probabilities recomputed from the LSE in the backward pass (FlashAttention-2,
 arXiv 2307.08691, algorithms 1 and 2).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -15,40 +16,41 @@ from torch import Tensor
 
 from flashlayer import online_softmax, philox
 from flashlayer.online_softmax import SoftmaxState
-from flashlayer.spec import AttentionExtras, AttentionSpec, Problem
+from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, accumulation_dtype
 
 name = "tiled"
 
-# Scores computed at once: one square tile for each batch entry and head, 4 MB in fp32, about what a
-# CPU's caches hold. The best power of two within 15 % for 2, 16 and 64 heads on two cores.
+# Scores computed at once for all batch entries and heads: 4 MB in fp32, about what a CPU's caches
+# hold. The best power of two within 15 % for 2, 16 and 64 heads on two cores.
 SCORES_AT_ONCE = 2**20
 
 
-class Sequence(NamedTuple):
-    """One stretch of queries and the keys it may see: all of a dense problem, or a packed part."""
+class Block(NamedTuple):
+    """Consecutive queries of one sequence: a dense problem's, or one of the packed ones."""
 
-    batch: Tensor  # (B, 1, 1, 1): which batch entry, or which packed sequence
-    q_start: int
-    k_start: int
-    seqlen_q: int
-    seqlen_k: int
+    batch: Tensor  # (B, 1, 1, 1): batch entry, or number of the packed sequence
+    start: int  # first position in the sequence
+    stop: int
+    q_rows: slice  # where the queries are in the tensors
+    k_first: int  # where the sequence's keys start in the tensors
+    seqlens: tuple[int, int]  # queries and keys of the sequence
 
 
 class Tile(NamedTuple):
-    """One tile of the score matrix: a block of queries, a block of keys, the mask between them."""
+    """One tile of the score matrix: a block of queries and some of the keys."""
 
-    query: Tensor  # (M, 1): positions in the sequence
-    key: Tensor  # (1, N)
+    query: Tensor  # (M, 1): position in the sequence
+    key: Tensor  # (1, N): position in the sequence
     k_rows: slice  # where the keys are in the tensors
     mask: Tensor | None  # tile of attn_mask, every dimension full or 1
-    visible: Tensor | None  # bool, broadcastable to (B, H, M, N); None where everything is seen
+    visible: Tensor | None  # bool, broadcastable to (B, H, M, N); None if every key is visible
 
 
 class Scores(NamedTuple):
     """The scores of a tile and what their derivative needs."""
 
     scores: Tensor  # (B, Hkv, G*M, N), -inf where hidden
-    slope: Tensor | None  # (B, Hkv, G*M, N): derivative of the softcap; None without one
+    softcap_grad: Tensor | None  # (B, Hkv, G*M, N); None without softcap
     k_tile: Tensor  # (B, Hkv, N, D)
     v_tile: Tensor  # (B, Hkv, N, Dv)
     kept: Tensor | None  # (B, Hkv, G*M, N): 1 / (1 - dropout_p) or 0; None without dropout
@@ -62,22 +64,19 @@ def refuses(problem: Problem) -> str | None:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple[Tensor, Tensor]:
-    """One online-softmax state a block of queries, updated with every tile of keys it sees."""
-    dtype, heads, kv_heads = _accumulation_dtype(q), q.shape[1], k.shape[1]
+    """One online-softmax state a block of queries, updated with every tile of visible keys."""
+    dtype, heads, kv_heads = accumulation_dtype(q.dtype), q.shape[1], k.shape[1]
     o = q.new_zeros(*q.shape[:3], v.shape[-1])
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=dtype)
-    for sequence in _sequences(q, k, extras):
-        for start, stop in _blocks(0, sequence.seqlen_q, _block_size(q)):
-            rows = slice(sequence.q_start + start, sequence.q_start + stop)
-            q_rows = _fold(q[:, :, rows], kv_heads).to(dtype)  # [B, Hkv, G*M, D]
-            state = _first_state(q_rows, v.shape[-1], extras.sinks, stop - start)
-            for tile in _tiles(sequence, start, stop, q, spec, extras):
-                tile_scores = _scores(q_rows, k, v, tile, sequence, spec, extras)
-                state = online_softmax.update(
-                    state, tile_scores.scores, tile_scores.v_tile, tile_scores.kept
-                )
-            o[:, :, rows] = _unfold(online_softmax.finalize(state), heads)
-            lse[:, :, rows] = _unfold(online_softmax.lse(state), heads)
+    for block in _blocks(q, k, extras):
+        rows = block.q_rows
+        q_rows = _fold(q[:, :, rows], kv_heads).to(dtype)  # [B, Hkv, G*M, D]
+        state = _first_state(q_rows, v.shape[-1], extras.sinks, block.stop - block.start)
+        for tile in _tiles(block, q, spec, extras):
+            scores, _, _, v_tile, kept = _scores(q_rows, k, v, block, tile, spec, extras)
+            state = online_softmax.update(state, scores, v_tile, kept)
+        o[:, :, rows] = _unfold(online_softmax.finalize(state), heads)
+        lse[:, :, rows] = _unfold(online_softmax.lse(state), heads)
     return o, lse
 
 
@@ -96,51 +95,49 @@ def backward(
 
         dV = P^T dO    dP = dO V^T    dS = P * (dP - delta)    dQ = scale dS K    dK = scale dS^T Q
 
-    ``delta = rowsum(O * dO) - dlse`` (appendix B.4 of arXiv 2205.14135; d lse / d S = P gives the
-    second term). Folding the query heads of a group into the rows makes dK and dV sum over the
-    group by themselves. With dropout P in dV and dP are multiplied by the mask, and delta, which
-    is the mean of dP under P, still is that. dS is the gradient of an additive mask as it stands.
+    ``delta = rowsum(O * dO) - dlse`` (appendix B.4 of arXiv 2205.14135; the second term because
+    d lse / d S = P). With the query heads of a group folded into the rows, dK and dV sum over the
+    group. Dropout multiplies P in dV and dP by the mask; delta stays the mean of dP under P. The
+    gradient of an additive mask is dS.
     """
-    dtype, heads, kv_heads = _accumulation_dtype(q), q.shape[1], k.shape[1]
+    dtype, heads, kv_heads = accumulation_dtype(q.dtype), q.shape[1], k.shape[1]
     dq = torch.zeros_like(q)
     dk, dv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
     d_mask = None
     if extras.attn_mask is not None and extras.wants_mask_gradient(spec):
         d_mask = extras.attn_mask.new_zeros(extras.attn_mask.shape, dtype=dtype)
     delta = q.new_zeros(q.shape[:3], dtype=dtype)
-    # A row that sees no key has lse = -inf and only scores of -inf: +inf makes their exp(S - lse)
-    # 0, not NaN.
+    # lse = -inf is a row without visible keys: exp(-inf - -inf) is NaN, exp(-inf - inf) is 0.
     finite_lse = torch.where(lse == -torch.inf, torch.inf, lse)
-    for sequence in _sequences(q, k, extras):
-        for start, stop in _blocks(0, sequence.seqlen_q, _block_size(q)):
-            rows = slice(sequence.q_start + start, sequence.q_start + stop)
-            q_rows, do_rows, o_rows = (
-                _fold(x[:, :, rows], kv_heads).to(dtype) for x in (q, do, o)
-            )  # [B, Hkv, G*M, D]
-            delta_rows = (o_rows * do_rows).sum(dim=-1)  # [B, Hkv, G*M]
-            if dlse is not None:
-                delta_rows -= _fold(dlse[:, :, rows], kv_heads)
-            delta[:, :, rows] = _unfold(delta_rows, heads)
-            lse_rows = _fold(finite_lse[:, :, rows], kv_heads)
-            dq_rows = torch.zeros_like(q_rows)
-            for tile in _tiles(sequence, start, stop, q, spec, extras):
-                scores, slope, k_tile, v_tile, kept = _scores(
-                    q_rows, k, v, tile, sequence, spec, extras
-                )
-                p = scores.sub_(lse_rows.unsqueeze(-1)).exp_()  # [B, Hkv, G*M, N]
-                dp = do_rows @ v_tile.transpose(-2, -1)
-                if kept is not None:
-                    dp *= kept
-                dv[:, :, tile.k_rows] += (p if kept is None else p * kept).mT @ do_rows
-                ds = dp.sub_(delta_rows.unsqueeze(-1)).mul_(p)
-                if d_mask is not None:
-                    d_mask_tile = _mask_tile(d_mask, rows, tile.k_rows)
-                    d_mask_tile += _by_head(ds, heads).sum_to_size(d_mask_tile.shape)
-                if slope is not None:
-                    ds *= slope
-                dq_rows += ds @ k_tile
-                dk[:, :, tile.k_rows] += ds.transpose(-2, -1) @ q_rows
-            dq[:, :, rows] = _unfold(dq_rows * spec.scale, heads)
+    for block in _blocks(q, k, extras):
+        rows = block.q_rows
+        q_rows, do_rows, o_rows = (
+            _fold(x[:, :, rows], kv_heads).to(dtype) for x in (q, do, o)
+        )  # [B, Hkv, G*M, D]
+        delta_rows = (o_rows * do_rows).sum(dim=-1)  # [B, Hkv, G*M]
+        if dlse is not None:
+            delta_rows -= _fold(dlse[:, :, rows], kv_heads)
+        delta[:, :, rows] = _unfold(delta_rows, heads)
+        lse_rows = _fold(finite_lse[:, :, rows], kv_heads)
+        dq_rows = torch.zeros_like(q_rows)
+        for tile in _tiles(block, q, spec, extras):
+            scores, softcap_grad, k_tile, v_tile, kept = _scores(
+                q_rows, k, v, block, tile, spec, extras
+            )
+            p = scores.sub_(lse_rows.unsqueeze(-1)).exp_()  # [B, Hkv, G*M, N]
+            dp = do_rows @ v_tile.mT
+            if kept is not None:
+                dp *= kept
+            dv[:, :, tile.k_rows] += (p if kept is None else p * kept).mT @ do_rows
+            ds = dp.sub_(delta_rows.unsqueeze(-1)).mul_(p)
+            if d_mask is not None:
+                d_mask_tile = _mask_tile(d_mask, rows, tile.k_rows)
+                d_mask_tile += _by_head(ds, heads).sum_to_size(d_mask_tile.shape)
+            if softcap_grad is not None:
+                ds *= softcap_grad
+            dq_rows += ds @ k_tile
+            dk[:, :, tile.k_rows] += ds.mT @ q_rows
+        dq[:, :, rows] = _unfold(dq_rows * spec.scale, heads)
     if d_mask is not None and extras.attn_mask is not None:
         d_mask = d_mask.to(extras.attn_mask.dtype)
     dk, dv = (dk * spec.scale).to(k.dtype), dv.to(v.dtype)
@@ -150,7 +147,7 @@ def backward(
 def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """See :class:`flashlayer.spec.Backend`."""
     o = q.new_empty(*q.shape[:3], v.shape[-1])
-    return o, q.new_empty(q.shape[:3], dtype=_accumulation_dtype(q))
+    return o, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
 
 
 def empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,12 +155,46 @@ def empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
+def _blocks(q: Tensor, k: Tensor, extras: AttentionExtras) -> Iterator[Block]:
+    """The queries of each sequence in blocks."""
+    if extras.cu_seqlens_q is None or extras.cu_seqlens_k is None:
+        batches = [torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1)]
+        q_edges, k_edges = [0, q.shape[2]], [0, k.shape[2]]
+    else:
+        q_edges, k_edges = extras.cu_seqlens_q.tolist(), extras.cu_seqlens_k.tolist()
+        batches = torch.arange(len(q_edges) - 1, device=q.device).view(-1, 1, 1, 1, 1).unbind()
+    sequences = zip(batches, pairwise(q_edges), pairwise(k_edges), strict=True)
+    for batch, (q_first, q_end), (k_first, k_end) in sequences:
+        for start, stop in _ranges(0, q_end - q_first, _block_size(q)):
+            q_rows = slice(q_first + start, q_first + stop)
+            yield Block(batch, start, stop, q_rows, k_first, (q_end - q_first, k_end - k_first))
+
+
+def _tiles(block: Block, q: Tensor, spec: AttentionSpec, extras: AttentionExtras) -> Iterator[Tile]:
+    """The tiles that hold a key visible to the block; the others are skipped."""
+    start, stop, seqlens = block.start, block.stop, block.seqlens
+    bounds = spec.key_bounds(start, stop, *seqlens)
+    query = torch.arange(start, stop, device=q.device)[:, None]
+    for k_start, k_stop in _ranges(bounds.any_start, bounds.any_stop, _block_size(q)):
+        k_rows = slice(block.k_first + k_start, block.k_first + k_stop)
+        visible = mask = None
+        if k_start < bounds.all_start or k_stop > bounds.all_stop:
+            visible = spec.visible(start, stop, k_start, k_stop, *seqlens, q.device)
+        if extras.attn_mask is not None:
+            mask = _mask_tile(extras.attn_mask, block.q_rows, k_rows)
+            unmasked = mask if mask.dtype == torch.bool else mask != -torch.inf
+            unmasked = unmasked.expand(-1, -1, stop - start, k_stop - k_start)
+            visible = unmasked if visible is None else visible & unmasked
+        key = torch.arange(k_start, k_stop, device=q.device)[None, :]
+        yield Tile(query, key, k_rows, mask, visible)
+
+
 def _scores(
     q_rows: Tensor,
     k: Tensor,
     v: Tensor,
+    block: Block,
     tile: Tile,
-    sequence: Sequence,
     spec: AttentionSpec,
     extras: AttentionExtras,
 ) -> Scores:
@@ -171,22 +202,22 @@ def _scores(
     k_tile, v_tile = (x[:, :, tile.k_rows].to(q_rows.dtype) for x in (k, v))  # [B, Hkv, N, D]
     heads = q_rows.shape[1] * (q_rows.shape[2] // tile.query.shape[0])
     if tile.mask is not None and tile.visible is not None:
-        # A key that no query of the tile sees may hold anything, and 0 * NaN is NaN.
-        seen = tile.visible.any(dim=-2).expand(q_rows.shape[0], heads, -1)  # [B, H, N]
-        seen = seen.unflatten(1, (q_rows.shape[1], -1)).any(dim=2).unsqueeze(-1)  # [B, Hkv, N, 1]
-        k_tile, v_tile = torch.where(seen, k_tile, 0), torch.where(seen, v_tile, 0)
-    scores = (q_rows @ k_tile.transpose(-2, -1)).mul_(spec.scale)
-    slope = kept = None
+        # A key hidden from every query of the tile may hold anything, and 0 * NaN is NaN.
+        visible = tile.visible.any(dim=-2).expand(q_rows.shape[0], heads, -1)  # [B, H, N]
+        visible = visible.unflatten(1, (q_rows.shape[1], -1)).any(dim=2).unsqueeze(-1)
+        k_tile, v_tile = (torch.where(visible, x, 0) for x in (k_tile, v_tile))
+    scores = (q_rows @ k_tile.mT).mul_(spec.scale)
+    softcap_grad = kept = None
     if spec.softcap is not None:
-        capped = torch.tanh(scores / spec.softcap)
-        scores, slope = spec.softcap * capped, 1 - capped.square()
+        tanh_score = torch.tanh(scores / spec.softcap)
+        scores, softcap_grad = spec.softcap * tanh_score, 1 - tanh_score.square()
     by_head = _by_head(scores, heads)  # [B, H, M, N], a view
     if extras.alibi_slopes is not None:
         slopes = extras.alibi_slopes.to(scores.dtype)
         if len(slopes) > 1:
-            slopes = slopes[sequence.batch.flatten()]
-        diagonal = tile.query + spec.offset(sequence.seqlen_q, sequence.seqlen_k)
-        by_head.sub_(slopes[:, :, None, None] * (diagonal - tile.key).abs())
+            slopes = slopes[block.batch.flatten()]
+        distance = tile.query + spec.offset(*block.seqlens) - tile.key
+        by_head.sub_(slopes[:, :, None, None] * distance.abs())
     if tile.mask is not None and tile.mask.dtype != torch.bool:
         by_head.add_(tile.mask)
     if tile.visible is not None:
@@ -194,59 +225,15 @@ def _scores(
     if extras.dropout_seed is not None:
         head = torch.arange(heads, device=scores.device).view(-1, 1, 1)
         keep = philox.keep_mask(
-            extras.dropout_seed, sequence.batch, head, tile.query, tile.key, spec.dropout_p
+            extras.dropout_seed, block.batch, head, tile.query, tile.key, spec.dropout_p
         )
         survival = 1 - spec.dropout_p
         kept = (keep.to(scores.dtype) / (survival or 1)).view_as(scores)
-    return Scores(scores, slope, k_tile, v_tile, kept)
-
-
-def _sequences(q: Tensor, k: Tensor, extras: AttentionExtras) -> Iterator[Sequence]:
-    if extras.cu_seqlens_q is None or extras.cu_seqlens_k is None:
-        batch = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1)
-        yield Sequence(batch, 0, 0, q.shape[2], k.shape[2])
-        return
-    q_edges, k_edges = extras.cu_seqlens_q.tolist(), extras.cu_seqlens_k.tolist()
-    for index in range(len(q_edges) - 1):
-        batch = torch.full((1, 1, 1, 1), index, device=q.device)
-        yield Sequence(
-            batch,
-            q_edges[index],
-            k_edges[index],
-            q_edges[index + 1] - q_edges[index],
-            k_edges[index + 1] - k_edges[index],
-        )
-
-
-def _tiles(
-    sequence: Sequence,
-    start: int,
-    stop: int,
-    q: Tensor,
-    spec: AttentionSpec,
-    extras: AttentionExtras,
-) -> Iterator[Tile]:
-    """The tiles the queries ``[start, stop)`` have to visit; those they do not see are not made."""
-    seqlens = sequence.seqlen_q, sequence.seqlen_k
-    bounds = spec.key_bounds(start, stop, *seqlens)
-    query = torch.arange(start, stop, device=q.device)[:, None]
-    q_rows = slice(sequence.q_start + start, sequence.q_start + stop)
-    for k_start, k_stop in _blocks(bounds.any_start, bounds.any_stop, _block_size(q)):
-        k_rows = slice(sequence.k_start + k_start, sequence.k_start + k_stop)
-        visible = mask = None
-        if k_start < bounds.all_start or k_stop > bounds.all_stop:
-            visible = spec.visible(start, stop, k_start, k_stop, *seqlens, q.device)
-        if extras.attn_mask is not None:
-            mask = _mask_tile(extras.attn_mask, q_rows, k_rows)
-            attended = mask if mask.dtype == torch.bool else mask != -torch.inf
-            attended = attended.expand(-1, -1, stop - start, k_stop - k_start)
-            visible = attended if visible is None else visible & attended
-        key = torch.arange(k_start, k_stop, device=q.device)[None, :]
-        yield Tile(query, key, k_rows, mask, visible)
+    return Scores(scores, softcap_grad, k_tile, v_tile, kept)
 
 
 def _mask_tile(mask: Tensor, q_rows: slice, k_rows: slice) -> Tensor:
-    """A view; dimensions of size 1 stay, a mask is never expanded."""
+    """A view; dimensions of size 1 stay, so a mask is never expanded."""
     mask = mask if mask.shape[2] == 1 else mask[:, :, q_rows]
     return mask if mask.shape[3] == 1 else mask[:, :, :, k_rows]
 
@@ -265,19 +252,15 @@ def _first_state(
     return SoftmaxState(m, (m > -torch.inf).to(m.dtype), state.o)
 
 
-def _blocks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-    for block_start in range(start, stop, size):
-        yield block_start, min(block_start + size, stop)
+def _ranges(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    for first in range(start, stop, size):
+        yield first, min(first + size, stop)
 
 
 def _block_size(q: Tensor) -> int:
     """Queries and keys a tile: a power of two from 64 to 512, as :data:`SCORES_AT_ONCE` allows."""
     scores_per_head = SCORES_AT_ONCE // max(1, q.shape[0] * q.shape[1])
     return next((size for size in (512, 256, 128) if size * size <= scores_per_head), 64)
-
-
-def _accumulation_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _fold(x: Tensor, kv_heads: int) -> Tensor:

@@ -1,40 +1,39 @@
 """PyTorch's own flash kernel for the CPU (``aten::_scaled_dot_product_flash_attention_for_cpu``).
 
-The fastest path on a CPU. It is wrapped rather than trusted: where it would crash (no keys), be
-silently wrong (a strided last dimension, a NaN in keys beyond the causal triangle) or has no
-gradient (its LSE) it is put right here; what it can't do is refused.
+The fastest path on a CPU. Where the kernel would crash (no keys), be silently wrong (a strided last
+dimension, a NaN in hidden keys) or has no gradient (its LSE), the wrapper corrects it; what the
+kernel can't do is refused (:func:`refuses`).
 
-The kernel knows full and top-left causal attention. Packed sequences, padding masks, windows and
-the bottom-right diagonal are several such problems, each a *part*: some queries, and the keys they
-see (:mod:`flashlayer.backends.aten.parts`). Parts of the same queries merge by their LSE. What no
-part names costs nothing.
+It computes full and top-left causal attention. Anything else is cut into *pieces* of these two
+(:mod:`flashlayer.backends.aten.pieces`), each a call of the kernel
+(:mod:`flashlayer.backends.aten.kernel`) whose results are merged by their LSE. The gradients of
+short bf16 sequences are computed by :mod:`flashlayer.backends.aten.short`.
 
-How exact the kernel is depends on ``torch.backends.cpu.get_cpu_capability()``. Without vectors
-(``DEFAULT``) its exponential is the C library's, right to half an ulp. Under ``AVX2`` and
-``AVX512`` that of the forward pass is off by up to ``1.5e-7 + 2.7e-9 |x|`` in fp32, where ``x`` is
-the score less the row's maximum, and by up to 1.1e-4 in half precision, which rounds to 4.9e-4 or
-3.9e-3; fp64 has an exact one. The backward pass computes the probabilities anew from the stored
-LSE. ``tests/tolerance.py`` derives what follows for each result.
+The kernel's accuracy depends on ``torch.backends.cpu.get_cpu_capability()``. Without vectors
+(``DEFAULT``) its exponential is the C library's, exact to half an ulp. Under ``AVX2`` and
+``AVX512`` the forward pass is off by up to ``1.5e-7 + 2.7e-9 |x|`` in fp32, where ``x`` is the
+score minus the row's maximum, and by up to 1.1e-4 in half precision, which itself rounds to 4.9e-4
+or 3.9e-3; in fp64 it is exact. The backward pass recomputes the probabilities from the stored LSE.
+``tests/tolerance.py`` derives what follows for each result.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashlayer import online_softmax
-from flashlayer.backends.aten.flash import flash_backward, flash_forward
-from flashlayer.backends.aten.parts import is_empty, split
-from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, is_observed
+from flashlayer.backends.aten.kernel import flash_backward, flash_forward
+from flashlayer.backends.aten.pieces import split, whole
+from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, accumulation_dtype, is_observed
 
 name = "aten"
 
 
 def refuses(problem: Problem) -> str | None:
-    """A reason for all but full, causal and banded attention on the CPU with Dv = D."""
+    """A reason for all but full, causal and window attention on the CPU with Dv = D."""
     q, _, v, spec, extras = problem
     if q.device.type != "cpu":
         return f"ATen's flash kernel is wrapped for the CPU only, the tensors are on {q.device}"
@@ -45,27 +44,27 @@ def refuses(problem: Problem) -> str | None:
             return f"it has no {option}"
     if spec.softcap is not None:
         return "it has no softcap"
-    has_band = spec.window_left is not None or spec.window_right is not None
-    if has_band and spec.scale <= 0:
+    has_window = spec.window_left is not None or spec.window_right is not None
+    if has_window and spec.scale <= 0:
         return f"with causal or a window it needs a positive scale, got {spec.scale}"
     if extras.attn_mask is not None:
-        return _refuses_mask(problem, has_band)
+        return _refuses_mask(problem, has_window)
     return None
 
 
-def _refuses_mask(problem: Problem, has_band: bool) -> str | None:
+def _refuses_mask(problem: Problem, has_window: bool) -> str | None:
     q, k, _, spec, extras = problem
     mask: Any = extras.attn_mask
     if mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] != 1:
         return "it has no attn_mask but a bool one of shape (B or 1, 1, 1, Sk)"
-    if not has_band:
+    if not has_window:
         return None
     if spec.window_left is not None or spec.window_right != 0:
         return "it has no attn_mask together with a window"
     if q.shape[2] != k.shape[2] and spec.diagonal != "top_left":
         return "it has no attn_mask together with a bottom-right diagonal of unlike lengths"
-    # Causal positions survive the removal of hidden keys only at the ends. That is for the values
-    # of the mask to say, which a traced one has not.
+    # Removing hidden keys keeps the causal positions of the others only if they are at the ends.
+    # That depends on the mask's values, and a traced mask has none.
     if is_observed(mask) or torch._C._are_functorch_transforms_active():
         return "it has no attn_mask together with causal in a traced call"
     edges = mask[:, 0, 0].long().diff(dim=-1).ne_(0).sum(dim=-1)
@@ -79,29 +78,22 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple[Tensor, Tensor]:
     """See :class:`flashlayer.spec.Backend`."""
-    is_one_part = _is_one_part(spec, extras)
-    if is_one_part and extras.attn_mask is extras.cu_seqlens_q is None and not is_empty(q, k):
-        return flash_forward(q, k, v, spec.scale, spec.window_right == 0)
+    piece = whole(q, k, spec, extras)
+    if piece is not None:
+        return flash_forward(q, k, v, spec.scale, piece)
     o, lse = empty_results(q, v)
     o.zero_()
     lse.fill_(-torch.inf)
-    for part in split(q, k, _banded(spec, is_one_part), extras):
-        results = flash_forward(
-            part.queries(q),
-            part.keys(k),
-            part.keys(v),
-            spec.scale,
-            part.causal,
-            part.band,
-            not is_one_part,
-        )
-        o_part, lse_part = (part.restored(x) for x in results)
-        rows = part.batch, slice(None), part.q_rows
-        if part.merges:
+    for piece in split(q, k, spec, extras):
+        tensors = piece.queries(q), piece.keys(k), piece.keys(v)
+        results = flash_forward(*tensors, spec.scale, piece)
+        piece_o, piece_lse = (piece.restore(x) for x in results)
+        rows = piece.batch, slice(None), piece.q_rows
+        if piece.merges:
             before = online_softmax.state_of(o[rows], lse[rows])
-            state = online_softmax.merge(before, online_softmax.state_of(o_part, lse_part))
-            o_part, lse_part = online_softmax.finalize(state), online_softmax.lse(state)
-        o[rows], lse[rows] = o_part, lse_part
+            state = online_softmax.merge(before, online_softmax.state_of(piece_o, piece_lse))
+            piece_o, piece_lse = online_softmax.finalize(state), online_softmax.lse(state)
+        o[rows], lse[rows] = piece_o, piece_lse
     return o, lse
 
 
@@ -117,75 +109,47 @@ def backward(
     extras: AttentionExtras,
 ) -> tuple[Tensor, Tensor, Tensor, None, None]:
     """See :class:`flashlayer.spec.Backend`."""
-    is_one_part = _is_one_part(spec, extras)
-    if is_one_part and extras.attn_mask is extras.cu_seqlens_q is None and not is_empty(q, k):
-        return (
-            *flash_backward(do, dlse, q, k, v, o, lse, spec.scale, spec.window_right == 0),
-            None,
-            None,
-        )
-    # Where parts share rows, their gradients are summed in fp32 at the least.
-    dtype = k.dtype if is_one_part else torch.promote_types(k.dtype, torch.float32)
+    piece = whole(q, k, spec, extras)
+    if piece is not None:
+        dq, dk, dv = flash_backward(do, dlse, q, k, v, o, lse, spec.scale, piece)
+        return dq, dk, dv, None, None
+    pieces = split(q, k, spec, extras)
+    dtype = k.dtype
+    if any(piece.shares_rows for piece in pieces):  # sum their gradients in at least fp32
+        dtype = torch.promote_types(dtype, torch.float32)
     dq, dk, dv = (_empty(x, dtype).zero_() for x in (q, k, v))
-    for part in split(q, k, _banded(spec, is_one_part), extras):
+    for piece in pieces:
         grads = flash_backward(
-            part.queries(do),
-            None if dlse is None else part.queries(dlse),
-            part.queries(q),
-            part.keys(k),
-            part.keys(v),
-            part.queries(o),
-            part.queries(lse),
+            piece.queries(do),
+            None if dlse is None else piece.queries(dlse),
+            piece.queries(q),
+            piece.keys(k),
+            piece.keys(v),
+            piece.queries(o),
+            piece.queries(lse),
             spec.scale,
-            part.causal,
-            part.band,
-            not is_one_part,
+            piece,
         )
-        for whole, rows, grad in zip(
-            (dq, dk, dv), (part.q_rows, part.k_rows, part.k_rows), grads, strict=True
-        ):
-            whole[part.batch][:, :, rows] += part.restored(grad)
+        rows = (piece.q_rows, piece.k_rows, piece.k_rows)
+        for total, index, grad in zip((dq, dk, dv), rows, grads, strict=True):
+            total[piece.batch][:, :, index] += piece.restore(grad)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
-def _is_one_part(spec: AttentionSpec, extras: AttentionExtras) -> bool:
-    """Whether a stretch of queries and keys is a problem that the kernel knows as it stands.
-
-    That is full and top-left causal attention. Packed sequences that share their boundaries are of
-    like lengths, for which both diagonals are one.
-    """
-    if spec.window_left is not None:
-        return False
-    if spec.window_right is None:
-        return True
-    alike = extras.cu_seqlens_q is not None and extras.cu_seqlens_q is extras.cu_seqlens_k
-    return spec.window_right == 0 and (spec.diagonal == "top_left" or alike)
-
-
-def _banded(spec: AttentionSpec, is_one_part: bool) -> AttentionSpec:
-    """The spec as the parts read it: the diagonal of a stretch that is one part is top-left."""
-    return replace(spec, diagonal="top_left") if is_one_part else spec
-
-
-def _strides(x: Tensor) -> tuple[int, int, int, int]:
-    """The kernel's gradients have the heads of a token together: ``(B, S, H, D)`` transposed."""
+def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of x's shape in the layout of the kernel's gradients, ``(B, S, H, D)``; not a view."""
     _, heads, seqlen, head_dim = x.shape
-    return seqlen * heads * head_dim, head_dim, heads * head_dim, 1
-
-
-def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Of x's shape, laid out as the kernel lays out gradients; not a view of anything."""
-    return x.new_empty_strided(x.shape, _strides(x), dtype=dtype or x.dtype)
+    strides = (seqlen * heads * head_dim, head_dim, heads * head_dim, 1)
+    return x.new_empty_strided(x.shape, strides, dtype=dtype)
 
 
 def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """See :class:`flashlayer.spec.Backend`."""
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     _, heads, seqlen, _ = q.shape
-    strides = (seqlen * heads, 1, heads)
-    return torch.empty_like(q), q.new_empty_strided(q.shape[:3], strides, dtype=lse_dtype)
+    strides, dtype = (seqlen * heads, 1, heads), accumulation_dtype(q.dtype)
+    return torch.empty_like(q), q.new_empty_strided(q.shape[:3], strides, dtype=dtype)
 
 
 def empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See :class:`flashlayer.spec.Backend`."""
-    return _empty(q), _empty(k), _empty(v)
+    return _empty(q, q.dtype), _empty(k, k.dtype), _empty(v, v.dtype)

@@ -1,0 +1,176 @@
+"""Calls of the kernel for one piece with at least one query and one key."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashlayer.backends.aten.pieces import Piece
+from flashlayer.backends.aten.short import is_short, short_backward
+
+# This binding of the operator is 2 us faster than the one in torch.ops.
+_FLASH: Any = vars(torch)["_scaled_dot_product_flash_attention_for_cpu"]
+
+# The kernel reads keys and values once for each query head, which is most of its time if there are
+# few rows. With the heads of a group folded into the rows of one head it reads them once a group.
+# Folding reshapes, so in fp32 it pays only from this many numbers in the keys on; a bf16 product of
+# few rows is slow at any length (benchmarks/NOTES.md).
+FOLDED_ROWS_MAX = 64
+FOLDED_FP32_MIN = 2**18
+
+# With fewer keys than fp32 numbers in an AVX-512 register, the kernel's row maximum ignores NaN.
+VECTOR_KEYS = 16
+
+# Numbers of keys gathered at once to recompute scores: 4 MB.
+GATHERED_AT_ONCE = 2**20
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, piece: Piece
+) -> tuple[Tensor, Tensor]:
+    """``o`` and ``lse`` of a piece; the tensors are arranged as the piece says."""
+    causal, mask = piece.causal, piece.mask
+    if causal:
+        k, v = _visible(k, q), _visible(v, q)
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if heads != kv_heads and not causal and mask is None and folds(q, k):
+        rows = q.reshape(*k.shape[:2], -1, q.shape[3])
+        o, lse = flash_forward(rows, k, v, scale, piece)
+        # With one kv head reshape returns a view, which forward-mode AD rejects as an output.
+        reshape = torch.reshape if kv_heads > 1 else torch.ops.aten._unsafe_view.default
+        return reshape(o, q.shape), reshape(lse, q.shape[:3])
+    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    own_mask = None if mask is None else mask.to(q.dtype)
+    try:
+        o, lse = _FLASH(q, k, v, is_causal=causal, attn_mask=own_mask, scale=scale)
+    except RuntimeError:
+        if q.dtype not in _HALF or not _lacks_packing(q.dtype):
+            raise
+        wide = (x.float() for x in (q, k, v))
+        o, lse = _FLASH(*wide, is_causal=causal, attn_mask=mask, scale=scale)
+        o = o.to(q.dtype)
+    if q.dtype in _HALF and not lse.max().item() < math.inf:
+        # The kernel's exp for half precision turns the NaN of inf - inf into 0.
+        o.masked_fill_((lse == torch.inf).unsqueeze(-1), torch.nan)
+        lse.masked_fill_(lse == torch.inf, torch.nan)
+    may_be_wrong = piece.shares_rows or k.shape[2] < VECTOR_KEYS
+    if may_be_wrong and lse.count_nonzero().item() < lse.numel():
+        _correct_rows_of_lse_0(q, k, o, lse, scale, piece)
+    return o, lse
+
+
+@cache
+def _lacks_packing(dtype: torch.dtype) -> bool:
+    """Whether the kernel raises "pack_vnni2 is only supported when avx512 is supported".
+
+    It asks the CPU for AMX units for ``dtype``, but its packing is compiled for AVX-512 only, and
+    ATEN_CPU_CAPABILITY may be set below what the CPU has (torch 2.13).
+    """
+    units = "amx_bf16" if dtype == torch.bfloat16 else "amx_fp16"
+    has_units = torch.cpu.get_capabilities().get(units, False)
+    return has_units and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+
+
+def _correct_rows_of_lse_0(
+    q: Tensor, k: Tensor, o: Tensor, lse: Tensor, scale: float, piece: Piece
+) -> None:
+    """Set ``o`` and ``lse`` of rows that the kernel treats as having no visible key.
+
+    It returns o = 0 and lse = 0 for a row whose running maximum stays -inf. Two kinds of rows get
+    there although they have visible keys. All scores are -inf, as products that overflow: lse must
+    be -inf, or a merge would weigh the row like one key of score 0. Or all are NaN, and fewer than
+    a vector register holds: the scalar maximum ignores NaN, and both results must be NaN. Any other
+    row of lse 0 is right. To tell them apart, the scores of all rows of lse 0 are recomputed.
+    """
+    group_size, keys = q.shape[1] // k.shape[1], k.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)  # what the kernel sums in
+    at_once = max(1, GATHERED_AT_ONCE // k[0, 0].numel())
+    for rows in (lse == 0).nonzero().split(at_once):  # [n, 3]
+        batch, head, row = index = rows.unbind(1)
+        row_keys = k[batch, head // group_size].to(wide)  # [n, Sk, D]
+        scores = (row_keys @ q[index].to(wide).unsqueeze(-1)).squeeze(-1) * scale  # [n, Sk]
+        if piece.causal:
+            key = torch.arange(keys, device=q.device)
+            scores = scores.masked_fill(key > row.unsqueeze(-1), -torch.inf)
+        if piece.mask is not None:
+            scores = scores.masked_fill(piece.mask[row] == -torch.inf, -torch.inf)
+        largest = scores.amax(dim=-1)  # [n]
+        is_nan = largest.isnan()
+        lse[index] = lse[index].masked_fill(largest == -torch.inf, -torch.inf)
+        lse[index] = lse[index].masked_fill(is_nan, torch.nan)
+        o[index] = o[index].masked_fill(is_nan.unsqueeze(-1), torch.nan)
+
+
+def folds(q: Tensor, k: Tensor) -> bool:
+    """Whether folding a group of heads into the rows of one head is faster."""
+    few_rows = q.shape[1] // k.shape[1] * q.shape[2] <= FOLDED_ROWS_MAX
+    return few_rows and (q.dtype == torch.bfloat16 or k.numel() >= FOLDED_FP32_MIN)
+
+
+def flash_backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    piece: Piece,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dq, dk, dv`` of a piece; the tensors are arranged as the piece says."""
+    if dlse is not None and do.dtype == torch.float16:  # dlse may exceed the range of fp16
+        do, q, k, v, o = (x.float() for x in (do, q, k, v, o))
+        dq, dk, dv = flash_backward(do, dlse, q, k, v, o, lse, scale, piece)
+        return dq.half(), dk.half(), dv.half()
+    seqlen_k, head_dim = k.shape[2:]
+    if piece.causal:
+        k, v = _visible(k, q), _visible(v, q)
+    hidden_keys = seqlen_k - k.shape[2]
+    if (piece.shares_rows or k.shape[2] < VECTOR_KEYS) and not lse.min().item() > -math.inf:
+        # In a row whose scores are all -inf, exp(-inf - -inf) is NaN but exp(-inf - inf) is 0.
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    if not piece.shares_rows and is_short(q, k):
+        dq, dk, dv = short_backward(do, dlse, q, k, v, scale, piece.causal)
+    else:
+        if dlse is not None:
+            # The kernel computes dS = P * (dO V^T - rowsum(O * dO)) and takes no dlse, which adds
+            # P * dlse. One more column adds it: dlse in dO times 1 in V, and 0 in O keeps the
+            # rowsum. Q and K have 0 there.
+            q, k, o = F.pad(q, (0, 1)), F.pad(k, (0, 1)), F.pad(o, (0, 1))
+            v = F.pad(v, (0, 1), value=1.0)
+            do = torch.cat((do, dlse.unsqueeze(-1).to(do.dtype)), dim=-1)
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(_unit_stride(x) for x in (do, q, k, v, o)),
+            lse,
+            0.0,
+            piece.causal,
+            attn_mask=None if piece.mask is None else piece.mask.to(q.dtype),
+            scale=scale,
+        )
+        if dlse is not None:  # drop the column; keep the kernel's layout (B, S, H, D)
+            columns = (x[..., :head_dim].transpose(1, 2) for x in (dq, dk, dv))
+            dq, dk, dv = (x.contiguous().transpose(1, 2) for x in columns)
+    if hidden_keys:
+        dk, dv = (F.pad(x, (0, 0, 0, hidden_keys)) for x in (dk, dv))
+    return dq, dk, dv
+
+
+def _visible(x: Tensor, q: Tensor) -> Tensor:
+    """The keys or values that are visible to some query under the top-left diagonal.
+
+    The kernel multiplies the others by a probability of 0, and 0 * NaN is NaN.
+    """
+    return x if x.shape[2] <= q.shape[2] else x[:, :, : q.shape[2]]
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

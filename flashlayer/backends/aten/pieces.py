@@ -1,0 +1,217 @@
+"""How a call is cut into pieces that ATen's kernel computes: full and top-left causal attention.
+
+==================================  ============================================================
+the call                            its pieces
+==================================  ============================================================
+full; causal, top-left              the whole call
+packed sequences                    each sequence, cut further as below
+key mask ``(B or 1, 1, 1, Sk)``     each batch entry with its visible keys: a slice, or gathered
+causal, bottom-right, unequal       the first keys, full, and the triangle behind them, causal
+window on both sides, wide          triangles, two for each block of queries
+any other window                    blocks of queries with the keys they reach, and a mask
+==================================  ============================================================
+
+Pieces of the same queries are merged by their LSE. A key that no piece holds costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashlayer.spec import AttentionExtras, AttentionSpec
+
+# Windows at least this wide become triangles of their width: the kernel is slow on smaller ones.
+TRIANGLE_MIN = 32
+# Queries of triangles a call: enough to fill the cores, few enough to keep their copies small.
+TRIANGLE_ROWS = 4096
+
+# Queries a masked block, a quarter of the window's width within these limits: a larger block
+# computes more hidden scores, smaller ones are more calls (benchmarks/NOTES.md).
+MASKED_BLOCK_MIN, MASKED_BLOCK_MAX = 128, 512
+
+
+class Piece(NamedTuple):
+    """Queries and keys for one call of the kernel."""
+
+    batch: slice = slice(None)
+    q_rows: slice = slice(None)
+    k_rows: Any = slice(None)  # a slice is a view, an index tensor gathers
+    causal: bool = False  # top-left
+    mask: Tensor | None = None  # (M, N) fp32, added to the scores: 0 where visible, else -inf
+    blocks: int = 1  # the rows are this many blocks, and each block sees its own keys only
+    is_flipped: bool = False  # rows and keys reversed, which makes an upper triangle a causal one
+    shares_rows: bool = False  # the same queries may be in another piece
+    merges: bool = False  # an earlier piece had the same queries
+
+    def queries(self, x: Tensor) -> Tensor:
+        """From ``(B, H, Sq, ...)`` what the kernel gets: ``(B * blocks, H, M, ...)``."""
+        return self._arrange(x[self.batch, :, self.q_rows])
+
+    def keys(self, x: Tensor) -> Tensor:
+        """The same for keys or values."""
+        return self._arrange(x[self.batch][:, :, self.k_rows])
+
+    def _arrange(self, x: Tensor) -> Tensor:
+        if self.blocks > 1:
+            x = x.unflatten(2, (self.blocks, -1)).movedim(2, 1).flatten(0, 1)
+        return x.flip(2) if self.is_flipped else x
+
+    def restore(self, x: Tensor) -> Tensor:
+        """The inverse of the arrangement, for a result of the kernel."""
+        x = x.flip(2) if self.is_flipped else x
+        if self.blocks > 1:
+            x = x.unflatten(0, (-1, self.blocks)).movedim(1, 2).flatten(2, 3)
+        return x
+
+    def cut(self, q_start: int, q_stop: int, k_start: int, k_stop: int, **fields: Any) -> Piece:
+        """These queries and keys of the piece, counted from its first ones."""
+        q_rows = slice(self.q_rows.start + q_start, self.q_rows.start + q_stop)
+        k_rows = slice(self.k_rows.start + k_start, self.k_rows.start + k_stop)
+        return self._replace(q_rows=q_rows, k_rows=k_rows, **fields)
+
+    def lengths(self) -> tuple[int, int]:
+        """How many queries and keys it has."""
+        return self.q_rows.stop - self.q_rows.start, self.k_rows.stop - self.k_rows.start
+
+
+FULL, CAUSAL = Piece(), Piece(causal=True)
+
+
+def whole(q: Tensor, k: Tensor, spec: AttentionSpec, extras: AttentionExtras) -> Piece | None:
+    """The whole call as one piece, or None if it has to be cut."""
+    if extras.attn_mask is not None or extras.cu_seqlens_q is not None or is_empty(q, k):
+        return None
+    return _uncut(spec, spec.diagonal == "top_left")
+
+
+def _uncut(spec: AttentionSpec, is_top_left: bool) -> Piece | None:
+    """The piece that a sequence is as it stands, if the kernel can compute that."""
+    if spec.window_left is not None:
+        return None
+    if spec.window_right is None:
+        return FULL
+    return CAUSAL if spec.window_right == 0 and is_top_left else None
+
+
+def split(q: Tensor, k: Tensor, spec: AttentionSpec, extras: AttentionExtras) -> list[Piece]:
+    """The pieces of a call, none of them empty; each visible pair is in exactly one."""
+    if is_empty(q, k):
+        return []
+    # With one tensor of boundaries each sequence has as many keys as queries: both diagonals agree.
+    equal_lengths = extras.cu_seqlens_q is not None and extras.cu_seqlens_q is extras.cu_seqlens_k
+    uncut = _uncut(spec, spec.diagonal == "top_left" or equal_lengths)
+    if extras.cu_seqlens_q is not None and extras.cu_seqlens_k is not None:
+        pieces = _sequences(extras.cu_seqlens_q.tolist(), extras.cu_seqlens_k.tolist())
+    elif extras.attn_mask is not None:
+        pieces = _visible_keys(extras.attn_mask, q.shape[2], k.shape[2], uncut is CAUSAL)
+    else:
+        pieces = (Piece(q_rows=slice(0, q.shape[2]), k_rows=slice(0, k.shape[2])),)
+    if uncut is not None:
+        return [piece._replace(causal=uncut.causal) for piece in pieces]
+    cut = _causal if spec.window_left is None and spec.window_right == 0 else _window
+    return [x for piece in pieces for x in cut(piece._replace(shares_rows=True), spec)]
+
+
+def _sequences(q_edges: list[int], k_edges: list[int]) -> Iterator[Piece]:
+    q_slices, k_slices = (map(slice, edges, edges[1:]) for edges in (q_edges, k_edges))
+    for q_rows, k_rows in zip(q_slices, k_slices, strict=True):
+        if q_rows.start < q_rows.stop and k_rows.start < k_rows.stop:
+            yield Piece(q_rows=q_rows, k_rows=k_rows)
+
+
+def _visible_keys(mask: Tensor, seqlen_q: int, seqlen_k: int, causal: bool) -> Iterator[Piece]:
+    """For each batch entry of the mask its queries and its visible keys."""
+    for index, visible in enumerate(mask.expand(-1, -1, -1, seqlen_k)[:, 0, 0]):
+        keys = visible.nonzero().flatten()
+        if len(keys) == 0:
+            continue
+        start, stop = int(keys[0]), int(keys[-1]) + 1
+        q_start = start if causal else 0  # causal is top-left here: earlier queries see no key
+        if q_start < seqlen_q:
+            yield Piece(
+                batch=slice(index, index + 1) if len(mask) > 1 else slice(None),
+                q_rows=slice(q_start, seqlen_q),
+                k_rows=slice(start, stop) if stop - start == len(keys) else keys,
+            )
+
+
+def _causal(piece: Piece, spec: AttentionSpec) -> Iterator[Piece]:
+    """Bottom-right: the keys visible to every query if there are more of them, and the triangle."""
+    queries, keys = piece.lengths()
+    offset = spec.offset(queries, keys)
+    if offset > 0:
+        yield piece.cut(0, queries, 0, offset)
+    # With more queries than keys, the first ones see no key.
+    first_query, first_key = max(-offset, 0), max(offset, 0)
+    yield piece.cut(first_query, queries, first_key, keys, causal=True, merges=offset > 0)
+
+
+def _window(piece: Piece, spec: AttentionSpec) -> Iterator[Piece]:
+    r"""Triangles, and blocks with a mask at both ends; or blocks alone.
+
+    Where keys are as many as queries, ``n = left + right`` queries from ``start`` on see two
+    triangles of ``n`` keys each, an upper one that begins at key ``start - left`` and a lower one
+    that begins at ``start + right``, and no key twice:
+
+        \ \      query i, key j:  start - left + i <= j < start + right    (upper)
+         \ \                      start + right <= j <= start + right + i   (lower)
+
+    Both run as causal attention, so no mask is loaded and few hidden scores are computed.
+    """
+    left, right = spec.window_left, spec.window_right
+    queries, keys = piece.lengths()
+    size = (left or 0) + (right or 0)
+    if left is None or right is None or queries != keys or not TRIANGLE_MIN <= size <= queries // 2:
+        offset = spec.offset(queries, keys)
+        # The queries before and after these see no key.
+        first = 0 if right is None else max(0, -offset - right)
+        stop = queries if left is None else min(queries, keys - offset + left)
+        yield from _masked(piece, spec, first, stop)
+        return
+    count = (queries - size) // size
+    if right == 0:  # the window of the first queries hides no key
+        yield piece.cut(0, left, 0, left, causal=True)
+    else:
+        yield from _masked(piece, spec, 0, left)
+    at_once = max(1, TRIANGLE_ROWS // size)
+    for index in range(0, count, at_once):
+        blocks = min(at_once, count - index)
+        rows, start = blocks * size, index * size
+        lower = piece.cut(left + start, left + start + rows, start + size, start + size + rows)
+        upper = piece.cut(left + start, left + start + rows, start, start + rows)
+        yield upper._replace(causal=True, blocks=blocks, is_flipped=True)
+        yield lower._replace(causal=True, blocks=blocks, merges=True)
+    yield from _masked(piece, spec, left + count * size, queries)
+
+
+def _masked(piece: Piece, spec: AttentionSpec, first: int, end: int) -> Iterator[Piece]:
+    """The queries ``[first, end)`` in blocks, each with the keys its windows reach."""
+    lengths = piece.lengths()
+    reach = sum(min(side, lengths[1]) for side in (spec.window_left, spec.window_right) if side)
+    size = MASKED_BLOCK_MIN
+    while size < min(reach // 4, MASKED_BLOCK_MAX):
+        size *= 2
+    masks: dict[tuple[int, int, int], Tensor] = {}  # inner blocks share theirs
+    for start in range(first, end, size):
+        stop = min(start + size, end)
+        bounds = spec.key_bounds(start, stop, *lengths)
+        k_start, k_stop = bounds.any_start, bounds.any_stop
+        block = piece.cut(start, stop, k_start, k_stop)
+        if bounds.all_start > k_start or bounds.all_stop < k_stop:
+            shape = (stop - start, k_start - start, k_stop - start)
+            if shape not in masks:
+                device = torch.device("cpu")  # whatever torch's default device is
+                visible = spec.visible(start, stop, k_start, k_stop, *lengths, device)
+                mask = torch.zeros(visible.shape, dtype=torch.float32, device=device)
+                masks[shape] = mask.masked_fill_(~visible, -torch.inf)
+            block = block._replace(mask=masks[shape])
+        yield block
+
+
+def is_empty(q: Tensor, k: Tensor) -> bool:
+    """Whether there are no queries or keys: the kernel would divide by 0 and end the process."""
+    return q.numel() == 0 or k.numel() == 0
