@@ -24,7 +24,7 @@ from flashlayer.distributed.layout import (
 )
 from flashlayer.online_softmax import SoftmaxState
 from flashlayer.problem import build_problem
-from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, WindowSize
+from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, WindowSize, accumulation_dtype
 
 
 @graph_break
@@ -243,7 +243,7 @@ class RingAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Attend to the keys of one step after the other, and merge."""
         state = online_softmax.init_state(
-            q.shape[:3], v.shape[3], dtype=_accumulation_dtype(q), device=q.device
+            q.shape[:3], v.shape[3], dtype=accumulation_dtype(q.dtype), device=q.device
         )
         if sinks is not None:  # one key whose value is 0
             state = online_softmax.state_of(state.o, state.m.copy_(sinks[:, None]))
@@ -284,7 +284,7 @@ class RingGradient(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """One step after the other; the sums of dK and dV travel one step behind their keys."""
         do = torch.zeros_like(o) if do is None else do
-        dtype = _accumulation_dtype(q)
+        dtype = accumulation_dtype(q.dtype)
         dq = torch.zeros_like(q, dtype=dtype)
         # Sums of dK and dV over this step, and over the earlier steps on other ranks.
         sums = arriving = k.new_empty(0, dtype=dtype)
@@ -403,7 +403,3 @@ def _unpack(message: Tensor, length: int, k: Tensor, v: Tensor) -> tuple[Tensor,
     stop, edge = _message_size(length, k, v), batch * kv_heads * length * dim
     keys, values = message[:edge], message[edge:stop]
     return keys.view(batch, kv_heads, length, dim), values.view(batch, kv_heads, length, v.shape[3])
-
-
-def _accumulation_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
