@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import plots
+from benchmarks.processes import run_group
 from benchmarks.scaling import (
     Hop,
     Layer,
@@ -34,11 +35,10 @@ from benchmarks.scaling import (
     ulysses_bytes,
     window_hops,
 )
+from benchmarks.traffic import Counted
 from flashlayer import distributed, flash_attention, online_softmax
-from tests.processes import run_group
-from tests.traffic import Counted
 from train.measure import PeakMemory, machine, synchronize
-from train.report import table
+from train.proof.report import table
 
 MIB = 2**20
 WARM_UP = 64  # positions of a sequence that loads and connects everything, and is next to nothing
@@ -90,7 +90,6 @@ def measure_call(
     rank: int, device: torch.device, problem: Problem, call: str
 ) -> dict[str, int | list[int]]:
     """Bytes that this rank sent, and its peak memory beyond the inputs; in a fresh process."""
-    _plain_memory()
     attend = problem.attend(call)
     for length in (WARM_UP, problem.length):
         leaves, do = problem.shard(length, device)
@@ -113,7 +112,6 @@ def measure_hops(
 
     All ranks do the same at a time, so that what they share, such as cores, they share here too.
     """
-    _plain_memory()
     layer, ranks = problem.layer, dist.get_world_size()
     (q, k, v), do = problem.shard(problem.length, device)
     half = q.shape[2] // 2
@@ -155,12 +153,6 @@ def measure_hops(
         lambda out: torch.autograd.grad(out, (q, k, v), do),
     )
     return found
-
-
-def _plain_memory() -> None:
-    """Undo what tests run under: memory that is filled with NaN takes time and pages."""
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def _seconds(

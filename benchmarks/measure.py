@@ -15,7 +15,7 @@ from benchmarks import peers
 from benchmarks.cases import DTYPES, Case, Inputs, draw
 from benchmarks.peers import OF_FLASHLAYER, OURS, Refused, Runner
 from flashlayer import flash_attention
-from tests.tolerance import FACTORS, GRADIENT_FACTOR, error_bound, recomputation_noise
+from flashlayer.testing import FACTORS, GRADIENT_FACTOR, compare, recomputation_noise
 from train.measure import PeakMemory, Stopwatch, Yardstick, in_fresh_process, synchronize
 
 # One sample is as many calls as take this long, so that clocks and launches are no matter.
@@ -195,14 +195,13 @@ class Judge:
             if name in OF_FLASHLAYER and self.case.packed:
                 start, entry = sum((self.case.lengths or ())[:entry]), 0
                 tensor = tensor.transpose(0, 1).unsqueeze(0)
-            actual = tensor[entry, :heads, start : start + rows].double()
+            actual = tensor[entry, :heads, start : start + rows]
             reference = self.reference[index][0, :, :rows]
-            same_dtype = self.same_dtype[index][0, :, :rows].double()
+            same_dtype = self.same_dtype[index][0, :, :rows]
             factor = FACTORS["out"] if index == 0 else GRADIENT_FACTOR
-            dtype = DTYPES[self.case.dtype]
-            bound = error_bound(same_dtype, reference, dtype, factor)
-            bound += self.noise.get(("out", "dq", "dk", "dv")[index], 0.0) * torch.finfo(dtype).eps
-            shares.append((actual - reference).abs().max().item() / bound)
+            noise = self.noise.get(("out", "dq", "dk", "dv")[index], 0.0)
+            noise *= torch.finfo(DTYPES[self.case.dtype]).eps
+            shares.append(compare(actual, same_dtype, reference, factor, noise).ratio)
         return max(shares)
 
 

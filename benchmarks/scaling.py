@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import plots
 from train import UsageError
-from train.report import table
+from train.proof.report import table
 
 MIB = 2**20
 TERA = 1e12

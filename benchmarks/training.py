@@ -122,7 +122,7 @@ def measure_context(setup: Setup, context: int, device: torch.device) -> dict[st
     for arm in fitting:
         arms[arm]["seconds"] = seconds[arm]
     losses = [arms[arm]["loss"] for arm in fitting]
-    # What rounding makes of a mean over thousands of tokens; see train.verdict for the real proof.
+    # Rounding of a mean over thousands of tokens. The proof is train.proof.verdict.
     bound = 1e-2 if device.type == "cuda" else 1e-5
     return {
         "context": context,

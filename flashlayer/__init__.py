@@ -11,7 +11,7 @@ from flashlayer.functional import (
 )
 
 if TYPE_CHECKING:
-    from flashlayer import distributed, integrations
+    from flashlayer import distributed, integrations, testing
     from flashlayer.integrations.multihead import FlashMultiheadAttention
     from flashlayer.integrations.swap import swap_attention
     from flashlayer.modules import FlashAttention, KVCache
@@ -29,6 +29,7 @@ __all__ = [
     "flash_attention_varlen",
     "integrations",
     "swap_attention",
+    "testing",
     "tune",
 ]
 
@@ -46,6 +47,6 @@ _ON_USE = {
 def __getattr__(name: str) -> Any:
     if name in _ON_USE:
         return getattr(importlib.import_module(_ON_USE[name]), name)
-    if name in ("distributed", "integrations"):
+    if name in ("distributed", "integrations", "testing"):
         return importlib.import_module(f"flashlayer.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

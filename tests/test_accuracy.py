@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashlayer import available_backends, flash_attention
-from tests.tolerance import assert_matches_standard
+from flashlayer.testing import assert_attention_close
 
 BACKENDS = ("triton", "aten", "tiled")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -105,7 +105,7 @@ def test_matches_standard(backend: str, case: Case, dtype: torch.dtype) -> None:
     q, k, v = draw(case, dtype, device_for(backend))
     if refused(backend, q, k, v, **case.options):
         return
-    assert_matches_standard(q, k, v, backend=backend, **case.options)
+    assert_attention_close(backend, q, k, v, **case.options)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strides_are_honoured(backend: str, layout: str) -> None:
     q, k, v = LAYOUTS[layout](2, 65, 24, device_for(backend))
-    assert_matches_standard(q, k, v, backend=backend, causal=True)
+    assert_attention_close(backend, q, k, v, causal=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ ALLOWED = {
     "transforms": {"spec", "torch"},
     "autograd": {"spec", "transforms", "torch"},
     "functional": {"autograd", "backends", "philox", "plans", "problem", "spec", "torch"},
+    "testing": {"testing", "functional", "torch"},
     "tuning": {"backends/triton", "kernels", "problem", "spec", "torch", "triton"},
     "distributed": {
         "backends",
@@ -67,6 +69,26 @@ ALLOWED = {
     },
 }
 
+# Which of the repository's packages a package may import. Tests may import all of them.
+PACKAGES: dict[str, set[str]] = {
+    "flashlayer": set(),
+    "train": {"flashlayer"},
+    "benchmarks": {"flashlayer", "train"},
+    "docs": {"flashlayer"},
+}
+
+# Of train's rooms: how runs are run knows nothing of the proof or the command line. In front is
+# what both rooms stand on; `config` builds a run, `cli` is the door.
+TRAIN = {
+    "running": {"train", "lit", "measure", "model", "running"},
+    "proof": {"train", "config", "lit", "measure", "model", "proof", "running"},
+    "measure": set(),
+    "model": {"train", "running"},
+    "lit": {"model", "running"},
+    "data": {"train"},
+    "config": {"train", "data", "lit", "model", "running"},
+}
+
 # Who outside the package looks into its rooms, and into which.
 MAY_OPEN = {
     # compiles the kernels as the backend launches them
@@ -93,7 +115,7 @@ DISTRIBUTED = {
 def room(path: Path) -> str:
     relative = path.relative_to(PACKAGE).with_suffix("").as_posix()
     rooms = ("kernels", "backends/aten", "modules", "distributed", "integrations/transformers")
-    for folder in (*rooms, "integrations"):
+    for folder in (*rooms, "integrations", "testing"):
         if relative.startswith(f"{folder}/"):
             return folder
     if relative.startswith("backends/") and relative not in ALLOWED:
@@ -101,17 +123,22 @@ def room(path: Path) -> str:
     return relative
 
 
-def imports(path: Path) -> set[str]:
-    """Rooms of flashlayer and top-level third parties that a file imports, anywhere in it."""
+def imported(source: str) -> set[str]:
+    """What a source imports, anywhere in it, by its full name."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            assert node.level == 0, f"relative import of {node.module}"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def imports(path: Path) -> set[str]:
+    """Rooms of flashlayer and top-level third parties that a file imports, anywhere in it."""
     found = set()
-    for name in names:
+    for name in imported(path.read_text()):
         top, *rest = name.split(".")
         if top == "flashlayer":
             depth = 2 if rest[:1] == ["backends"] else 1  # each backend is a room of its own
@@ -150,17 +177,46 @@ def test_outside_the_package_only_public_names_are_used(folder: str) -> None:
     public |= {"flashlayer", "flashlayer.online_softmax"}
     public |= {f"flashlayer.online_softmax.{name}" for name in ONLINE_SOFTMAX}
     public |= {f"flashlayer.distributed.{name}" for name in DISTRIBUTED}
+    public |= {f"flashlayer.testing.{name}" for name in flashlayer.testing.__all__}
     for path, source in python_in(ROOT / folder):
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Import):
-                used = {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                used = {f"{node.module}.{alias.name}" for alias in node.names}
-            else:
-                continue
-            used = {name for name in used if name.split(".")[0] == "flashlayer"}
-            inner = MAY_OPEN.get(path.name, ())
-            assert {name for name in used if not name.startswith(inner)} <= public, path
+        used = {name for name in imported(source) if name.split(".")[0] == "flashlayer"}
+        inner = MAY_OPEN.get(path.name, ())
+        assert {name for name in used if not name.startswith(inner)} <= public, path
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_no_tests_and_form_no_loop(package: str) -> None:
+    repository = {*PACKAGES, "tests"}
+    for path, source in python_in(ROOT / package):
+        found = {name.split(".")[0] for name in imported(source)} & repository
+        assert found <= PACKAGES[package] | {package}, path
+
+
+@pytest.mark.parametrize("room", TRAIN)
+def test_rooms_of_the_training_stack(room: str) -> None:
+    folder = ROOT / "train" / room
+    for path in folder.glob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
+        names = [name for name in imported(path.read_text()) if name.split(".")[0] == "train"]
+        inner = {name.split(".")[1] for name in names}
+        files = {path.stem for path in (ROOT / "train").iterdir()}
+        assert {name if name in files else "train" for name in inner} <= TRAIN[room], path
+
+
+def test_modules_outside_the_package_import_each_other_in_no_loop() -> None:
+    arrows = {}
+    for package in ("train", "benchmarks"):
+        for path, source in python_in(ROOT / package):
+            arrows[".".join(path.relative_to(ROOT).with_suffix("").parts)] = imported(source)
+    graph = {
+        module: {
+            other
+            for name in names
+            for other in (name, name.rpartition(".")[0])
+            if other in arrows and other != module
+        }
+        for module, names in arrows.items()
+    }
+    assert list(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 def test_importing_needs_torch_alone() -> None:

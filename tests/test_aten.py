@@ -13,7 +13,7 @@ from flashlayer.backends import aten
 from flashlayer.backends.aten import kernel, pieces, short
 from flashlayer.backends.aten.pieces import split
 from flashlayer.spec import NO_EXTRAS, AttentionSpec
-from tests.tolerance import assert_matches_standard
+from flashlayer.testing import assert_attention_close
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -48,7 +48,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
 def test_window(name: str, dtype: torch.dtype) -> None:
     """Several blocks of queries, the last one shorter."""
     q, k, v = qkv(2, 4, 2, 2 * pieces.MASKED_BLOCK_MIN + 37, dtype)
-    assert_matches_standard(q, k, v, backend="aten", with_noise=True, **WINDOWS[name])
+    assert_attention_close("aten", q, k, v, with_noise=True, **WINDOWS[name])
 
 
 SIDES = st.none() | st.integers(0, 150)
@@ -88,7 +88,7 @@ def test_triangles_come_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv(2, 4, 2, 400, torch.float32)
     found = split(q, k, AttentionSpec(1.0, 40, 0, diagonal="top_left"), NO_EXTRAS)
     assert [piece.blocks for piece in found] == [1, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1]
-    assert_matches_standard(q, k, v, backend="aten", with_noise=True, window_size=(40, 0))
+    assert_attention_close("aten", q, k, v, with_noise=True, window_size=(40, 0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -97,8 +97,8 @@ def test_packed(options: dict[str, Any], dtype: torch.dtype) -> None:
     """Sequences of several lengths, an empty one, and tokens past the last one."""
     edges = torch.tensor([0, 1, 1, 150, 340], dtype=torch.int32)
     q, k, v = (torch.randn(345, h, 16, dtype=dtype) for h in (4, 2, 2))
-    results = assert_matches_standard(
-        q, k, v, backend="aten", with_noise=True, cu_seqlens_q=edges, **options
+    results = assert_attention_close(
+        "aten", q, k, v, with_noise=True, cu_seqlens_q=edges, **options
     )
     for name in ("out", "dq", "dk", "dv"):
         assert results[name][340:].count_nonzero() == 0, name
@@ -121,16 +121,16 @@ def test_unlike_lengths(
 ) -> None:
     """Dense, and as one of three packed sequences."""
     seqlen_q, seqlen_k = lengths
-    options = {"diagonal": diagonal, "backend": "aten", "with_noise": True, **UNLIKE[name]}
+    options = {"diagonal": diagonal, "with_noise": True, **UNLIKE[name]}
     sizes = ((4, seqlen_q), (2, seqlen_k), (2, seqlen_k))
     q, k, v = (torch.randn(2, heads, seqlen, 16, dtype=dtype) for heads, seqlen in sizes)
-    assert_matches_standard(q, k, v, **options)
+    assert_attention_close("aten", q, k, v, **options)
     q, k, v = (torch.randn(9 + s, h, 16, dtype=dtype) for h, s in sizes)
     edges = {
         f"cu_seqlens_{side}": torch.tensor([0, 5, 5 + length, 9 + length], dtype=torch.int32)
         for side, length in (("q", seqlen_q), ("k", seqlen_k))
     }
-    assert_matches_standard(q, k, v, **edges, **options)
+    assert_attention_close("aten", q, k, v, **edges, **options)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_padding(name: str, causal: bool, dtype: torch.dtype) -> None:
     for x in (k, v):
         x.masked_fill_(~mask.mT, torch.nan)
     options = {"attn_mask": mask, "causal": causal}
-    results = assert_matches_standard(q, k, v, backend="aten", with_noise=True, **options)
+    results = assert_attention_close("aten", q, k, v, with_noise=True, **options)
     assert all(not x.isnan().any() for x in results.values())
 
 
@@ -196,7 +196,7 @@ def test_padding_with_holes_is_gathered_but_not_under_causal() -> None:
     q, k, v = qkv(2, 2, 2, 70, torch.float32)
     mask = torch.rand(2, 1, 1, 70) < 0.5
     k.masked_fill_(~mask.mT, torch.nan)
-    assert_matches_standard(q, k, v, backend="aten", with_noise=True, attn_mask=mask)
+    assert_attention_close("aten", q, k, v, with_noise=True, attn_mask=mask)
     reason = available_backends(q, k, v, attn_mask=mask, causal=True)["aten"]
     assert reason == "it has no attn_mask together with causal but one that pads at the ends"
 
@@ -210,7 +210,7 @@ def test_a_group_of_heads_is_folded_into_rows(seqlen_q: int, dtype: torch.dtype)
         q, k, v = (torch.randn(2, heads, seqlen, 16, dtype=dtype) for heads, seqlen in sizes)
         few_rows = 3 * seqlen_q <= kernel.FOLDED_ROWS_MAX
         assert kernel.folds(q, k) == (few_rows and (dtype == torch.bfloat16 or keys > 90))
-        assert_matches_standard(q, k, v, backend="aten", with_noise=True)
+        assert_attention_close("aten", q, k, v, with_noise=True)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
@@ -305,7 +305,7 @@ def test_short_gradients(
     q, k, v = (torch.randn(2, h, s, 40, dtype=torch.bfloat16) for h, s in sizes)
     if options:  # keys hidden from every query may hold anything
         k[:, :, seqlen_q:], v[:, :, seqlen_q:] = torch.nan, torch.inf
-    assert_matches_standard(q, k, v, backend="aten", **options)
+    assert_attention_close("aten", q, k, v, **options)
     assert shortest
 
 

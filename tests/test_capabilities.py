@@ -16,7 +16,8 @@ from torch import Tensor
 from flashlayer import flash_attention
 from flashlayer.backends import aten
 from flashlayer.backends.aten import kernel
-from tests.tolerance import EXPONENTIALS, UNIT, assert_matches_standard, aten_exponential
+from flashlayer.testing import assert_attention_close, aten_exponential
+from flashlayer.testing.bounds import EXPONENTIALS, UNIT
 
 ROOT = Path(__file__).parents[1]
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
@@ -151,11 +152,11 @@ def test_the_bound_of_aten_catches_a_small_error(
         return tuple(x * (1 + 1e-5 * (what == "gradients")) for x in flash_backward(*args))
 
     q, k, v = (torch.randn(1, 2, 63, 40) for _ in range(3))
-    assert_matches_standard(q, k, v, backend="aten", causal=True)
+    assert_attention_close("aten", q, k, v, causal=True)
     monkeypatch.setattr(aten, "flash_forward", forward_off)
     monkeypatch.setattr(aten, "flash_backward", backward_off)
     with pytest.raises(AssertionError, match="elements are off by more than"):
-        assert_matches_standard(q, k, v, backend="aten", causal=True)
+        assert_attention_close("aten", q, k, v, causal=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -179,7 +180,7 @@ def test_half_precision_needs_no_packing_for_units_that_the_capability_lacks(
     """On a CPU with AMX the kernel raises "pack_vnni2 is only supported when ..." below AVX-512."""
     q = torch.randn(1, heads, seqlen_q, 64, dtype=dtype)
     k, v = (torch.randn(1, 2, seqlen_k, 64, dtype=dtype) for _ in range(2))
-    assert_matches_standard(q, k, v, backend="aten", with_noise=True, **options)
+    assert_attention_close("aten", q, k, v, with_noise=True, **options)
     out, lse = flash_attention(q, k, v, backend="aten", return_lse=True, **options)
     assert out.dtype == dtype
     assert lse.dtype == torch.float32

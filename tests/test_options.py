@@ -13,8 +13,8 @@ from torch import Tensor
 
 from flashlayer import available_backends, dropout_keep_mask, flash_attention
 from flashlayer import flash_attention_varlen as varlen
+from flashlayer.testing import assert_attention_close
 from tests.test_accuracy import device_for
-from tests.tolerance import assert_matches_standard
 
 torch.manual_seed(0)  # the options below are drawn as the module is read, before any fixture
 
@@ -166,7 +166,7 @@ def test_option(backend: str, name: str, dtype: torch.dtype) -> None:
     q, k, v = qkv(device, dtype)
     options = to(device, dtype, OPTIONS[name])
     if not refused(backend, q, k, v, **options):
-        assert_matches_standard(q, k, v, backend=backend, with_noise=True, **options)
+        assert_attention_close(backend, q, k, v, with_noise=True, **options)
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name != "padding_mask"])
@@ -264,7 +264,7 @@ def test_packed(backend: str, name: str, dtype: torch.dtype) -> None:
     except ValueError as error:
         assert "can't compute this call" in str(error)  # noqa: PT017
         return
-    results = assert_matches_standard(q, k, v, backend=backend, with_noise=True, **options)
+    results = assert_attention_close(backend, q, k, v, with_noise=True, **options)
     for tensor, last in (("out", 80), ("dq", 80), ("dk", 78), ("dv", 78)):
         assert results[tensor][last:].count_nonzero() == 0, tensor
     assert (results["lse"][:, 80:] == -torch.inf).all()

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import SearchStrategy
 
 from flashlayer import available_backends, flash_attention_varlen
+from flashlayer.testing import assert_attention_close
 from tests.conftest import count_example
 from tests.strategies import Drawn, packed_problems, problems
-from tests.tolerance import assert_matches_standard
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 EXAMPLES = {"tiled": 150, "aten": 150, "triton": 30}
@@ -32,7 +32,7 @@ def check(backend: str, problem: Drawn) -> None:
     count_example(backend, refused=refused)
     if not refused:
         torch.manual_seed(0)
-        assert_matches_standard(q, k, v, backend=backend, with_noise=True, **options)
+        assert_attention_close(backend, q, k, v, with_noise=True, **options)
 
 
 def is_refused(

@@ -15,7 +15,7 @@ from flashlayer.integrations import sdpa
 from flashlayer.integrations.transformers import attention
 from flashlayer.modules import KVCache
 from flashlayer.spec import NO_EXTRAS, AttentionExtras, AttentionSpec
-from tests.tolerance import FACTORS, assert_accurate
+from flashlayer.testing import FACTORS, assert_accurate
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

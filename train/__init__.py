@@ -1,12 +1,12 @@
 """The training stack: a small GPT, and the proof that flash attention trains it like standard.
 
-Run from a checkout: ``python -m train {parity,fit,sample} --help``.
+Run from a checkout: ``python -m train {parity,fit,sample,compare} --help``.
 """
 
 
 class UsageError(Exception):
-    """A mistake in what the user asked for, told in one sentence and nothing else."""
+    """The request is wrong; printed as one sentence, without a traceback."""
 
 
 class RunError(Exception):
-    """Why a run ended before its last step, told in one sentence and nothing else."""
+    """A run ended before its last step; printed as one sentence, without a traceback."""

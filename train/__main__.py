@@ -10,8 +10,8 @@ if __name__ == "__main__":
     # Read once, when torch loads its OpenMP: waiting threads sleep instead of spinning, which is
     # worth several times the speed on a machine that does something else as well.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # A rank that is killed leaves a semaphore behind. Python clears it away, and would speak of it
-    # after our own sentence.
+    # A killed rank leaves a semaphore behind. Python's resource tracker removes it, and its warning
+    # would follow our error message.
     sys.warnoptions.append("ignore:resource_tracker")
     import torch
 
@@ -25,7 +25,7 @@ if __name__ == "__main__":
     try:
         status = main()
     except Exception:
-        # Python's own status for it, 1, is that of a verdict that is fail.
+        # Python's exit status for an exception, 1, is ours for a failed verdict.
         traceback.print_exc()
         status = 3
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""``python -m train {parity,fit,sample,compare}``: what each does, and how mistakes are told."""
+"""``python -m train {parity,fit,sample,compare}``: the commands, and how errors are reported."""
 
 import shlex
 import signal
@@ -13,7 +13,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from tokenizers import Tokenizer
 
 from train import RunError, UsageError
-from train.checkpoint import (
+from train.config import RUNS, as_parallel, build, check, quiet, training_parser
+from train.data import END_OF_DOCUMENT, TextData, literal
+from train.lit import GPTModule
+from train.model import GPTConfig
+from train.proof.compare import compare
+from train.proof.parity import ParityOptions, run_parity
+from train.running.checkpoint import (
     BadCheckpoint,
     CheckpointOptions,
     Checkpoints,
@@ -22,17 +28,11 @@ from train.checkpoint import (
     last_good,
     read_checkpoint,
 )
-from train.compare import compare
-from train.config import RUNS, as_parallel, build, check, quiet, training_parser
-from train.data import END_OF_DOCUMENT, TextData, literal
-from train.disk import held
-from train.insight import Insight, InsightOptions, boards
-from train.lit import GPTModule
-from train.metrics import MetricsFile
-from train.model import GPTConfig
-from train.parity import ParityOptions, run_parity
-from train.ranks import in_ranks
-from train.stop import StopAtNonFinite, StopAtSignal, Stopped
+from train.running.disk import held
+from train.running.insight import Insight, InsightOptions, boards
+from train.running.metrics import MetricsFile
+from train.running.ranks import in_ranks
+from train.running.stop import StopAtNonFinite, StopAtSignal, Stopped
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _print_text(text: str) -> None:
-    """Print what a model wrote, whatever the terminal can show: the rest of it as escapes."""
+    """Print a model's text; characters outside the terminal's encoding as escapes."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, errors="backslashreplace").decode(encoding))
 
@@ -162,13 +162,13 @@ def fit_rank(config: Namespace, folder: Path) -> None:
             Insight(InsightOptions(**config.insight.as_dict())),
         ],
         label=config.name,
-        logger=[metrics, *boards(config.name, step)],
+        logger=[metrics, *boards(RUNS / config.name, step)],
         plugins=[WholeCheckpointIO()],
     )
     if found:
         _require_same_run(*found, module, data)
         print(f"from step {step} on: {path}")
-    del found  # Lightning reads it again: one copy of the model and the optimizer is enough
+    del found  # Lightning reads the file again: don't hold two copies of the state
     metrics.cut(step)
     try:
         with stop:
@@ -180,13 +180,13 @@ def fit_rank(config: Namespace, folder: Path) -> None:
                 f"{folder / 'last.ckpt'}"
             )
         raise
-    # None, where trainer.max_time was over at once.
+    # No step, where trainer.max_time was over at once: then there is no checkpoint.
     kept = f": {folder / 'last.ckpt'}" if trainer.global_step else ""
     print(f"trained {trainer.global_step} steps{kept}")
 
 
 def _require_same_run(path: Path, saved: dict[str, Any], module: GPTModule, data: TextData) -> None:
-    """Refuse to go on with other options than the checkpoint's: that run would be neither."""
+    """Refuse to resume with other options than those the checkpoint was made with."""
     for part, now in (
         ("hyper_parameters", module.hparams),
         ("datamodule_hyper_parameters", data.hparams),
@@ -228,7 +228,7 @@ def sample(
         raise UsageError("count and top_k must be at least 1 and temperature above 0")
     try:
         prompt.encode()
-    except UnicodeEncodeError as error:  # of an argument with bytes that are no UTF-8
+    except UnicodeEncodeError as error:  # an argument whose bytes are not UTF-8
         raise UsageError(
             f"the prompt must be UTF-8 text, and is none at character {error.start}"
         ) from error
@@ -240,7 +240,7 @@ def sample(
         module.load_state_dict(saved["state_dict"])
     except UsageError:
         raise
-    except Exception as error:  # the tokenizer's library has no kind of its own
+    except Exception as error:  # tokenizers raises plain Exception
         raise BadCheckpoint(f"{checkpoint} does not hold what a GPT needs: {error}") from error
     model = module.model.eval()
     ids = tokenizer.encode(prompt).ids or [tokenizer.token_to_id(END_OF_DOCUMENT)]

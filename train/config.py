@@ -24,18 +24,19 @@ from train import UsageError
 from train.data import TextData, vocab_size
 from train.lit import GPTModule
 from train.model import BACKENDS, GPTConfig
-from train.parallel import Parallel
-from train.progress import progress
-from train.trainer_options import Command, check_options
+from train.running.parallel import Parallel
+from train.running.progress import progress
+from train.running.trainer_options import Command, check_options
 
 RUNS = Path("runs")
-# Besides its own; a class that the configuration names as a callback or logger has the same.
+# What Lightning's constructor raises, besides its own exception, and what a class that the
+# configuration names as a callback or logger may raise.
 CONSTRUCTOR_ERRORS = (ValueError, TypeError, RuntimeError, LookupError, AttributeError, OSError)
 
 # A run counts steps, not epochs: its batches never end, see train.data.StepSampler.
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
-    "min_epochs": 0,  # left out it is 1 with min_steps, and nothing could stop the run early
+    "min_epochs": 0,  # the default with min_steps is 1 epoch, which never ends
     "max_steps": 200,
     "gradient_clip_val": 1.0,
     "check_val_every_n_epoch": None,
@@ -94,7 +95,7 @@ def _check_constructor(config: Namespace, trainer_options: dict[str, Any]) -> No
     parser.add_lightning_class_args(L.Trainer, "trainer")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the run's own trainer gives them
+            warnings.simplefilter("ignore")  # the trainer of the run warns again
             options = parser.instantiate(Namespace(trainer=config.trainer.clone())).trainer
             make_trainer(options.as_dict(), as_parallel(config.parallel), [], **trainer_options)
     except (MisconfigurationException, ArgumentError, ImportError, *CONSTRUCTOR_ERRORS) as error:
@@ -102,7 +103,7 @@ def _check_constructor(config: Namespace, trainer_options: dict[str, Any]) -> No
 
 
 def _check_validation(config: Namespace, blocks: int) -> None:
-    """Refuse a part of the validation that is less than a batch."""
+    """Refuse a fraction of the validation that is less than a batch."""
     limit, batches = config.trainer.limit_val_batches, -(-blocks // config.data.batch_size)
     if isinstance(limit, float) and 0 < limit * batches < 1:
         raise UsageError(
@@ -112,7 +113,7 @@ def _check_validation(config: Namespace, blocks: int) -> None:
 
 
 def check_parallel(config: Namespace) -> None:
-    """Refuse a model, batch or machine that can't be shared out so; says what must divide what."""
+    """Refuse what can't be split over the ranks; the error says what must divide what."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise UsageError(
             "python -m train starts the processes of a run itself: run it without torchrun, and "
@@ -137,7 +138,8 @@ def check_parallel(config: Namespace) -> None:
             f"GPU{'s' * (gpus > 1)}: set trainer.accelerator to cpu, or use fewer ranks"
         )
     if ranks > 1 and not isinstance(trainer.val_check_interval, int):
-        # Lightning asks each rank's own clock, and one that is late would wait for the others.
+        # Lightning compares times by each rank's own clock: ranks would validate at different steps
+        # and wait for each other.
         raise UsageError(
             "trainer.val_check_interval must be a number of batches with more than one rank, not "
             f"{trainer.val_check_interval!r}: ranks would not agree on a time"
@@ -154,8 +156,8 @@ def check_parallel(config: Namespace) -> None:
 
 
 def _check_context(parallel: Parallel, gpt: GPTConfig) -> None:
-    """Refuse a model whose sequences can't be shared out."""
-    # Stretches of positions that are dealt out, equally many to each rank.
+    """Refuse a model whose sequences can't be split."""
+    # Equal chunks of positions, the same number for each rank.
     stretches = parallel.context * (2 if parallel.placement == "zigzag" else 1)
     if gpt.context % stretches:
         raise UsageError(
@@ -176,7 +178,7 @@ def _check_context(parallel: Parallel, gpt: GPTConfig) -> None:
 
 
 def as_parallel(options: Namespace) -> Parallel:
-    """What the parser read as the options of one."""
+    """The :class:`Parallel` that the parsed options describe."""
     return Parallel(**options.as_dict())
 
 
@@ -280,11 +282,11 @@ def quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     datasets.disable_progress_bars()
-    # Its bars would still make a lock for several processes, and a killed one leaves that behind.
+    # A disabled bar still creates a multiprocessing lock, which a killed process leaves behind.
     tqdm.set_lock(threading.RLock())
     # Blocks come ready from a memory-mapped file: a worker process would only cost its start.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
-    # It is not empty whenever a run goes on.
+    # The checkpoint folder is never empty when a run resumes.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     # Lightning 2.6 on torch 2.13.
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec")

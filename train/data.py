@@ -101,10 +101,10 @@ class TextData(L.LightningDataModule):
             )
         held_out = min(max(1, round(len(blocks) * self.hparams["val_fraction"])), len(blocks) - 1)
         blocks = blocks.with_format("torch")
-        # Lists of rows by number are all that PyTorch's loader asks of its own kind of dataset.
+        # DataLoader needs only __getitems__ of a list of row numbers.
         self.train_blocks = cast(Any, blocks.select(range(len(blocks) - held_out)))
-        # In an order of their own, so that the first few, all that a quick validation reads, are
-        # from everywhere in the tail.
+        # Shuffled once, so that the first few, which are all that a quick validation reads, come
+        # from the whole tail.
         self.val_blocks = cast(
             Any, blocks.select(len(self.train_blocks) + _shuffled(held_out, 0, 0))
         )
@@ -123,7 +123,7 @@ class TextData(L.LightningDataModule):
         return DataLoader(self.val_blocks, batch_size=self.hparams["batch_size"])
 
     def state_dict(self) -> dict[str, Any]:
-        """The tokenizer travels in every checkpoint, so that sampling needs nothing else."""
+        """Store the tokenizer in every checkpoint: sampling needs no other file."""
         return {"tokenizer": self.tokenizer.to_str()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -132,7 +132,7 @@ class TextData(L.LightningDataModule):
         Raises:
             UsageError: the tokenizer has been trained again, on other text or by other rules.
         """
-        # The vocabulary and the merges; how a text is cut before that changes no token's meaning.
+        # Compare vocabulary and merges only: the pre-tokenizer doesn't change what a token means.
         saved, now = (
             json.loads(text)["model"] for text in (state_dict["tokenizer"], self.tokenizer.to_str())
         )
@@ -326,7 +326,7 @@ def load_documents(corpus: str, max_bytes: int) -> Dataset:
         found = Path(sysconfig.get_path("stdlib")).glob("*.py")
         read, source = read_files, {"files": _fingerprints(found)}
     elif kind == "files" and where:
-        # A name may hold the characters of a pattern.
+        # A file's name may contain glob characters.
         names = [where] if os.path.isfile(where) else glob.iglob(where, recursive=True)
         read, source = read_files, {"files": _fingerprints(map(Path, names))}
     elif kind == "hub" and where:
@@ -363,7 +363,7 @@ def _fingerprints(paths: Iterable[Path]) -> Fingerprints:
         files.setdefault((stat.st_dev, stat.st_ino), (str(path), stat.st_mtime_ns, stat.st_size))
     shuffled = list(files.values())
     random.Random(0).shuffle(shuffled)
-    # A tuple: datasets would take the items of a list for shards, each to be read by itself.
+    # A tuple: datasets treats the items of a list as shards and would read each separately.
     return tuple(shuffled)
 
 
@@ -425,7 +425,7 @@ def read_hub(name: str, max_bytes: int, reader: int) -> Iterator[dict[str, str]]
         UsageError: the hub can't be reached, or the dataset has no column of texts.
     """
     try:
-        # Offline, the hub's own client tries for half a minute before it gives up; this asks once.
+        # Offline, the hub's client retries for half a minute; this request is made once.
         urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=5).close()
         rows = load_dataset(name, split="train", streaming=True)
     except (OSError, ValueError) as error:

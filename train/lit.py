@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from train.model import GPT, GPTConfig
-from train.parallel import Parallel, SequenceShard, own_rows
+from train.running.parallel import Parallel, SequenceShard, own_rows
 
 # A checkpoint carries the model's shape; this lets torch.load read it back without trusting the
 # file any further.
@@ -44,7 +44,7 @@ class GPTModule(L.LightningModule):
             compile: run the blocks through torch.compile.
         """
         super().__init__()
-        # How it is computed is no property of the model: a checkpoint goes on either way.
+        # Not hyperparameters: a checkpoint can be resumed with either setting.
         self.save_hyperparameters(ignore=["checkpoint_activations", "compile"])
         self.parallel = Parallel()  # how the run is spread over processes
         self.grid: DeviceMesh | None = None
@@ -57,7 +57,7 @@ class GPTModule(L.LightningModule):
                 block.compile()
 
     def configure_model(self) -> None:
-        """Give this rank its part of the model, once the ranks know each other."""
+        """Shard or replicate the model; called once the process group exists."""
         if self.parallel.ranks == 1 or self.grid is not None:
             return
         self.grid = self.parallel.grid(self.trainer.strategy.root_device)

@@ -1,4 +1,4 @@
-"""Time and memory: of a training process, and of one attention layer at growing lengths.
+"""Time and memory of a process, for training and for benchmarks.
 
 Needs torch and flashlayer only, so that a fresh process starts fast and carries nothing else.
 """
@@ -12,26 +12,19 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 import torch
-from torch import Tensor
 
 import flashlayer
-from train.model import ATTENTIONS
 
 Result = TypeVar("Result")
 
-# Long enough to start threads and load kernels, too short to leave freed memory behind for the
-# measured run.
-WARM_UP_LENGTH = 16
-
-# A process that was asked to end has so long to close its files.
-OBEY_SECONDS = 10.0
+# Seconds that a terminated process has to close its files.
+GRACE_SECONDS = 10.0
 
 
 def in_fresh_process(function: Callable[..., Result], *args: Any) -> Result:
@@ -39,22 +32,22 @@ def in_fresh_process(function: Callable[..., Result], *args: Any) -> Result:
     with ProcessPoolExecutor(
         max_workers=1,
         mp_context=get_context("spawn"),
-        initializer=_obey_the_parent,
+        initializer=_ignore_interrupts,
     ) as pool:
         try:
             return pool.submit(function, *args).result()
         except KeyboardInterrupt:
             for child in active_children():
                 child.terminate()
-                # What it runs may swallow the exception that the signal becomes.
-                child.join(OBEY_SECONDS)
+                # The function may catch the SystemExit that SIGTERM raises.
+                child.join(GRACE_SECONDS)
                 if child.is_alive():
                     child.kill()
             raise
 
 
-def _obey_the_parent() -> None:
-    """Ctrl-C reaches every process of a terminal; the parent answers it, and ends this one."""
+def _ignore_interrupts() -> None:
+    """Ignore Ctrl-C, which a terminal sends to every process: the parent ends this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
@@ -107,7 +100,7 @@ class PeakMemory:
 
 
 def _reset_resident_peak() -> None:
-    """Lower the kernel's high-water mark to the present; elsewhere than on Linux nothing can."""
+    """Reset the kernel's high-water mark; possible on Linux only."""
     if os.access("/proc/self/clear_refs", os.W_OK):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -123,16 +116,16 @@ def _resident_peak() -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Stopwatch:
-    """Seconds between two moments of the device's own work."""
+    """Seconds between two points in the device's own stream of work."""
 
     def __init__(self, device: torch.device) -> None:
-        """Of this device."""
+        """Time work on ``device``."""
         self.on_cuda = device.type == "cuda"
 
     def now(self) -> Any:
@@ -152,7 +145,7 @@ class Stopwatch:
 
 
 class Yardstick:
-    """A large matrix product, timed now and then: what the device can do."""
+    """A large matrix product, timed repeatedly: the speed that the device can reach."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         """Make the factor, from a generator of its own, and multiply once to warm up."""
@@ -175,63 +168,6 @@ class Yardstick:
     def peak(self) -> float:
         """FLOP/s, of the shortest time."""
         return 2 * self.size**3 / min(self.taken)
-
-
-@dataclass
-class LayerStudy:
-    """One causal attention layer, forward + backward, at growing lengths.
-
-    Attributes:
-        lengths: sequence lengths.
-        batch: batch size.
-        heads: attention heads.
-        head_dim: their width.
-        rounds: how often each is timed; the arms take turns, and the median counts.
-    """
-
-    lengths: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096])
-    batch: int = 1
-    heads: int = 4
-    head_dim: int = 64
-    rounds: int = 7
-
-    def step(
-        self, attention: str, length: int, device: torch.device, dtype: torch.dtype
-    ) -> Callable[[], None]:
-        """A function that runs the layer once, forward and backward."""
-        generator = torch.Generator().manual_seed(length)
-
-        def draw() -> Tensor:
-            shape = (self.batch, self.heads, length, self.head_dim)
-            return torch.randn(shape, generator=generator).to(device, dtype)
-
-        q, k, v = (draw().requires_grad_() for _ in range(3))
-        do = draw()
-
-        def run() -> None:
-            torch.autograd.grad(ATTENTIONS[attention](q, k, v), (q, k, v), do)
-            synchronize(device)
-
-        return run
-
-
-def layer_memory(
-    study: LayerStudy, attention: str, length: int, device: torch.device, dtype: torch.dtype
-) -> int:
-    """Bytes that one forward + backward needs beyond its inputs; call it in a fresh process."""
-    study.step(attention, WARM_UP_LENGTH, device, dtype)()
-    run = study.step(attention, length, device, dtype)
-    memory = PeakMemory(device)
-    run()
-    return memory.extra()
-
-
-def layer_seconds(
-    study: LayerStudy, arms: dict[str, str], length: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, float]:
-    """Median seconds of one forward + backward per arm, in turns, so that drift hits all alike."""
-    steps = {arm: study.step(attention, length, device, dtype) for arm, attention in arms.items()}
-    return interleaved(steps, study.rounds)
 
 
 def interleaved(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:

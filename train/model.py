@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flashlayer import flash_attention
 from train import UsageError
-from train.parallel import SequenceShard
+from train.running.parallel import SequenceShard
 
 Attention = Callable[..., Any]  # q, k, v (B, H, S, D) -> out (B, H, S, D)
 
@@ -21,9 +21,8 @@ Attention = Callable[..., Any]  # q, k, v (B, H, S, D) -> out (B, H, S, D)
 def control_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Standard causal attention with every sum over keys or queries taken in the opposite order.
 
-    Seen in a mirror, "query i sees keys j <= i" is "query i sees keys j >= i". The mathematics is
-    the same and only the rounding differs, which makes the gap between this and ``standard`` the
-    yardstick for any other gap.
+    With queries, keys and values flipped, "query i sees keys j <= i" becomes "j >= i". The result
+    is the same but for rounding, so the gap between this and ``standard`` is what rounding makes.
     """
     mirrored: Any = flash_attention(
         q.flip(2),

@@ -3,8 +3,8 @@ from pathlib import Path
 
 from benchmarks.__main__ import main as dispatch
 from benchmarks.context import Problem, measure_hops, predictions
+from benchmarks.processes import run_group
 from benchmarks.scaling import Layer
-from tests.processes import run_group
 
 
 def test_memory_and_traffic_of_a_small_ring(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flashlayer import testing
 from flashlayer.distributed import ring_attention, ulysses_attention
-from tests import tolerance
 
 LENGTH = 96
 # Lengths that share nothing, a shard of nothing among them.
@@ -154,13 +154,13 @@ def check_case(case: Case, shards: list[dict[str, Tensor]]) -> None:
     if not case.sinks:
         sinks = None
     options = {name: option for name, option in case.options.items() if name != "backend"}
-    same_dtype = tolerance.run(*tensors.values(), backend="standard", sinks=sinks, **options)
+    same_dtype = testing.run("standard", *tensors.values(), sinks=sinks, **options)
     wide = [x.double() for x in tensors.values()]
     wide_sinks = None if sinks is None else sinks.double()
-    reference = tolerance.run(*wide, backend="standard", sinks=wide_sinks, **options)
+    reference = testing.run("standard", *wide, sinks=wide_sinks, **options)
     # Terms of both signs, one a query, of which each rank sums its own: rounding depends on the
     # order, and the formula's happens to be lucky on some of these few sums.
-    noise = tolerance.recomputation_noise(*wide, sinks=wide_sinks, **options)
+    noise = testing.recomputation_noise(*wide, sinks=wide_sinks, **options)
     eps = torch.finfo(case.dtype).eps
     positions = [case.positions(rank, ranks) for rank in range(ranks)]
     for name, expected in reference.items():
@@ -170,6 +170,6 @@ def check_case(case: Case, shards: list[dict[str, Tensor]]) -> None:
             actual = torch.full_like(same_dtype[name], torch.nan)
             for shard, position in zip(shards, positions, strict=True):
                 actual[:, :, position] = shard[name]
-        factor = tolerance.FACTORS.get(name, tolerance.GRADIENT_FACTOR)
+        factor = testing.FACTORS.get(name, testing.GRADIENT_FACTOR)
         slack = noise[name] * eps if name == "dsinks" else 0.0
-        tolerance.assert_accurate(name, actual, same_dtype[name], expected, factor, slack)
+        testing.assert_accurate(name, actual, same_dtype[name], expected, factor, slack)

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.traffic import Counted
 from flashlayer.distributed import ring, ring_attention, ulysses_attention
-from tests.traffic import Counted
 
 
 class Watch(TorchDispatchMode):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from flashlayer import FlashMultiheadAttention
+from flashlayer.testing import assert_accurate
 from tests.integrations.multihead import (
     CONSTRUCTORS,
     E,
@@ -22,7 +23,6 @@ from tests.integrations.multihead import (
     pair,
     run,
 )
-from tests.tolerance import assert_accurate
 
 MASKS = ("none", "attn", "padding", "both", "per_head", "float_attn", "float_both")
 

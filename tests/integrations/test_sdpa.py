@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import flashlayer
 from flashlayer.integrations.sdpa import override
-from tests.tolerance import FACTORS, GRADIENT_FACTOR, assert_accurate, exponential_error
+from flashlayer.testing import FACTORS, GRADIENT_FACTOR, assert_accurate, exponential_error
 
 SDPA = F.scaled_dot_product_attention
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from flashlayer.backends import triton as backend
 from flashlayer.spec import AttentionExtras, AttentionSpec
+from flashlayer.testing import FACTORS, GRADIENT_FACTOR, compare
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FACTORS = {"o": 2, "lse": 2, "dq": 3, "dk": 3, "dv": 3}
 
 
 class Inputs(NamedTuple):
@@ -88,23 +88,8 @@ def error_ratios(x: Inputs, spec: AttentionSpec) -> dict[str, float]:
     ratios = {}
     for name, result in actual.items():
         assert result.shape == reference[name].shape, name
-        wide, dtype = reference[name], result.dtype
-        infinite = wide == -torch.inf
-        assert torch.equal(result == -torch.inf, infinite), f"{name}: -inf in the wrong rows"
-        zero = torch.zeros((), dtype=torch.float64, device=wide.device)
-        result, same, wide = (
-            torch.where(infinite, zero, y.double()) for y in (result, same_dtype[name], wide)
-        )
-        if dtype == torch.float64:
-            bound = 1e-12 * max(1.0, wide.abs().max().item())
-        else:
-            rounded = wide.to(dtype)
-            floor = 2 * ((rounded + 0.3 - 0.3) - rounded).abs().max().item()
-            bound = FACTORS[name] * (same - wide).abs().max().item() + floor
-        error = (result - wide).abs().max().item()
-        ratios[name] = error / bound if bound else float(error > 0)
-        if error != error:  # NaN
-            ratios[name] = float("inf")
+        factor = FACTORS.get("out" if name == "o" else name, GRADIENT_FACTOR)
+        ratios[name] = compare(result, same_dtype[name], reference[name], factor).ratio
     return ratios
 
 

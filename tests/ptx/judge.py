@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flashlayer import flash_attention
 from flashlayer.backends import split_keys
 from flashlayer.kernels import tiles
-from tests import tolerance
+from flashlayer.testing import accuracy
 from tests.ptx.cases import Case
 from tests.ptx.driver import Device, emulated
 from tests.ptx.formats import EmulatorError, Race
@@ -119,7 +119,7 @@ def _execute(
         if case.splits:
             results = _decode(q, k, v, case.splits, **arguments)
         else:
-            results = tolerance.assert_matches_standard(q, k, v, backend="triton", **arguments)
+            results = accuracy.assert_attention_close("triton", q, k, v, **arguments)
     for launch in device.launches:
         verdict.kernels[launch.kernel] = dict(launch.program.counts)
         verdict.executed += launch.executed
@@ -133,29 +133,23 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, splits: int, **options: Any) -> Res
     same_dtype = flash_attention(q, k, v, backend="standard", **options)
     wide = {n: x.double() if isinstance(x, Tensor) else x for n, x in options.items()}
     reference = flash_attention(q.double(), k.double(), v.double(), backend="standard", **wide)
-    tolerance.assert_accurate("out", out, same_dtype, reference, tolerance.FACTORS["out"])
+    accuracy.assert_accurate("out", out, same_dtype, reference, accuracy.FACTORS["out"])
     return {"out": out}
 
 
 @contextlib.contextmanager
 def _recorded(verdict: Verdict) -> Iterator[None]:
-    """Note error over bound wherever :mod:`tests.tolerance` judges a tensor."""
-    judge_tensor = tolerance.assert_accurate
+    """Note error over bound of every tensor that is judged."""
+    judge_tensor = accuracy.assert_accurate
 
     def record(
         name: str, actual: Tensor, same: Tensor, reference: Tensor, factor: float, noise: float = 0
     ) -> None:
         judge_tensor(name, actual, same, reference, factor, noise)
-        if actual.numel() == 0:
-            return
-        infinite = reference == -torch.inf
-        clean = [torch.where(infinite, 0.0, x.double()) for x in (actual, same, reference)]
-        error = (clean[0] - clean[2]).abs().max().item()
-        bound = tolerance.error_bound(*clean[1:], actual.dtype, factor) + noise
-        ratio = error / bound if error else 0.0
+        ratio = accuracy.compare(actual, same, reference, factor, noise).ratio
         verdict.errors[name] = max(ratio, verdict.errors.get(name, 0.0))
 
-    with mock.patch.object(tolerance, "assert_accurate", record):
+    with mock.patch.object(accuracy, "assert_accurate", record):
         yield
 
 
@@ -174,16 +168,16 @@ def _descriptors() -> Iterator[None]:
 @contextlib.contextmanager
 def _tf32_allowed() -> Iterator[None]:
     """TF32 in the kernels, and in the standard attention that they are measured by."""
-    run = tolerance.run
+    run = accuracy.run
 
-    def run_in_tf32(*args: Any, backend: str, **options: Any) -> Results:
-        with _TF32Products() if backend == "standard" else contextlib.nullcontext():
-            return run(*args, backend=backend, **options)
+    def run_in_tf32(attention: Any, *args: Any, **options: Any) -> Results:
+        with _TF32Products() if attention == "standard" else contextlib.nullcontext():
+            return run(attention, *args, **options)
 
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        with mock.patch.object(tolerance, "run", run_in_tf32):
+        with mock.patch.object(accuracy, "run", run_in_tf32):
             yield
     finally:
         torch.backends.cuda.matmul.fp32_precision = before

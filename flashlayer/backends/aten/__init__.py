@@ -14,7 +14,7 @@ The kernel's accuracy depends on ``torch.backends.cpu.get_cpu_capability()``. Wi
 ``AVX512`` the forward pass is off by up to ``1.5e-7 + 2.7e-9 |x|`` in fp32, where ``x`` is the
 score minus the row's maximum, and by up to 1.1e-4 in half precision, which itself rounds to 4.9e-4
 or 3.9e-3; in fp64 it is exact. The backward pass recomputes the probabilities from the stored LSE.
-``tests/tolerance.py`` derives what follows for each result.
+:func:`flashlayer.testing.exponential_error` derives what follows for each result.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import flashlayer
 from flashlayer.integrations import flash_attn as door
+from flashlayer.testing import assert_accurate, exponential_error
 from tests.integrations.flash_attn.reference import (
     OPTIONS,
     SK,
@@ -22,7 +23,6 @@ from tests.integrations.flash_attn.reference import (
     qkv,
     reference,
 )
-from tests.tolerance import assert_accurate, exponential_error
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -24,7 +24,7 @@ Written by `python -m tests.integrations.transformers.compatibility` with transf
 {transformers} and torch {torch}; the tests compare every cell with what they find. Each model is
 tiny, random and built from its config. It runs with eager attention in fp64 and in fp32, and with
 flashlayer in fp32; flashlayer may be off from fp64 by twice what eager fp32 is, in gradients by
-three times (`tests/tolerance.py`) and two roundings of the result.
+three times (`flashlayer.testing`) and two roundings of the result.
 
 - `no padding`, `left padding`, `right padding`: logits, loss and the gradient of every parameter.
 - `packed`: the same, sequences one after the other in a row, told by restarting `position_ids`;

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache, masking_utils
 
 from flashlayer.integrations.transformers import WindowMask
+from flashlayer.testing import FACTORS, GRADIENT_FACTOR, assert_accurate
 from tests.integrations.transformers.hosts import (
     BATCH,
     EOS,
@@ -26,7 +27,6 @@ from tests.integrations.transformers.hosts import (
     Wide,
     build,
 )
-from tests.tolerance import FACTORS, GRADIENT_FACTOR, assert_accurate
 
 TRAINING = ("no padding", "left padding", "right padding", "packed", "cu_seq_lens")
 

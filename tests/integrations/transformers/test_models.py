@@ -20,6 +20,7 @@ from flashlayer.integrations.transformers import (
     make_mask,
     register,
 )
+from flashlayer.testing import GRADIENT_FACTOR, assert_accurate
 from tests.integrations.transformers.compatibility import read_table
 from tests.integrations.transformers.hosts import BATCH, HOSTS, LENGTH, NAME, Wide, build
 from tests.integrations.transformers.situations import (
@@ -32,7 +33,6 @@ from tests.integrations.transformers.situations import (
     padding_mask,
     train_step,
 )
-from tests.tolerance import GRADIENT_FACTOR, assert_accurate
 from train.measure import PeakMemory, in_fresh_process
 
 ROOT = Path(__file__).parents[3]

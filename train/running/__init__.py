@@ -1,0 +1,1 @@
+"""Running: processes, checkpoints, signals, logs, and which Trainer options a run takes."""
