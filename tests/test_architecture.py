@@ -15,8 +15,8 @@ STANDARD_LIBRARY = sys.stdlib_module_names | {"__future__"}
 
 # Which rooms a room may look into, and which third parties it may use.
 ALLOWED = {
-    "kernels": {"kernels", "triton", "math", "dataclasses"},
-    "backends/triton": {"kernels", "spec", "philox", "torch", "triton"},
+    "kernels": {"kernels", "triton", "math", "dataclasses", "typing"},
+    "backends/triton": {"backends/triton", "kernels", "spec", "philox", "torch", "triton"},
     "backends/aten": {"backends/aten", "spec", "online_softmax", "torch"},
     "backends/ops": {"backends/aten", "backends/tiled", "backends/triton", "spec", "torch"},
     "backends/*": {"spec", "online_softmax", "philox", "torch"},
@@ -77,7 +77,7 @@ DISTRIBUTED = {
 
 def room(path: Path) -> str:
     relative = path.relative_to(PACKAGE).with_suffix("").as_posix()
-    for folder in ("kernels", "backends/aten", "integrations/transformers"):
+    for folder in ("kernels", "backends/aten", "backends/triton", "integrations/transformers"):
         if relative.startswith(f"{folder}/"):
             return folder
     for house in ("backends", "integrations"):
