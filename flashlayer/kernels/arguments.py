@@ -39,7 +39,10 @@ class Strided(NamedTuple):
     """A ``(B, H, S, columns)`` tensor."""
 
     ptr: Any
-    strides: Any  # four
+    batch_stride: Any  # None for packed sequences, which have one batch entry
+    head_stride: Any
+    row_stride: Any
+    column_stride: Any
     columns: Any  # constexpr
 
 
@@ -74,8 +77,8 @@ class Packing(NamedTuple):
 class Extras(NamedTuple):
     """The tensors of the options, each None where its option is off."""
 
-    mask: Any = None  # Mask
     slopes: Any = None  # Slopes
+    mask: Any = None  # Mask
     sinks_ptr: Any = None  # (heads,)
     seed_ptr: Any = None  # () int64: dropout's
     packing: Any = None  # Packing

@@ -185,12 +185,14 @@ def load_slope(slopes, batch, head, heads, DTYPE: tl.constexpr):
 @triton.jit
 def mask_strides(mask):
     """Strides of a :class:`Mask` in elements."""
-    batch, head, row, column = mask.strides
+    batch = mask.strides[0].to(tl.int64)
+    head = mask.strides[1].to(tl.int64)
+    row = mask.strides[2].to(tl.int64)
     if not mask.ALIGNED:
         batch = batch >> 2
         head = head >> 2
         row = row >> 2
-    return batch, head, row, column >> 2 if mask.COLUMN is None else mask.COLUMN
+    return batch, head, row, mask.strides[3] >> 2 if mask.COLUMN is None else mask.COLUMN
 
 
 @triton.jit
@@ -353,9 +355,12 @@ def dot_into(acc, a, b, INPUT_PRECISION: tl.constexpr):
 @triton.jit
 def row_pointer(x, at):
     """Pointer to column 0 of the row ``at`` (batch, head, row) of a :class:`Strided`."""
-    ptr = x.ptr + at[0].to(tl.int64) * x.strides[0] + at[1].to(tl.int64) * x.strides[1]
+    ptr = x.ptr
+    if x.batch_stride is not None:
+        ptr += at[0].to(tl.int64) * x.batch_stride
+    ptr += at[1].to(tl.int64) * x.head_stride
     row = tl.full((), 0, tl.int64) + at[2]  # a 64-bit tensor also where it comes as a number
-    return ptr + row * x.strides[2]
+    return ptr + row * x.row_stride
 
 
 @triton.jit
@@ -368,7 +373,7 @@ def row_index(heads, seqlen, at):
 def tile_pointers(ptr, x, rows, first, WIDTH: tl.constexpr):
     """Pointers ``[rows, WIDTH]``, from column ``first`` on; ``rows`` counts from ``ptr``."""
     columns = (first + tl.arange(0, WIDTH)).to(tl.int64)
-    return ptr + rows.to(tl.int64)[:, None] * x.strides[2] + columns[None, :] * x.strides[3]
+    return ptr + rows.to(tl.int64)[:, None] * x.row_stride + columns[None, :] * x.column_stride
 
 
 @triton.jit

@@ -19,11 +19,12 @@ def _constexpr(value: int) -> Any:
     return tl.constexpr(value)
 
 
-def strided(x: Tensor) -> Any:
-    """A ``(B, H, S, D)`` tensor."""
+def strided(x: Tensor, packed: bool = False) -> Any:
+    """A ``(B, H, S, D)`` tensor; B = 1 if it is packed."""
     from flashlayer.kernels.arguments import Strided
 
-    return Strided(x, x.stride(), _constexpr(x.shape[3]))
+    batch, head, row, column = x.stride()
+    return Strided(x, None if packed else batch, head, row, column, _constexpr(x.shape[3]))
 
 
 def options(extras: AttentionExtras, *, sinks: bool = False) -> Any:

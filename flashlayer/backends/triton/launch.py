@@ -25,6 +25,7 @@ def launch_forward(
     from flashlayer.kernels.forward import forward_kernel
 
     heads, kv_heads = q.shape[1], k.shape[1]
+    packed = extras.cu_seqlens_q is not None
     tiles = tiling.tiles_of("forward", q, v, spec, extras)
     num_blocks = _num_blocks(spec.max_seqlen_q, q.shape[2], tiles.BLOCK_M)
     grid = num_blocks * heads * _sequences(q, extras)
@@ -36,10 +37,10 @@ def launch_forward(
     launch: Any = forward_kernel[(grid,)]  # Triton types its launcher as the kernel it is not
     with launching(q):
         launch(
-            q=strided(q),
-            k=strided(k),
-            v=strided(v),
-            o=strided(o),
+            q=strided(q, packed),
+            k=strided(k, packed),
+            v=strided(v, packed),
+            o=strided(o, packed),
             lse_ptr=lse,
             extras=options(extras, sinks=True),
             heads=heads,
@@ -73,13 +74,14 @@ def launch_backward(
 
     with launching(q):
         _launch_delta(o, do, dlse, delta)
+        packed = extras.cu_seqlens_q is not None
         if k.shape[2] == 0 or _sequences(q, extras) == 0:
             return
         shared = {
-            "q": strided(q),
-            "k": strided(k),
-            "v": strided(v),
-            "do": strided(do),
+            "q": strided(q, packed),
+            "k": strided(k, packed),
+            "v": strided(v, packed),
+            "do": strided(do, packed),
             "statistics": RowStatistics(lse, delta),
             "extras": options(extras),
             "scale": spec.scale,
@@ -132,15 +134,16 @@ def _launch_dkdv(call: _BackwardCall, dk: Tensor, dv: Tensor) -> None:
     num_blocks = _num_blocks(spec.max_seqlen_k, k.shape[2], tiles.BLOCK_N)
     if num_blocks == 0:
         return
-    dense = extras.cu_seqlens_q is None  # else the next sequence follows a ragged tile of queries
+    packed = extras.cu_seqlens_q is not None
+    # Behind a ragged tile of packed queries a descriptor would load those of the next sequence.
     streams = {"q_descriptor": q, "do_descriptor": do}
-    stages, edge_stages = tiling.pipeline("dkdv", tiles, tiles.BLOCK_M, extras, streams, dense)
+    stages, edge_stages = tiling.pipeline("dkdv", tiles, tiles.BLOCK_M, extras, streams, not packed)
     copies = tiling.row_copies(tiles)
     launch: Any = dkdv_kernel[(num_blocks * kv_heads * _sequences(q, extras),)]
     launch(
         **arguments,
-        dk=strided(dk),
-        dv=strided(dv),
+        dk=strided(dk, packed),
+        dv=strided(dv, packed),
         kv_heads=kv_heads,
         num_blocks=num_blocks,
         FLAGS=flags(q, spec, GROUP=group, EDGE_STAGES=edge_stages, ROW_COPIES=copies),
@@ -162,7 +165,7 @@ def _launch_dq(call: _BackwardCall, dq: Tensor) -> None:
     launch: Any = dq_kernel[(num_blocks * heads * _sequences(q, extras),)]
     launch(
         **arguments,
-        dq=strided(dq),
+        dq=strided(dq, extras.cu_seqlens_q is not None),
         heads=heads,
         group=heads // k.shape[1],
         num_blocks=num_blocks,
