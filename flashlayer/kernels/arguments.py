@@ -39,7 +39,7 @@ class Strided(NamedTuple):
     """A ``(B, H, S, columns)`` tensor."""
 
     ptr: Any
-    batch_stride: Any  # None for packed sequences, which have one batch entry
+    batch_stride: Any
     head_stride: Any
     row_stride: Any
     column_stride: Any
