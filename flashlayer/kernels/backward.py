@@ -325,7 +325,7 @@ def dq_kernel(
                 i, j = rows[:, None], columns[None, :]
                 visible_keys = None if RANGE == FULL else columns < bounds[3]
                 visible = None if RANGE == FULL else in_window(i, j, window, k_length)
-                bias = load_bias(mask_ptr, extras.mask, i, j, i < q_length, k_length, ACC_DTYPE)
+                bias = load_bias(mask_ptr, extras.mask, i, j, row_exists[:, None], k_length, ACC_DTYPE)
                 visible_keys = unmasked_keys(bias, visible_keys)
                 kept = keep_factor(dropout, batch, head, i, j, ACC_DTYPE)
                 k_tile = load_stream(

@@ -153,7 +153,7 @@ def forward_kernel(
                 columns = k_start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
                 i, j = rows[:, None], columns[None, :]
                 visible = None if RANGE == FULL else columns < bounds[3]
-                bias = load_bias(mask_ptr, extras.mask, i, j, i < q_length, k_length, ACC_DTYPE)
+                bias = load_bias(mask_ptr, extras.mask, i, j, row_exists[:, None], k_length, ACC_DTYPE)
                 visible = unmasked_keys(bias, visible)
                 k_tile = load_stream(k_ptr, k, k_descriptor, k_at, k_start, columns, visible, RANGE)
                 scores = dot_rows(q_tile, k_tile, INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]

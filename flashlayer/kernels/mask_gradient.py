@@ -129,7 +129,7 @@ def dmask_kernel(
         for k_start in tl.range(start, stop, BLOCK_N):
             columns = k_start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
             i, j = rows[:, None], columns[None, :]
-            bias = load_bias(mask_ptr, extras.mask, i, j, i < seqlen_q, seqlen_k, ACC_DTYPE)
+            bias = load_bias(mask_ptr, extras.mask, i, j, valid[:, None], seqlen_k, ACC_DTYPE)
             visible_keys = unmasked_keys(bias, columns < bounds[3]) & (columns >= bounds[0])
             k_tile = load_tiles(k_ptr, k, columns, visible_keys)
             scores = dot_rows(q_tile, k_tile, INPUT_PRECISION)
