@@ -7,9 +7,6 @@ tensors without memory, its launches are recorded instead of made, and Triton's 
 and compiles them for a chip that is only named. From the machine code come registers, spills,
 shared memory, the blocks an SM holds, the tensor-core instructions, and the hot loop
 (:mod:`benchmarks.machine_code`) with the share of peak it can reach (:mod:`benchmarks.chips`).
-
-The second part compares each kernel with every option off to its twin from whose source the options
-have been taken out (:mod:`benchmarks.strip`).
 """
 
 from __future__ import annotations
@@ -43,8 +40,9 @@ from triton.runtime import driver
 
 from benchmarks import chips, machine_code
 from benchmarks.codegen_report import markdown
-from benchmarks.strip import stripped
 from flashlayer.backends import triton as backend
+from flashlayer.backends.triton import launch as backend_launch
+from flashlayer.backends.triton import tiling
 from flashlayer.kernels.primitives import INTERPRETED
 from flashlayer.spec import AttentionExtras, AttentionSpec
 
@@ -64,18 +62,11 @@ MASKS = {"full": (None, None), "causal": (None, 0)}  # (left, right)
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 BATCH, HEADS, SEQLEN = 4, 16, 4096
 WINDOW = 1023
-SAME = 0.01  # how far a kernel with its options off may be from one without them
 
 # Where each option is compiled on its own, unless --options or --full say otherwise.
 OPTIONS_TARGET, OPTIONS_DTYPE, OPTIONS_HEAD_DIMS = "sm_90", "bf16", (64, 128)
 # Products of BLOCK_M, BLOCK_N and the head dimension that the mathematics needs.
 PRODUCTS = {"forward_kernel": 2, "dkdv_kernel": 4, "dq_kernel": 3, "dmask_kernel": 2}
-# Names that only the options' code uses.
-OPTION_NAMES = re.compile(
-    r"softcap|slope|alibi|bias|sink|seed|dropout|threshold|keep_|cu_seqlens|philox|tanh"
-    r"|mask_(ptr|strides|head)",
-    re.IGNORECASE,
-)
 
 
 def _window(spec: AttentionSpec) -> AttentionSpec:
@@ -180,8 +171,10 @@ def record_launches(case: Case) -> list[Launch]:
     left, right = MASKS[case.mask]
     spec, extras = OPTIONS[case.options](AttentionSpec(case.head_dim**-0.5, left, right), q)
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(backend, "_target", return_value=case.target))
-        stack.enter_context(mock.patch.object(backend, "_launching", return_value=nullcontext()))
+        stack.enter_context(mock.patch.object(tiling, "target", return_value=case.target))
+        stack.enter_context(
+            mock.patch.object(backend_launch, "launching", return_value=nullcontext())
+        )
         stack.enter_context(mock.patch.object(triton.JITFunction, "run", run))
         o, lse = backend.forward(q, kv, kv, spec, extras)
         backend.backward(torch.empty_like(o), None, q, kv, kv, o, lse, spec, extras)
@@ -293,47 +286,13 @@ def describe(launch: Launch, target: str, head_dim: int) -> dict[str, Any]:
     return row
 
 
-def compare_without_options(launch: Launch, target: str) -> dict[str, Any]:
-    """Registers and instructions of a kernel with every option off, and without their code."""
-    with tempfile.TemporaryDirectory() as folder:
-        kernel, arguments, source = stripped(launch.kernel, launch.arguments, Path(folder))
-        if left := OPTION_NAMES.findall(source):
-            raise RuntimeError(f"{launch.kernel.__name__}: options left in the source: {left}")
-        row: dict[str, Any] = {"kernel": launch.kernel.__name__}
-        for version, each in (("off", launch), ("absent", Launch(kernel, arguments))):
-            compiled, log = compile_launch(each, target)
-            row[f"registers_{version}"] = _number(r"Used (\d+) registers", log)
-            code = disassemble(compiled.asm["cubin"])
-            row[f"instructions_{version}"] = machine_code.size(code)
-    row["same"] = all(
-        abs(row[f"{what}_off"] - row[f"{what}_absent"]) <= SAME * row[f"{what}_absent"]
-        for what in ("registers", "instructions")
-    )
-    return row
-
-
-def run_cases(cases: list[Case], parts: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """Every row of some cases, by part of the ledger."""
-    results: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
-    for case in cases:
-        for launch in record_launches(case):
-            if "rows" in parts:
-                row = describe(launch, case.target, case.head_dim)
-                results["rows"].append(case._asdict() | row)
-            if "options_off" in parts and compares(case):
-                row = compare_without_options(launch, case.target)
-                results["options_off"].append(case._asdict() | row)
-    return results
-
-
-PARTS = ("rows", "options_off")
-
-
-def compares(case: Case) -> bool:
-    """Whether the case is one that is compared with its twin without options."""
-    return (case.target, case.dtype, case.options) == (OPTIONS_TARGET, OPTIONS_DTYPE, "none") and (
-        case.head_dim in OPTIONS_HEAD_DIMS
-    )
+def run_cases(cases: list[Case]) -> list[dict[str, Any]]:
+    """Every row of some cases."""
+    return [
+        case._asdict() | describe(launch, case.target, case.head_dim)
+        for case in cases
+        for launch in record_launches(case)
+    ]
 
 
 def matrix(args: argparse.Namespace) -> Iterator[Case]:
@@ -347,21 +306,18 @@ def matrix(args: argparse.Namespace) -> Iterator[Case]:
             if case.mask == "causal" and case.head_dim in OPTIONS_HEAD_DIMS:
                 wanted |= (case.target, case.dtype) == (OPTIONS_TARGET, OPTIONS_DTYPE)
                 wanted |= case.options == "packed" and case.dtype == OPTIONS_DTYPE
-        if "rows" not in args.parts:
-            wanted &= compares(case)
         if wanted:
             yield case
 
 
-def write(path: Path, versions: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> None:
+def write(path: Path, versions: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """``path``.json with one row a line, so that differences stay readable, and ``path``.md."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
     parts = [f'"{name}": {json.dumps(value)}' for name, value in versions.items()]
-    for name, rows in results.items():
-        lines = ",\n  ".join(json.dumps(row) for row in rows)
-        parts.append(f'"{name}": [\n  {lines}\n]')
-    path.with_suffix(".json").write_text("{" + ",\n".join(parts) + "}\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(markdown(versions, results), encoding="utf-8")
+    text = ",\n".join([*parts, f'"rows": [\n  {lines}\n]'])
+    path.with_suffix(".json").write_text("{" + text + "}\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(versions, rows), encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -385,16 +341,10 @@ def main(argv: list[str] | None = None) -> int:
         "option on its own, and all of them, on sm_90 in bf16 at 64 and 128, causal)",
     )
     parser.add_argument("--full", action="store_true", help="every option everywhere")
-    parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which tables (both)"
-    )
-    parser.add_argument("--options-off", action="store_true", help="short for --parts options_off")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     args = parser.parse_args(argv)
     if INTERPRETED:
         parser.error("the kernels are interpreted: unset TRITON_INTERPRET to compile them")
-    if args.options_off:
-        args.parts = ["options_off"]
 
     # Masks and groups of one shape share kernels (delta has neither): one process compiles them.
     tasks: dict[tuple[str, ...], list[Case]] = {}
@@ -403,16 +353,15 @@ def main(argv: list[str] | None = None) -> int:
         tasks.setdefault(key, []).append(case)
     if not tasks:
         parser.error("nothing to compile")
-    results: dict[str, list[dict[str, Any]]] = {part: [] for part in args.parts}
+    results: list[dict[str, Any]] = []
     with ExitStack() as stack:
         run: Callable[..., Iterator[Any]] = map
         if args.jobs > 1:
             context = multiprocessing.get_context("spawn")
             run = stack.enter_context(ProcessPoolExecutor(args.jobs, context)).map
-        finished = run(run_cases, tasks.values(), itertools.repeat(args.parts))
+        finished = run(run_cases, tasks.values())
         for count, (task, rows) in enumerate(zip(tasks, finished, strict=True), start=1):
-            for part in args.parts:
-                results[part] += rows[part]
+            results += rows
             print(f"{count}/{len(tasks)}", *task, flush=True)
     if args.out is not None:
         ptxas = {

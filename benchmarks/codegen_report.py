@@ -83,33 +83,11 @@ def table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def markdown(versions: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> str:
+def markdown(versions: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """The whole page; delta, which only streams o and do once, is in the JSON alone."""
     ptxas = ", ".join(f"{target} {version}" for target, version in versions["ptxas"].items())
     page = [f"# Compile ledger\n\nTriton {versions['triton']}; ptxas: {ptxas}.\n\n{HOW_TO_READ}"]
-    rows = [row for row in results.get("rows", []) if row["kernel"] != "delta_kernel"]
-    for (target, dtype), group in groupby(rows, lambda row: (row["target"], row["dtype"])):
+    shown = [row for row in rows if row["kernel"] != "delta_kernel"]
+    for (target, dtype), group in groupby(shown, lambda row: (row["target"], row["dtype"])):
         page.append(f"## {target}, {dtype}\n\n{table(COLUMNS, [_cells(row) for row in group])}")
-    if compared := results.get("options_off"):
-        columns = ("D", "mask", "kernel", "regs", "regs, absent", "instr", "instr, absent", "same")
-        cells = [
-            [
-                str(row["head_dim"]),
-                row["mask"],
-                row["kernel"].removesuffix("_kernel"),
-                *(
-                    str(row[f"{what}_{version}"])
-                    for what in ("registers", "instructions")
-                    for version in ("off", "absent")
-                ),
-                "yes" if row["same"] else "no !",
-            ]
-            for row in compared
-        ]
-        page.append(
-            "## Options that are off cost nothing\n\n"
-            "Each kernel as it is, every option off, and compiled from a source out of which the "
-            "code of\nthe options was taken (sm_90, bf16). Same: registers and instructions within "
-            f"1 %.\n\n{table(columns, cells)}"
-        )
     return "\n".join(page)

@@ -16,8 +16,16 @@ STANDARD_LIBRARY = sys.stdlib_module_names | {"__future__"}
 
 # Which rooms a room may look into, and which third parties it may use.
 ALLOWED = {
-    "kernels": {"kernels", "triton", "math", "dataclasses"},
-    "backends/triton": {"backends/split_keys", "kernels", "spec", "philox", "torch", "triton"},
+    "kernels": {"kernels", "triton", "math", "dataclasses", "typing"},
+    "backends/triton": {
+        "backends/split_keys",
+        "backends/triton",
+        "kernels",
+        "spec",
+        "philox",
+        "torch",
+        "triton",
+    },
     "backends/aten": {"backends/aten", "spec", "online_softmax", "torch"},
     "backends/ops": {"backends/aten", "backends/tiled", "backends/triton", "spec", "torch"},
     "backends/*": {"spec", "online_softmax", "philox", "torch"},
@@ -114,8 +122,8 @@ DISTRIBUTED = {
 
 def room(path: Path) -> str:
     relative = path.relative_to(PACKAGE).with_suffix("").as_posix()
-    rooms = ("kernels", "backends/aten", "modules", "distributed", "integrations/transformers")
-    for folder in (*rooms, "integrations", "testing"):
+    rooms = ("kernels", "backends/aten", "backends/triton", "modules", "distributed")
+    for folder in (*rooms, "integrations/transformers", "integrations", "testing"):
         if relative.startswith(f"{folder}/"):
             return folder
     if relative.startswith("backends/") and relative not in ALLOWED:

@@ -10,6 +10,7 @@ import torch
 import flashlayer
 from flashlayer import flash_attention, tuning
 from flashlayer.backends import triton as backend
+from flashlayer.backends.triton import tiling
 from flashlayer.kernels.tiles import TileConfig, candidates
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,8 +36,8 @@ def test_what_is_chosen_is_used_for_the_bucket_alone(monkeypatch: pytest.MonkeyP
         assert TileConfig(**tiles) in candidates(kernel, "fp32")
     tuned = dict(backend.TUNED)
     used = []
-    original = backend._tiles
-    monkeypatch.setattr(backend, "_tiles", lambda *call: used.append(original(*call)) or used[-1])
+    original = tiling.tiles_of
+    monkeypatch.setattr(tiling, "tiles_of", lambda *call: used.append(original(*call)) or used[-1])
     out = flash_attention(q, k, v, causal=True, backend="triton")
     torch.testing.assert_close(out, expected)
     out.sum().backward()

@@ -14,6 +14,8 @@ no tensor core to run on and keeps whole rows of both operands in registers: its
 
 from dataclasses import dataclass
 
+import triton
+
 
 @dataclass(frozen=True)
 class TileConfig:
@@ -214,6 +216,7 @@ def delta_rows(value_dim: int) -> int:
     return 4096 // columns
 
 
+@triton.constexpr_function  # also called in kernels, at compile time
 def head_tiles(head_dim: int) -> tuple[int, ...]:
     """Widths of the column tiles that cover a head dimension: one power of two from 16 up, or two.
 
@@ -224,6 +227,7 @@ def head_tiles(head_dim: int) -> tuple[int, ...]:
     return (whole // 2, rest) if whole // 2 + rest < whole else (whole,)
 
 
+@triton.constexpr_function
 def _power_of_two(columns: int) -> int:
     """The least one that holds so many columns and that a matrix product takes: from 16 up."""
     return max(16, 1 << max(columns - 1, 0).bit_length())

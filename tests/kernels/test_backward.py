@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashlayer.backends import triton as backend
+from flashlayer.backends.triton import tiling
 from flashlayer.kernels.tiles import TileConfig
 from flashlayer.spec import AttentionSpec
 from tests.kernels.reference import assert_accurate, draw, run_kernels, run_naively
@@ -167,7 +167,7 @@ def test_tiles_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None
     expected = [run_naively(x, spec) for spec in specs]
     for block_m, block_n in ((16, 16), (16, 64), (64, 16), (128, 128)):
         tiles = TileConfig(block_m, block_n, num_warps=4, num_stages=1)
-        monkeypatch.setattr(backend, "_tiles", lambda *_, t=tiles: t)
+        monkeypatch.setattr(tiling, "tiles_of", lambda *_, t=tiles: t)
         for spec, wanted in zip(specs, expected, strict=True):
             for name, result in run_kernels(x, spec).items():
                 torch.testing.assert_close(result, wanted[name], rtol=1e-12, atol=1e-12, msg=name)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flashlayer.backends import triton as backend
+from flashlayer.backends.triton import tiling
 from flashlayer.spec import AttentionExtras, AttentionSpec
 from tests.kernels.reference import DEVICE
 
@@ -27,7 +28,7 @@ def test_descriptors_and_pointers_load_the_same(
         spec = replace(spec, max_seqlen_q=75, max_seqlen_k=75)
         extras = AttentionExtras(cu_seqlens_q=edges, cu_seqlens_k=edges)
     described = []
-    original, tiles = backend._descriptor, backend._tiles
+    original, tiles_of = tiling.descriptor, tiling.tiles_of
 
     def count(*arguments: object) -> object:
         described.append(original(*arguments) is not None)
@@ -37,11 +38,13 @@ def test_descriptors_and_pointers_load_the_same(
         o, lse = backend.forward(q, k, v, spec, extras)
         return [o, lse, *backend.backward(do, None, q, k, v, o, lse, spec, extras)[:3]]
 
-    monkeypatch.setattr(backend, "_descriptor", count)
-    monkeypatch.setattr(backend, "_tiles", lambda *call: replace(tiles(*call), descriptors=True))
+    monkeypatch.setattr(tiling, "descriptor", count)
+    monkeypatch.setattr(
+        tiling, "tiles_of", lambda *call: replace(tiles_of(*call), descriptors=True)
+    )
     results = run()
     assert described == [True] * (4 if packed else 6)
-    monkeypatch.setattr(backend, "_tiles", tiles)
+    monkeypatch.setattr(tiling, "tiles_of", tiles_of)
     for result, expected in zip(results, run(), strict=True):
         assert torch.equal(result, expected)
         assert not result.isnan().any()

@@ -19,7 +19,7 @@ from triton.runtime import driver
 from triton.runtime.jit import compute_cache_key
 
 from flashlayer import flash_attention
-from flashlayer.backends import triton as backend
+from flashlayer.backends.triton import launch
 from tests.ptx.driver import emulated
 
 LENGTHS = range(2, 302)  # a single query is causal in name only: another option set
@@ -52,7 +52,7 @@ def compilations(arch: int, lengths: Iterable[int], options: Options) -> dict[st
     with (
         emulated(arch),
         mock.patch.object(triton.JITFunction, "run", run),
-        mock.patch.object(backend, "_launching", return_value=nullcontext()),
+        mock.patch.object(launch, "launching", return_value=nullcontext()),
     ):
         for n in lengths:
             call = options(n)

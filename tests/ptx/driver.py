@@ -227,12 +227,13 @@ def emulated(arch: int, **options: Any) -> Iterator[Device]:
         options: those of :class:`Device`.
     """
     from flashlayer.backends import triton as backend
+    from flashlayer.backends.triton import launch as launches
 
     device = Device(arch, **options)
     patches = (
         (CUDABackend, "make_cubin", lambda self, src, metadata, opt, capability: src.encode()),
         (backend, "refuses", lambda problem: None),
-        (backend, "_launching", lambda q: contextlib.nullcontext()),
+        (launches, "launching", lambda q: contextlib.nullcontext()),
         (torch.cuda, "get_device_capability", lambda device=None: (arch // 10, arch % 10)),
         (torch.version, "hip", None),
     )

@@ -1,0 +1,181 @@
+"""The Triton backend: which calls the kernels cover, and the tensors that they fill.
+
+Triton is imported on the first call, so that ``import flashlayer`` needs torch alone.
+"""
+
+from dataclasses import replace
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from flashlayer.backends import split_keys
+from flashlayer.backends.triton.launch import launch_backward, launch_forward
+from flashlayer.backends.triton.tiling import TUNED, bucket, candidate_tiles, interpreted
+from flashlayer.spec import (
+    AttentionExtras,
+    AttentionSpec,
+    Problem,
+    accumulation_dtype,
+    longest_sequence,
+)
+
+__all__ = [
+    "TUNED",
+    "backward",
+    "bucket",
+    "candidate_tiles",
+    "empty_gradients",
+    "empty_results",
+    "forward",
+    "name",
+    "refuses",
+]
+
+name = "triton"
+
+INSTALLED = find_spec("triton") is not None  # looked up once: torch 2.11 can't compile the question
+
+MAX_HEAD_DIM = 512
+MAX_WIDE_HEAD_DIM = 256  # fp32 and fp64, whose tiles take two and four times the room
+
+
+def refuses(problem: Problem) -> str | None:
+    """A reason for all that is not on a GPU or in the interpreter, or has no room on the chip."""
+    q, _, v, _, _ = problem
+    widest = max(q.shape[-1], v.shape[-1])
+    if widest > MAX_HEAD_DIM:
+        return f"its kernels go up to a head dimension of {MAX_HEAD_DIM}, got {widest}"
+    if q.device.type not in ("cpu", "cuda"):
+        return f"it runs on CUDA and ROCm, the tensors are on {q.device}"
+    if not INSTALLED:
+        return "Triton is not installed"
+    from flashlayer.kernels.primitives import INTERPRETED, TRITON_INTERPRETED
+
+    if INTERPRETED != TRITON_INTERPRETED:
+        return "TRITON_INTERPRET changed after Triton was imported: set it before Python starts"
+    if INTERPRETED:
+        return None
+    if q.device.type == "cpu":
+        return (
+            "on the CPU its kernels run in Triton's interpreter only: "
+            "set the environment variable TRITON_INTERPRET=1 before Python starts"
+        )
+    if q.dtype in (torch.float32, torch.float64) and widest > MAX_WIDE_HEAD_DIM:
+        return (
+            f"tiles of {q.dtype} have no room on a chip past a head dimension of "
+            f"{MAX_WIDE_HEAD_DIM}, got {widest}"
+        )
+    if torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(q.device)
+        if major < 8:
+            return f"it needs compute capability 8.0, {q.device} has {major}.{minor}"
+        small = major == 12 or (major, minor) in ((8, 6), (8, 9))  # 99 KiB of shared memory
+        if small and q.dtype == torch.float64 and widest > 128:
+            return "fp64 tiles of head dimensions over 128 don't fit this chip's shared memory"
+    return None
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
+) -> tuple[Tensor, Tensor]:
+    """See :class:`flashlayer.spec.Backend`."""
+    spec = _with_lengths(spec, extras)
+    splits = split_keys.num_splits(q, k, v, spec, extras)
+    if splits > 1:
+        return split_keys.split_forward(_forward, q, k, v, spec, extras, splits)
+    return _forward(q, k, v, spec, extras)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
+) -> tuple[Tensor, Tensor]:
+    o, lse = empty_results(q, v)
+    if _needs_fp32(q):
+        wide_o, lse = _forward(q.float(), k.float(), v.float(), spec, _in_fp32(extras))
+        return o.copy_(wide_o), lse
+    if extras.cu_seqlens_q is not None:  # no program writes the tokens past the last sequence
+        o.zero_()
+        lse.fill_(-torch.inf)
+    if o.numel() > 0:
+        launch_forward(q, k, v, o, lse, spec, extras)
+    return o, lse
+
+
+def backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    extras: AttentionExtras,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """See :class:`flashlayer.spec.Backend`."""
+    wants_d_mask = extras.wants_mask_gradient(spec)
+    dq, dk, dv = empty_gradients(q, k, v)
+    d_mask = None
+    if wants_d_mask and extras.attn_mask is not None:
+        d_mask = extras.attn_mask.new_empty(extras.attn_mask.shape)
+    if _needs_fp32(q):
+        wide_do, wide_q, wide_k, wide_v, wide_o = (x.float() for x in (do, q, k, v, o))
+        tensors = (wide_do, dlse, wide_q, wide_k, wide_v, wide_o, lse)
+        wide_spec = replace(spec, mask_gradient=wants_d_mask)
+        *wide, wide_d_mask, d_sinks = backward(*tensors, wide_spec, _in_fp32(extras))
+        for narrow, gradient in zip((dq, dk, dv), wide, strict=True):
+            narrow.copy_(gradient)
+        if d_mask is not None and wide_d_mask is not None:
+            d_mask.copy_(wide_d_mask)
+        if d_sinks is not None and extras.sinks is not None:
+            d_sinks = d_sinks.to(extras.sinks.dtype)
+        return dq, dk, dv, d_mask, d_sinks
+    if extras.cu_seqlens_q is not None or q.numel() == 0 or k.numel() == 0:
+        # Tokens past the last sequence, and problems without a pair of a query and a key.
+        for gradient in (dq, dk, dv, d_mask):
+            if gradient is not None:
+                gradient.zero_()
+    delta = torch.empty_like(lse)
+    if lse.numel() > 0:
+        tensors = (do, dlse, q, k, v, o, lse, dq, dk, dv, delta, d_mask)
+        launch_backward(*tensors, _with_lengths(spec, extras), extras)
+    return dq, dk, dv, d_mask, extras.sinks_gradient(lse, delta)
+
+
+def _with_lengths(spec: AttentionSpec, extras: AttentionExtras) -> AttentionSpec:
+    """The spec with the longest packed sequences, which an observed call can't read."""
+    if extras.cu_seqlens_q is not None and spec.max_seqlen_q is None:
+        spec = replace(spec, max_seqlen_q=longest_sequence(extras.cu_seqlens_q))
+    if extras.cu_seqlens_k is not None and spec.max_seqlen_k is None:
+        spec = replace(spec, max_seqlen_k=longest_sequence(extras.cu_seqlens_k))
+    return spec
+
+
+def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """See :class:`flashlayer.spec.Backend`."""
+    lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+    return _empty_like(q, v.shape[3]), lse
+
+
+def empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See :class:`flashlayer.spec.Backend`."""
+    return _empty_like(q, q.shape[3]), _empty_like(k, k.shape[3]), _empty_like(v, v.shape[3])
+
+
+def _empty_like(x: Tensor, head_dim: int) -> Tensor:
+    """An empty ``(B, H, S, head_dim)`` in the memory order of ``x``: BSHD where x is, else BHSD."""
+    batch, heads, seqlen, _ = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty(batch, seqlen, heads, head_dim).transpose(1, 2)
+    return x.new_empty(batch, heads, seqlen, head_dim)
+
+
+def _needs_fp32(q: Tensor) -> bool:
+    """The interpreter multiplies bf16 wrongly: there the kernels run in fp32, rounded after it."""
+    return q.dtype == torch.bfloat16 and interpreted()
+
+
+def _in_fp32(extras: AttentionExtras) -> AttentionExtras:
+    wide = (x.float() if x is not None and x.dtype == torch.bfloat16 else x for x in extras)
+    return AttentionExtras(*wide)

@@ -1,0 +1,214 @@
+"""The launches of one forward and one backward pass."""
+
+import warnings
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashlayer.backends.triton import tiling
+from flashlayer.backends.triton.arguments import flags, options, scalars, strided
+from flashlayer.spec import AttentionExtras, AttentionSpec
+
+
+def launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    extras: AttentionExtras,
+) -> None:
+    """Fill ``o``, which is not empty, and ``lse``."""
+    from flashlayer.kernels.forward import forward_kernel
+
+    heads, kv_heads = q.shape[1], k.shape[1]
+    packed = extras.cu_seqlens_q is not None
+    tiles = tiling.tiles_of("forward", q, v, spec, extras)
+    num_blocks = _num_blocks(spec.max_seqlen_q, q.shape[2], tiles.BLOCK_M)
+    grid = num_blocks * heads * _sequences(q, extras)
+    if grid == 0:
+        return
+    streams = {"k_descriptor": k, "v_descriptor": v}
+    stages, edge_stages = tiling.pipeline("forward", tiles, tiles.BLOCK_N, extras, streams)
+    sign = (spec.scale > 0) - (spec.scale < 0)
+    launch: Any = forward_kernel[(grid,)]  # Triton types its launcher as the kernel it is not
+    with launching(q):
+        launch(
+            q=strided(q, packed),
+            k=strided(k, packed),
+            v=strided(v, packed),
+            o=strided(o, packed),
+            lse_ptr=lse,
+            extras=options(extras, sinks=True),
+            heads=heads,
+            group=heads // kv_heads,
+            num_blocks=num_blocks,
+            scale=max(abs(spec.scale), 1e-30),  # with sign 0 any positive factor will do
+            FLAGS=flags(q, spec, SCALE_SIGN=sign, EDGE_STAGES=edge_stages),
+            **scalars(q, k, spec, extras),
+            **stages,
+        )
+
+
+def launch_backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    delta: Tensor,
+    d_mask: Tensor | None,
+    spec: AttentionSpec,
+    extras: AttentionExtras,
+) -> None:
+    """Fill ``dq``, ``dk``, ``dv``, ``delta`` (B, H, Sq), not empty, and ``d_mask`` where wanted."""
+    from flashlayer.kernels.arguments import RowStatistics
+
+    with launching(q):
+        _launch_delta(o, do, dlse, delta)
+        packed = extras.cu_seqlens_q is not None
+        if k.shape[2] == 0 or _sequences(q, extras) == 0:
+            return
+        shared = {
+            "q": strided(q, packed),
+            "k": strided(k, packed),
+            "v": strided(v, packed),
+            "do": strided(do, packed),
+            "statistics": RowStatistics(lse, delta),
+            "extras": options(extras),
+            "scale": spec.scale,
+            **scalars(q, k, spec, extras),
+        }
+        call = _BackwardCall(do, q, k, v, spec, extras, shared)
+        _launch_dkdv(call, dk, dv)
+        _launch_dq(call, dq)
+        if d_mask is not None:
+            _launch_dmask(call, d_mask)
+
+
+class _BackwardCall(NamedTuple):
+    """What the kernels of one backward pass have in common."""
+
+    do: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    spec: AttentionSpec
+    extras: AttentionExtras
+    arguments: dict[str, Any]
+
+
+def _launch_delta(o: Tensor, do: Tensor, dlse: Tensor | None, delta: Tensor) -> None:
+    from flashlayer.kernels.backward import delta_kernel
+    from flashlayer.kernels.tiles import delta_rows
+
+    batch, heads, seqlen, value_dim = o.shape
+    rows = delta_rows(value_dim)
+    launch: Any = delta_kernel[(_num_blocks(None, seqlen, rows) * heads * batch,)]
+    launch(
+        o=strided(o),
+        do=strided(do),
+        dlse_ptr=None if dlse is None else dlse.contiguous(),
+        delta_ptr=delta,
+        heads=heads,
+        seqlen_q=seqlen,
+        BLOCK_M=rows,
+    )
+
+
+def _launch_dkdv(call: _BackwardCall, dk: Tensor, dv: Tensor) -> None:
+    from flashlayer.kernels.backward import dkdv_kernel
+
+    do, q, k, v, spec, extras, arguments = call
+    kv_heads = k.shape[1]
+    group = q.shape[1] // kv_heads
+    tiles = tiling.tiles_of("dkdv", q, v, spec, extras)
+    num_blocks = _num_blocks(spec.max_seqlen_k, k.shape[2], tiles.BLOCK_N)
+    if num_blocks == 0:
+        return
+    packed = extras.cu_seqlens_q is not None
+    # Behind a ragged tile of packed queries a descriptor would load those of the next sequence.
+    streams = {"q_descriptor": q, "do_descriptor": do}
+    stages, edge_stages = tiling.pipeline("dkdv", tiles, tiles.BLOCK_M, extras, streams, not packed)
+    copies = tiling.row_copies(tiles)
+    launch: Any = dkdv_kernel[(num_blocks * kv_heads * _sequences(q, extras),)]
+    launch(
+        **arguments,
+        dk=strided(dk, packed),
+        dv=strided(dv, packed),
+        kv_heads=kv_heads,
+        num_blocks=num_blocks,
+        FLAGS=flags(q, spec, GROUP=group, EDGE_STAGES=edge_stages, ROW_COPIES=copies),
+        **stages,
+    )
+
+
+def _launch_dq(call: _BackwardCall, dq: Tensor) -> None:
+    from flashlayer.kernels.backward import dq_kernel
+
+    _, q, k, v, spec, extras, arguments = call
+    heads = q.shape[1]
+    tiles = tiling.tiles_of("dq", q, v, spec, extras)
+    num_blocks = _num_blocks(spec.max_seqlen_q, q.shape[2], tiles.BLOCK_M)
+    if num_blocks == 0:
+        return
+    streams = {"k_descriptor": k, "v_descriptor": v}
+    stages, edge_stages = tiling.pipeline("dq", tiles, tiles.BLOCK_N, extras, streams)
+    launch: Any = dq_kernel[(num_blocks * heads * _sequences(q, extras),)]
+    launch(
+        **arguments,
+        dq=strided(dq, extras.cu_seqlens_q is not None),
+        heads=heads,
+        group=heads // k.shape[1],
+        num_blocks=num_blocks,
+        FLAGS=flags(q, spec, EDGE_STAGES=edge_stages),
+        **stages,
+    )
+
+
+def _launch_dmask(call: _BackwardCall, d_mask: Tensor) -> None:
+    from flashlayer.kernels.arguments import Broadcast
+    from flashlayer.kernels.mask_gradient import dmask_kernel
+
+    _, q, k, v, spec, extras, arguments = call
+    batch, heads, _, _ = q.shape
+    mask_entries, mask_heads, mask_q, mask_k = d_mask.shape
+    tiles = tiling.tiles_of("dq", q, v, spec, extras)
+    q_blocks = _num_blocks(None, mask_q, tiles.BLOCK_M)
+    k_blocks = _num_blocks(None, mask_k, tiles.BLOCK_N)
+    launch: Any = dmask_kernel[(q_blocks * k_blocks * mask_heads * mask_entries,)]
+    stages = {"num_stages": 1} if tiling.lacks_fences("dq", q) else {}
+    launch(
+        **arguments,
+        dmask_ptr=d_mask,
+        batches=batch,
+        heads=heads,
+        group=heads // k.shape[1],
+        BROADCAST=Broadcast(*(size == 1 for size in d_mask.shape)),
+        FLAGS=flags(q, spec),
+        **tiles.launch_options() | stages,
+    )
+
+
+def _num_blocks(longest: int | None, length: int, block: int) -> int:
+    """Blocks of the longest packed sequence, or of a dense one."""
+    return -(-(length if longest is None else longest) // block)
+
+
+def _sequences(q: Tensor, extras: AttentionExtras) -> int:
+    return q.shape[0] if extras.cu_seqlens_q is None else len(extras.cu_seqlens_q) - 1
+
+
+def launching(q: Tensor) -> AbstractContextManager:
+    """The tensors' own device; or, in the interpreter, NumPy as quiet about inf as a GPU is."""
+    if tiling.interpreted():
+        return warnings.catch_warnings(action="ignore", category=RuntimeWarning)
+    return torch.cuda.device_of(q)

@@ -1,0 +1,178 @@
+"""Which tiles a launch takes, and how they are loaded, by the chip, dtype and head dimension."""
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashlayer.spec import AttentionExtras, AttentionSpec
+
+
+def interpreted() -> bool:
+    """Whether the kernels were imported under ``TRITON_INTERPRET=1``."""
+    from flashlayer.kernels.primitives import INTERPRETED
+
+    return INTERPRETED
+
+
+def target(device: torch.device) -> str:
+    """The column of the tile table."""
+    from flashlayer.kernels.tiles import nearest_target
+
+    if interpreted():
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    return nearest_target(torch.cuda.get_device_capability(device))
+
+
+def input_precision(q: Tensor) -> str:
+    """How fp32 matrices are multiplied: IEEE, unless torch has been told that TF32 will do."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None
+    return "tf32" if allowed and q.dtype == torch.float32 else "ieee"
+
+
+def precision(q: Tensor) -> str:
+    """The part of the tile table."""
+    if q.dtype == torch.float64:
+        return "fp64"
+    if q.dtype == torch.float32:
+        return "tf32" if input_precision(q) == "tf32" else "fp32"
+    return "half"
+
+
+def tiles_of(
+    kernel: str, q: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
+) -> Any:
+    """The :class:`flashlayer.kernels.tiles.TileConfig` of a launch."""
+    from flashlayer.kernels.tiles import tile_config
+
+    if TUNED:
+        tuned = TUNED.get(bucket(kernel, q, v, spec, extras))
+        if tuned is not None:
+            return tuned
+    widest = max(q.shape[3], v.shape[3])
+    return tile_config(
+        kernel, target(q.device), precision(q), widest, masked=extras.attn_mask is not None
+    )
+
+
+# What flashlayer.tune has measured in this process: the tiles of a bucket of calls.
+TUNED: dict[tuple, Any] = {}
+
+
+def bucket(
+    kernel: str, q: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
+) -> tuple:
+    """Calls that share their tuned tiles: alike but for lengths under the same power of two."""
+    is_cuda = q.device.type == "cuda"
+    return (
+        kernel,
+        torch.cuda.get_device_name(q.device) if is_cuda else "interpreter",
+        precision(q),
+        q.shape[3],
+        v.shape[3],
+        (q.shape[2] - 1).bit_length(),
+        (v.shape[2] - 1).bit_length(),
+        spec.window_left is not None,
+        spec.window_right is not None,
+        extras.attn_mask is not None,
+        extras.cu_seqlens_q is not None,
+    )
+
+
+def candidate_tiles(kernel: str, q: Tensor) -> list[Any]:
+    """Tiles that may suit a problem, for :func:`flashlayer.tune` to measure."""
+    from flashlayer.kernels.tiles import candidates
+
+    described = target(q.device) in ("sm_90", "sm_100")
+    every = candidates(kernel, precision(q))
+    return [tiles for tiles in every if described or not tiles.descriptors]
+
+
+def pipeline(
+    kernel: str,
+    tiles: Any,
+    rows: int,
+    extras: AttentionExtras,
+    streams: dict[str, Tensor],
+    allowed: bool = True,
+) -> tuple[dict[str, Any], int | None]:
+    """Launch options with the descriptors of ``streams`` by name, and ``EDGE_STAGES``.
+
+    Where the compiler omits proxy fences, tiles are streamed through descriptors (TMA, which needs
+    none), or one at a time through registers.
+    """
+    unfenced = lacks_fences(kernel, next(iter(streams.values())))
+    if unfenced:
+        tiles = replace(tiles, descriptors=True)
+    described = {
+        name: descriptor(x, tiles, rows, extras) if allowed else None for name, x in streams.items()
+    }
+    options = tiles.launch_options()
+    if unfenced and None in described.values():
+        described = dict.fromkeys(described)
+        options["num_stages"] = 1
+    return described | options, 1 if unfenced else None
+
+
+def lacks_fences(kernel: str, x: Tensor) -> bool:
+    """Whether Triton may omit the ``fence.proxy.async`` between cp.async and wgmma.
+
+    wgmma then reads shared memory through the asynchronous proxy that cp.async has written through
+    the generic one (PTX ISA, "Async proxy"), which is a race. Triton before 3.7 does so on sm_90,
+    and before 3.9 for the second product of dQ in TF32: found by executing the PTX (``tests/ptx``).
+    """
+    if target(x.device) != "sm_90":
+        return False
+    import triton
+
+    version = _version(triton.__version__)
+    tf32_dq = kernel == "dq" and input_precision(x) == "tf32"
+    return version < (3, 7) or (version < (3, 9) and tf32_dq)
+
+
+def row_copies(tiles: Any) -> int:
+    """See ``load_rows`` of the backward kernels: more than 1 with Triton before 3.7 only."""
+    import triton
+
+    if interpreted() or _version(triton.__version__) >= (3, 7):
+        return 1
+    return max(1, 32 * tiles.num_warps // tiles.BLOCK_M)
+
+
+@functools.cache
+def _version(text: str) -> tuple[int, int]:
+    major, minor, *_ = text.split(".")
+    return int(major), int(minor)
+
+
+def descriptor(x: Tensor, tiles: Any, rows: int, extras: AttentionExtras) -> Any:
+    """A tensor descriptor that loads ``rows`` whole rows of a head (TMA); None where it can't.
+
+    It needs ``tiles.descriptors``, sm_90 or later, half precision, and a head dimension of one
+    column tile whose rows are aligned to 16 bytes. Keys that a mask hides may hold NaN, which a
+    descriptor would load: none with a mask.
+    """
+    if not tiles.descriptors:
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from flashlayer.kernels.tiles import head_tiles
+
+    widths = head_tiles(x.shape[3])
+    if (
+        target(x.device) not in ("sm_90", "sm_100", "interpreter")
+        or x.element_size() > 2
+        or len(widths) != 1
+        or widths[0] > 256  # the widest box that TMA copies
+        or extras.attn_mask is not None
+        or x.numel() == 0
+        or x.stride(3) != 1
+        or x.data_ptr() % 16 != 0
+        or any(stride <= 0 or stride * x.element_size() % 16 != 0 for stride in x.stride()[:3])
+    ):
+        return None
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, widths[0]])

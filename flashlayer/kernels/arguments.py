@@ -1,0 +1,139 @@
+"""What travels into a kernel together: tensors with their strides, and the tensors of the options.
+
+A field that is None is a constant to Triton, which compiles the code of that option away.
+
+Integers that change from call to call can't be fields: Triton specialises every integer of a tuple
+on being 1 or a multiple of 16, ``do_not_specialize`` or not, and would compile a kernel again and
+again while lengths change. They are parameters of their own (:data:`CHANGING`). Floats neither: in
+a tuple they are fp32. And Triton before 3.9 launches no tensor descriptor that is in a tuple.
+"""
+
+from typing import Any, NamedTuple
+
+import triton.language as tl
+
+# Parameters that differ from call to call and that no kernel is specialised on. Strides are: loads
+# are vectorized by what is known of them.
+CHANGING = (
+    "heads",
+    "kv_heads",
+    "group",
+    "batches",
+    "seqlen_q",
+    "seqlen_k",
+    "num_blocks",
+    "offset",
+    "window_left",
+    "window_right",
+    "threshold",
+)
+
+# The ranges of a loop over tiles: those that the window's left edge crosses, those in which every
+# pair of a query and a key is visible, those that the right edge crosses.
+LEFT_EDGE = tl.constexpr(0)
+FULL = tl.constexpr(1)
+RIGHT_EDGE = tl.constexpr(2)
+
+
+class Strided(NamedTuple):
+    """A ``(B, H, S, columns)`` tensor."""
+
+    ptr: Any
+    batch_stride: Any
+    head_stride: Any
+    row_stride: Any
+    column_stride: Any
+    columns: Any  # constexpr
+
+
+class Mask(NamedTuple):
+    """The attention mask, uint8 or float. Dimensions that are broadcast have stride 0.
+
+    The strides change with the lengths. If ``ALIGNED``, the first three are multiples of 16 and
+    Triton vectorizes loads of a row. Else each travels as ``4 * stride + 2``, which is neither 1
+    nor a multiple of 16: two compilations serve all masks.
+    """
+
+    ptr: Any
+    strides: Any  # batch, head and row; column, where COLUMN is None, is always 4 * stride + 2
+    ALIGNED: Any  # constexpr
+    COLUMN: Any  # constexpr: stride of the keys if it is 0 or 1; else None
+
+
+class Slopes(NamedTuple):
+    """ALiBi's factors, contiguous: ``(B, heads)`` fp32 if ``PER_BATCH``, else ``(heads,)``."""
+
+    ptr: Any
+    PER_BATCH: Any  # constexpr
+
+
+class Packing(NamedTuple):
+    """Where packed sequences begin, and where the last one ends: int32 ``(sequences + 1,)``."""
+
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+
+
+class Extras(NamedTuple):
+    """The tensors of the options, each None where its option is off."""
+
+    slopes: Any = None  # Slopes
+    mask: Any = None  # Mask
+    sinks_ptr: Any = None  # (heads,)
+    seed_ptr: Any = None  # () int64: dropout's
+    packing: Any = None  # Packing
+
+
+class RowStatistics(NamedTuple):
+    """What the backward kernels read of every query: ``(B, heads, S)``, contiguous."""
+
+    lse_ptr: Any
+    delta_ptr: Any
+
+
+class Flags(NamedTuple):
+    """What a kernel is compiled for besides its tile sizes and its arguments' types (constexpr).
+
+    Attributes:
+        INPUT_PRECISION: of fp32 products: ``"ieee"`` or ``"tf32"``.
+        SOFTCAP: whether there is a softcap.
+        SCALE_SIGN: 1, -1 or 0; in the forward kernel the factor ``scale`` itself is positive.
+        GROUP: query heads for each kv head; in dK/dV only.
+        EDGE_STAGES: tiles in flight in the edge ranges, None for the launch's ``num_stages``.
+        ROW_COPIES: see ``load_rows`` of the backward kernels.
+    """
+
+    INPUT_PRECISION: str
+    SOFTCAP: bool
+    SCALE_SIGN: int = 1
+    GROUP: int = 1
+    EDGE_STAGES: int | None = None
+    ROW_COPIES: int = 1
+
+
+class Broadcast(NamedTuple):
+    """Which dimensions of a mask are of size 1, for all of the problem's (constexpr)."""
+
+    batch: bool
+    heads: bool
+    queries: bool
+    keys: bool
+
+
+class Window(NamedTuple):
+    """Keys ``i + offset - left`` to ``i + offset + right`` of query ``i``; None is unbounded.
+
+    Queries of key ``j`` are the same with ``right, left, -offset``. Built in a kernel.
+    """
+
+    left: Any
+    right: Any
+    offset: Any
+
+
+class Dropout(NamedTuple):
+    """Dropout's seed (None if off), and how its random words are read. Built in a kernel."""
+
+    seed_ptr: Any
+    threshold: Any  # int64: an attention weight is kept if its word is not below
+    keep_scale: Any
