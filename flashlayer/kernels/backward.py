@@ -104,6 +104,17 @@ def score_gradient(p, dp, delta, bias, kept):
 
 
 @triton.jit
+def grouped_step(step, num_tiles, kv_head, GROUP: tl.constexpr):
+    """Query head and tile of a loop over the tiles of one query head of a group after another."""
+    head = kv_head
+    tile = step
+    if GROUP != 1:
+        head = kv_head * GROUP + step // num_tiles
+        tile = step % num_tiles
+    return head, tile
+
+
+@triton.jit
 def softcap_grad(tanh_score):
     """Derivative of ``softcap * tanh(s / softcap)``."""
     return 1.0 - tanh_score * tanh_score
@@ -172,12 +183,11 @@ def dkdv_kernel(
     if extras.packing is not None and block >= tl.cdiv(k_length, BLOCK_N):
         return
     window = Window(window_left, window_right, query_offset(offset, q_length, k_length))
-    exchanged = Window(window_right, window_left, -window.offset)  # a key's queries
+    exchanged = Window(window_right, window_left, -window.offset)  # a key's: constant in the loop
     dropout = Dropout(extras.seed_ptr, threshold, keep_scale)
     ACC_DTYPE: tl.constexpr = statistics.lse_ptr.dtype.element_ty
     INPUT_PRECISION: tl.constexpr = FLAGS.INPUT_PRECISION
-    GROUP: tl.constexpr = FLAGS.GROUP
-    heads = kv_heads * GROUP
+    heads = kv_heads * FLAGS.GROUP
     scale = tl.full((), scale, ACC_DTYPE)
     softcap = tl.full((), softcap, ACC_DTYPE) if FLAGS.SOFTCAP else None
 
@@ -203,26 +213,19 @@ def dkdv_kernel(
         num_tiles = tl.cdiv(stop - start if RANGE == FULL else BLOCK_N, BLOCK_M)
         # The window has no edge on a side that is unbounded.
         if RANGE == FULL or (window_left if RANGE == LEFT_EDGE else window_right) is not None:
-            # The tiles of one query head after another.
             for step in tl.range(
-                0, num_tiles * GROUP, num_stages=None if RANGE == FULL else FLAGS.EDGE_STAGES
+                0, num_tiles * FLAGS.GROUP, num_stages=None if RANGE == FULL else FLAGS.EDGE_STAGES
             ):
-                head = kv_head
-                tile = step
-                if GROUP != 1:
-                    head = kv_head * GROUP + step // num_tiles
-                    tile = step % num_tiles
+                head, tile = grouped_step(step, num_tiles, kv_head, FLAGS.GROUP)
                 q_at = (entry, head, q_begin)
                 q_start = start + tile * BLOCK_M
                 rows = q_start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
                 valid = tl.arange(0, BLOCK_M) < stop - q_start
                 i, j = rows[None, :], columns[:, None]
-                # By the queries of a key, whose interval is constant in this loop.
                 visible = None if RANGE == FULL else in_window(j, i, exchanged, q_length)
                 slope = load_slope(extras.slopes, batch, head, heads, ACC_DTYPE)
                 mask_ptr = mask_pointer(extras.mask, batch, head)
-                exists = valid[None, :]
-                bias = load_bias(mask_ptr, extras.mask, i, j, exists, k_length, ACC_DTYPE)
+                bias = load_bias(mask_ptr, extras.mask, i, j, valid[None, :], k_length, ACC_DTYPE)
                 kept = keep_factor(dropout, batch, head, i, j, ACC_DTYPE)
                 row = row_index(heads, seqlen_q, q_at)
                 q_ptr = row_pointer(q, q_at)
@@ -245,10 +248,8 @@ def dkdv_kernel(
                 dk_acc = dot_into(dk_acc, ds.to(q_tile[0].dtype), q_tile, INPUT_PRECISION)
 
     exist = columns < k_length
-    dk_ptr = row_pointer(dk, k_at)
-    dv_ptr = row_pointer(dv, k_at)
-    store_tiles(dk_ptr, dk, columns, exist, scaled(dk_acc, scale))
-    store_tiles(dv_ptr, dv, columns, exist, dv_acc)
+    store_tiles(row_pointer(dk, k_at), dk, columns, exist, scaled(dk_acc, scale))
+    store_tiles(row_pointer(dv, k_at), dv, columns, exist, dv_acc)
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -306,11 +307,11 @@ def dq_kernel(
     q_start = block * BLOCK_M
     q_stop = tl.minimum(q_start + BLOCK_M, q_length)
     rows = q_start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    row_exists = rows < q_length
-    q_tile = load_tiles(q_ptr, q, rows, row_exists)  # [BLOCK_M, head_dim]
-    do_tile = load_tiles(do_ptr, do, rows, row_exists)  # [BLOCK_M, value_dim]
-    lse = load_lse(statistics.lse_ptr + row, rows, row_exists, 1)  # [BLOCK_M]
-    delta = load_rows(statistics.delta_ptr + row, rows, row_exists, 0.0, 1)  # [BLOCK_M]
+    valid = rows < q_length
+    q_tile = load_tiles(q_ptr, q, rows, valid)  # [BLOCK_M, head_dim]
+    do_tile = load_tiles(do_ptr, do, rows, valid)  # [BLOCK_M, value_dim]
+    lse = load_lse(statistics.lse_ptr + row, rows, valid, 1)  # [BLOCK_M]
+    delta = load_rows(statistics.delta_ptr + row, rows, valid, 0.0, 1)  # [BLOCK_M]
 
     dq_acc = zero_tiles(BLOCK_M, q.columns, ACC_DTYPE)
     bounds = key_bounds(q_start, q_stop, window, k_length)
@@ -325,9 +326,7 @@ def dq_kernel(
                 i, j = rows[:, None], columns[None, :]
                 visible_keys = None if RANGE == FULL else columns < bounds[3]
                 visible = None if RANGE == FULL else in_window(i, j, window, k_length)
-                bias = load_bias(
-                    mask_ptr, extras.mask, i, j, row_exists[:, None], k_length, ACC_DTYPE
-                )
+                bias = load_bias(mask_ptr, extras.mask, i, j, valid[:, None], k_length, ACC_DTYPE)
                 visible_keys = unmasked_keys(bias, visible_keys)
                 kept = keep_factor(dropout, batch, head, i, j, ACC_DTYPE)
                 k_tile = load_stream(
@@ -347,4 +346,4 @@ def dq_kernel(
                     ds *= softcap_grad(tanh_score)
                 dq_acc = dot_into(dq_acc, ds.to(k_tile[0].dtype), k_tile, INPUT_PRECISION)
 
-    store_tiles(dq_ptr, dq, rows, row_exists, scaled(dq_acc, scale))
+    store_tiles(dq_ptr, dq, rows, valid, scaled(dq_acc, scale))

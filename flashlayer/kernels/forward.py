@@ -125,8 +125,8 @@ def forward_kernel(
     q_start = block * BLOCK_M
     q_stop = tl.minimum(q_start + BLOCK_M, q_length)
     rows = q_start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    row_exists = rows < q_length
-    q_tile = load_tiles(q_ptr, q, rows, row_exists)  # [BLOCK_M, head_dim]
+    valid = rows < q_length
+    q_tile = load_tiles(q_ptr, q, rows, valid)  # [BLOCK_M, head_dim]
     if FLAGS.SCALE_SIGN != 1:
         q_tile = scaled(q_tile, FLAGS.SCALE_SIGN)
     scale = tl.full((), scale, ACC_DTYPE)
@@ -153,9 +153,7 @@ def forward_kernel(
                 columns = k_start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
                 i, j = rows[:, None], columns[None, :]
                 visible = None if RANGE == FULL else columns < bounds[3]
-                bias = load_bias(
-                    mask_ptr, extras.mask, i, j, row_exists[:, None], k_length, ACC_DTYPE
-                )
+                bias = load_bias(mask_ptr, extras.mask, i, j, valid[:, None], k_length, ACC_DTYPE)
                 visible = unmasked_keys(bias, visible)
                 k_tile = load_stream(k_ptr, k, k_descriptor, k_at, k_start, columns, visible, RANGE)
                 scores = dot_rows(q_tile, k_tile, INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -171,6 +169,6 @@ def forward_kernel(
 
     # A row without a visible key has m_i = -inf and l_i = 0: o = 0 / 1, lse = -inf + log(1).
     l_i = tl.where(l_i == 0.0, 1.0, l_i)
-    store_tiles(o_ptr, o, rows, row_exists, divided(acc, l_i[:, None]))
+    store_tiles(o_ptr, o, rows, valid, divided(acc, l_i[:, None]))
     lse_ptr += row_index(heads, seqlen_q, q_at)
-    tl.store(lse_ptr + rows, m_i + tl.log(l_i), mask=row_exists)
+    tl.store(lse_ptr + rows, m_i + tl.log(l_i), mask=valid)
