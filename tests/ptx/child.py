@@ -24,16 +24,18 @@ from tests.ptx.judge import judge
 
 SUITES = ("quick", "table", "faults", "slow-faults", "native", "specialized")
 # (late, seed): asynchronous operations as late as the waits allow, or at once.
-TABLE_RUNS = ((True, 0), (False, 0), (True, 1), (False, 1))
+TABLE_RUNS = ((True, 0), (False, 1), (True, 1), (False, 0))
 
 
-def run_suite(suite: str, arch: int, only: str, folder: Path) -> Iterator[dict[str, Any]]:
+def run_suite(
+    suite: str, arch: int, only: str, runs: int, folder: Path
+) -> Iterator[dict[str, Any]]:
     """The results of one suite, as they come."""
     if suite in ("quick", "table"):
         for name in names(arch, QUICK if suite == "quick" else TABLE):
             if only in name:
-                runs = TABLE_RUNS[:1] if suite == "quick" else TABLE_RUNS
-                verdict = judge(BY_NAME[name], arch, runs, without_fences=suite == "table")
+                each = TABLE_RUNS[: 1 if suite == "quick" else runs]
+                verdict = judge(BY_NAME[name], arch, each, without_fences=suite == "table")
                 yield dataclasses.asdict(verdict)
     elif suite == "native":
         from tests.ptx.native import native
@@ -61,6 +63,7 @@ def main() -> None:
     parser.add_argument("--arch", type=int, choices=(80, 90), required=True)
     parser.add_argument("--suite", choices=SUITES, default="quick")
     parser.add_argument("--only", default="", help="those whose name contains this")
+    parser.add_argument("--runs", type=int, default=len(TABLE_RUNS), help="of each table's case")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") or "TRITON_CACHE_DIR" not in os.environ:
@@ -70,7 +73,11 @@ def main() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.set_num_threads(1)
     results = run_suite(
-        arguments.suite, arguments.arch, arguments.only, arguments.out.parent.resolve()
+        arguments.suite,
+        arguments.arch,
+        arguments.only,
+        arguments.runs,
+        arguments.out.parent.resolve(),
     )
     with arguments.out.open("w") as out:
         for result in results:

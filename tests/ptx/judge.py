@@ -33,6 +33,7 @@ class Verdict:
 
     Attributes:
         case: its name.
+        runs: how many executions, each with asynchronous operations late or early, and a seed.
         passed: whether every run ended, kept the rule and gave the same bits.
         message: the first error.
         unfenced: for each kernel that multiplies what no ``fence.proxy.async`` covers, the error;
@@ -44,6 +45,7 @@ class Verdict:
     """
 
     case: str
+    runs: int = 1
     passed: bool = True
     message: str = ""
     unfenced: dict[str, str] = field(default_factory=dict)
@@ -72,7 +74,7 @@ def judge(
         without_fences: where a fence is missing, go on and judge the values all the same.
         open_device: :func:`tests.ptx.driver.emulated`, or another way to launch.
     """
-    verdict, start = Verdict(case.name), time.process_time()
+    verdict, start = Verdict(case.name, len(runs)), time.process_time()
     first: Results | None = None
     for late, seed in runs:
         options = {"late": late, "seed": seed, "edit": edit}
