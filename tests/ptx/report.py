@@ -61,7 +61,8 @@ def write(results: Iterable[dict[str, Any]], path: Path = TABLE_PATH) -> None:
 
 def _summary(by_run: dict[tuple[int, str], dict[str, dict[str, Any]]]) -> list[str]:
     lines = [
-        "| target | Triton | cases | runs of each | right | without a fence | largest | instructions of warps |",
+        "| target | Triton | cases | runs of each | right | without a fence | largest "
+        "| instructions of warps |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (arch, version), results in sorted(by_run.items()):
