@@ -177,6 +177,17 @@ def test_strides_are_honoured(backend: str, layout: str) -> None:
     assert_attention_close(backend, q, k, v, causal=True)
 
 
+@pytest.mark.parametrize("option", ["alibi_slopes", "sinks"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_of_options_are_honoured(backend: str, option: str) -> None:
+    """Every second of twice as many numbers."""
+    device = device_for(backend)
+    q, k, v = (torch.randn(1, 4, 33, 16, device=device) for _ in range(3))
+    options = {option: torch.rand(8, device=device)[::2]}
+    if not refused(backend, q, k, v, **options):
+        assert_attention_close(backend, q, k, v, causal=True, **options)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_of_out_in_any_layout(backend: str) -> None:
     """A sum hands back a gradient of stride 0, a transpose one in another layout than out."""
