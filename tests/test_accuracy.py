@@ -1,4 +1,4 @@
-"""One suite for every backend: what the contract says, held against standard attention in fp64."""
+"""One suite for every backend: the contract, compared with standard attention in fp64."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True)
 class Case:
-    """One problem; sizes are odd on purpose."""
+    """One problem. Odd sizes, so that tiles are ragged; several heads only where they matter."""
 
     name: str
-    heads: int = 2
-    kv_heads: int = 2
+    heads: int = 1
+    kv_heads: int = 1
     seqlen_q: int = 63
     seqlen_k: int = 63
     head_dim: int = 40
@@ -32,31 +32,41 @@ class Case:
 
 
 CASES = (
-    Case("full", batch=2, seqlen_q=127, seqlen_k=129),
-    Case("causal", seqlen_q=129, seqlen_k=129, head_dim=64, options={"causal": True}),
+    Case("full", heads=2, kv_heads=2, seqlen_q=127, seqlen_k=129),
+    Case("batch", batch=2, heads=2, kv_heads=2, seqlen_q=17, seqlen_k=65),
+    Case(
+        "causal",
+        heads=2,
+        kv_heads=2,
+        seqlen_q=129,
+        seqlen_k=129,
+        head_dim=64,
+        options={"causal": True},
+    ),
     Case("bottom_right_more_keys", seqlen_q=17, seqlen_k=127, options={"causal": True}),
     Case("bottom_right_rows_without_keys", seqlen_q=127, seqlen_k=63, options={"causal": True}),
-    Case("top_left_unseen_keys", seqlen_k=129, options={"causal": True, "diagonal": "top_left"}),
+    Case("top_left_hidden_keys", seqlen_k=129, options={"causal": True, "diagonal": "top_left"}),
     Case(
         "top_left_more_queries",
         seqlen_q=129,
         seqlen_k=17,
         options={"causal": True, "diagonal": "top_left"},
     ),
-    Case("gqa", heads=6, kv_heads=2, seqlen_q=65, options={"causal": True}),
-    Case("mqa", heads=5, kv_heads=1, batch=2, seqlen_q=17, seqlen_k=70, head_dim=59),
+    Case("gqa", heads=4, kv_heads=2, seqlen_q=65, options={"causal": True}),
+    Case("mqa", heads=3, batch=2, seqlen_q=17, seqlen_k=70, head_dim=59),
     Case("value_dim_smaller", head_dim=80, value_dim=24, options={"causal": True}),
     Case("value_dim_larger", head_dim=24, value_dim=111, heads=4, kv_heads=2),
     Case("head_dim_1", head_dim=1),
     Case("head_dim_96", head_dim=96, options={"causal": True}),
-    Case("head_dim_111", head_dim=111),
+    Case("head_dim_111", heads=2, kv_heads=2, head_dim=111),
     Case("head_dim_256", head_dim=256, seqlen_q=33, seqlen_k=65, options={"causal": True}),
     Case("head_dim_512", head_dim=512, seqlen_q=17, seqlen_k=33, options={"causal": True}),
-    Case("one_query", seqlen_q=1, seqlen_k=129, options={"causal": True}),
+    # Two heads here: the bound is the formula's largest error, and of few elements that may be 0.
+    Case("one_query", heads=2, kv_heads=2, seqlen_q=1, seqlen_k=129, options={"causal": True}),
     Case("window", seqlen_q=129, seqlen_k=129, options={"window_size": (16, 0)}),
     Case("window_both_sides", seqlen_k=127, options={"window_size": (5, 9)}),
     Case(
-        "window_rows_and_keys_without_partner",
+        "window_rows_and_keys_without_a_pair",
         seqlen_q=129,
         seqlen_k=65,
         options={"window_size": (7, 3), "diagonal": "top_left"},
@@ -64,7 +74,7 @@ CASES = (
     Case("anticausal", seqlen_q=70, options={"window_size": (0, None)}),
     Case("causal_caps_window", options={"window_size": (9, 9), "causal": True}),
     Case("scale", options={"scale": 0.3, "causal": True}),
-    Case("scale_negative", options={"scale": -0.2, "causal": True}),
+    Case("scale_negative", heads=2, kv_heads=2, options={"scale": -0.2, "causal": True}),
     Case("scale_zero", options={"scale": 0.0}),
     Case("large_logits", magnitude=12.0, options={"causal": True}),
 )
@@ -88,7 +98,7 @@ def draw(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, T
 
 
 def refused(backend: str, q: Tensor, k: Tensor, v: Tensor, **options) -> bool:
-    """Whether the backend refuses; then the call must raise the very reason."""
+    """Whether the backend refuses; the call must then raise the same reason."""
     reason = available_backends(q, k, v, **options)[backend]
     if reason is None:
         return False
@@ -114,7 +124,7 @@ def test_matches_standard(backend: str, case: Case, dtype: torch.dtype) -> None:
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_visible_key(backend: str, seqlen_q: int, seqlen_k: int, options: dict) -> None:
-    """Then out = v and dq = dk = 0, where the formula has no rounding error to compare with."""
+    """out = v and dq = dk = 0, without a rounding error of the formula to compare with."""
     device = device_for(backend)
     q, do = (torch.randn(1, 2, seqlen_q, 40, device=device) for _ in range(2))
     k, v = (torch.randn(1, 2, seqlen_k, 40, device=device) for _ in range(2))
@@ -190,7 +200,7 @@ def test_strides_of_options_are_honoured(backend: str, option: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_of_out_in_any_layout(backend: str) -> None:
-    """A sum hands back a gradient of stride 0, a transpose one in another layout than out."""
+    """The gradient of a sum has stride 0, that of a transpose another layout than out."""
     q, k, v = (torch.randn(2, 2, 33, 16, device=device_for(backend)) for _ in range(3))
     weight = torch.randn(2, 33, 32, device=q.device)
     for loss in (
@@ -236,7 +246,7 @@ def test_empty(backend: str, empty: str) -> None:
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "standard"])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_keys_nobody_sees_may_hold_anything(backend: str, poison: float) -> None:
+def test_hidden_keys_may_hold_anything(backend: str, poison: float) -> None:
     device = device_for(backend)
     options = {"causal": True, "diagonal": "top_left"}
     q = torch.randn(1, 2, 33, 16, device=device)
@@ -319,14 +329,14 @@ def test_gradcheck(
     def attend(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         return flash_attention(*tensors, return_lse=True, backend=backend, **options)
 
-    # The interpreter is slow: there one random direction is checked, elsewhere every element.
+    # The interpreter is slow: check one random direction there, every element elsewhere.
     assert torch.autograd.gradcheck(attend, leaves, fast_mode=backend == "triton")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backward_is_bitwise_reproducible(backend: str) -> None:
     device = device_for(backend)
-    q, k, v = (torch.randn(2, h, 100, 32, device=device) for h in (4, 2, 2))
+    q, k, v = (torch.randn(1, h, 100, 32, device=device) for h in (2, 1, 1))
     first = _out_lse_grads(q, k, v, backend, causal=True)
     second = _out_lse_grads(q, k, v, backend, causal=True)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -47,7 +47,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", WINDOWS)
 def test_window(name: str, dtype: torch.dtype) -> None:
     """Several blocks of queries, the last one shorter."""
-    q, k, v = qkv(2, 4, 2, 2 * pieces.MASKED_BLOCK_MIN + 37, dtype)
+    q, k, v = qkv(2, 2, 1, 2 * pieces.MASKED_BLOCK_MIN + 37, dtype)
     assert_attention_close("aten", q, k, v, with_noise=True, **WINDOWS[name])
 
 
@@ -203,9 +203,12 @@ def test_padding_with_holes_is_gathered_but_not_under_causal() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seqlen_q", [1, 3, kernel.FOLDED_ROWS_MAX])
-def test_a_group_of_heads_is_folded_into_rows(seqlen_q: int, dtype: torch.dtype) -> None:
-    """Below and above the number of keys from which folding pays in fp32."""
-    for keys in (90, kernel.FOLDED_FP32_MIN // 64):
+def test_a_group_of_heads_is_folded_into_rows(
+    seqlen_q: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below and above the number of keys from which folding pays in fp32, set low here."""
+    monkeypatch.setattr(kernel, "FOLDED_FP32_MIN", 64 * 256)
+    for keys in (90, 256):
         sizes = ((6, seqlen_q), (2, keys), (2, keys))
         q, k, v = (torch.randn(2, heads, seqlen, 16, dtype=dtype) for heads, seqlen in sizes)
         few_rows = 3 * seqlen_q <= kernel.FOLDED_ROWS_MAX

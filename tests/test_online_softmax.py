@@ -1,4 +1,4 @@
-"""The state, as a reader of the chapter would check it."""
+"""The online-softmax state against softmax and logsumexp."""
 
 import itertools
 
@@ -44,7 +44,7 @@ def test_any_split_merged_in_any_order(keys: int, cuts: list[int], magnitude: fl
 
 
 def test_updates_one_key_at_a_time() -> None:
-    """Milakov & Gimelshein, algorithm 3: the maximum changes under way, the result does not."""
+    """Milakov & Gimelshein, algorithm 3, with a running maximum that changes twice."""
     scores = torch.tensor([[1.0, 5.0, 3.0, 8.0, -2.0]], dtype=torch.float64)
     value = torch.randn(5, 2, dtype=torch.float64)
     state = init_state((1,), 2, dtype=torch.float64)

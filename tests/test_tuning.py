@@ -1,4 +1,4 @@
-"""flashlayer.tune, in the interpreter: the timings mean nothing there, all the rest does."""
+"""flashlayer.tune in the interpreter, where only the timings mean nothing."""
 
 import json
 from collections.abc import Iterator

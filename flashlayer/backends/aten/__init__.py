@@ -85,8 +85,7 @@ def forward(
     o.zero_()
     lse.fill_(-torch.inf)
     for piece in split(q, k, spec, extras):
-        tensors = piece.queries(q), piece.keys(k), piece.keys(v)
-        results = flash_forward(*tensors, spec.scale, piece)
+        results = flash_forward(piece.queries(q), piece.keys(k), piece.keys(v), spec.scale, piece)
         piece_o, piece_lse = (piece.restore(x) for x in results)
         rows = piece.batch, slice(None), piece.q_rows
         if piece.merges:

@@ -71,7 +71,7 @@ def flash_forward(
 def _lacks_packing(dtype: torch.dtype) -> bool:
     """Whether the kernel raises "pack_vnni2 is only supported when avx512 is supported".
 
-    It asks the CPU for AMX units for ``dtype``, but its packing is compiled for AVX-512 only, and
+    It checks the CPU for AMX units for ``dtype``, but its packing is compiled for AVX-512 only, and
     ATEN_CPU_CAPABILITY may be set below what the CPU has (torch 2.13).
     """
     units = "amx_bf16" if dtype == torch.bfloat16 else "amx_fp16"

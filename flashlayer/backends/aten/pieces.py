@@ -42,7 +42,7 @@ class Piece(NamedTuple):
     k_rows: Any = slice(None)  # a slice is a view, an index tensor gathers
     causal: bool = False  # top-left
     mask: Tensor | None = None  # (M, N) fp32, added to the scores: 0 where visible, else -inf
-    blocks: int = 1  # the rows are this many blocks, and each block sees its own keys only
+    blocks: int = 1  # the rows are this many blocks, each with keys of its own
     is_flipped: bool = False  # rows and keys reversed, which makes an upper triangle a causal one
     shares_rows: bool = False  # the same queries may be in another piece
     merges: bool = False  # an earlier piece had the same queries
@@ -71,7 +71,7 @@ class Piece(NamedTuple):
         """These queries and keys of the piece, counted from its first ones."""
         q_rows = slice(self.q_rows.start + q_start, self.q_rows.start + q_stop)
         k_rows = slice(self.k_rows.start + k_start, self.k_rows.start + k_stop)
-        return self._replace(q_rows=q_rows, k_rows=k_rows, **fields)
+        return Piece(self.batch, q_rows, k_rows, shares_rows=self.shares_rows, **fields)
 
     def lengths(self) -> tuple[int, int]:
         """How many queries and keys it has."""
@@ -83,13 +83,15 @@ FULL, CAUSAL = Piece(), Piece(causal=True)
 
 def whole(q: Tensor, k: Tensor, spec: AttentionSpec, extras: AttentionExtras) -> Piece | None:
     """The whole call as one piece, or None if it has to be cut."""
-    if extras.attn_mask is not None or extras.cu_seqlens_q is not None or is_empty(q, k):
+    if extras.attn_mask is not None or extras.cu_seqlens_q is not None:
+        return None
+    if q.numel() == 0 or k.numel() == 0:  # the kernel would divide by 0 and end the process
         return None
     return _uncut(spec, spec.diagonal == "top_left")
 
 
 def _uncut(spec: AttentionSpec, is_top_left: bool) -> Piece | None:
-    """The piece that a sequence is as it stands, if the kernel can compute that."""
+    """``FULL`` or ``CAUSAL`` if the kernel computes each sequence in one call, else None."""
     if spec.window_left is not None:
         return None
     if spec.window_right is None:
@@ -99,40 +101,42 @@ def _uncut(spec: AttentionSpec, is_top_left: bool) -> Piece | None:
 
 def split(q: Tensor, k: Tensor, spec: AttentionSpec, extras: AttentionExtras) -> list[Piece]:
     """The pieces of a call, none of them empty; each visible pair is in exactly one."""
-    if is_empty(q, k):
+    seqlen_q, seqlen_k = q.shape[2], k.shape[2]
+    if q.numel() == 0 or k.numel() == 0:
         return []
     # With one tensor of boundaries each sequence has as many keys as queries: both diagonals agree.
     equal_lengths = extras.cu_seqlens_q is not None and extras.cu_seqlens_q is extras.cu_seqlens_k
     uncut = _uncut(spec, spec.diagonal == "top_left" or equal_lengths)
+    base = Piece(shares_rows=True) if uncut is None else uncut
     if extras.cu_seqlens_q is not None and extras.cu_seqlens_k is not None:
-        pieces = _sequences(extras.cu_seqlens_q.tolist(), extras.cu_seqlens_k.tolist())
+        pieces = _sequences(base, extras.cu_seqlens_q.tolist(), extras.cu_seqlens_k.tolist())
     elif extras.attn_mask is not None:
-        pieces = _visible_keys(extras.attn_mask, q.shape[2], k.shape[2], uncut is CAUSAL)
+        pieces = _visible_keys(base, extras.attn_mask, seqlen_q, seqlen_k)
     else:
-        pieces = (Piece(q_rows=slice(0, q.shape[2]), k_rows=slice(0, k.shape[2])),)
+        pieces = (base._replace(q_rows=slice(0, seqlen_q), k_rows=slice(0, seqlen_k)),)
     if uncut is not None:
-        return [piece._replace(causal=uncut.causal) for piece in pieces]
+        return list(pieces)
     cut = _causal if spec.window_left is None and spec.window_right == 0 else _window
-    return [x for piece in pieces for x in cut(piece._replace(shares_rows=True), spec)]
+    return [x for piece in pieces for x in cut(piece, spec)]
 
 
-def _sequences(q_edges: list[int], k_edges: list[int]) -> Iterator[Piece]:
+def _sequences(base: Piece, q_edges: list[int], k_edges: list[int]) -> Iterator[Piece]:
     q_slices, k_slices = (map(slice, edges, edges[1:]) for edges in (q_edges, k_edges))
     for q_rows, k_rows in zip(q_slices, k_slices, strict=True):
         if q_rows.start < q_rows.stop and k_rows.start < k_rows.stop:
-            yield Piece(q_rows=q_rows, k_rows=k_rows)
+            yield base._replace(q_rows=q_rows, k_rows=k_rows)
 
 
-def _visible_keys(mask: Tensor, seqlen_q: int, seqlen_k: int, causal: bool) -> Iterator[Piece]:
+def _visible_keys(base: Piece, mask: Tensor, seqlen_q: int, seqlen_k: int) -> Iterator[Piece]:
     """For each batch entry of the mask its queries and its visible keys."""
     for index, visible in enumerate(mask.expand(-1, -1, -1, seqlen_k)[:, 0, 0]):
         keys = visible.nonzero().flatten()
         if len(keys) == 0:
             continue
         start, stop = int(keys[0]), int(keys[-1]) + 1
-        q_start = start if causal else 0  # causal is top-left here: earlier queries see no key
+        q_start = start if base.causal else 0  # top-left: earlier queries have no visible key
         if q_start < seqlen_q:
-            yield Piece(
+            yield base._replace(
                 batch=slice(index, index + 1) if len(mask) > 1 else slice(None),
                 q_rows=slice(q_start, seqlen_q),
                 k_rows=slice(start, stop) if stop - start == len(keys) else keys,
@@ -145,7 +149,7 @@ def _causal(piece: Piece, spec: AttentionSpec) -> Iterator[Piece]:
     offset = spec.offset(queries, keys)
     if offset > 0:
         yield piece.cut(0, queries, 0, offset)
-    # With more queries than keys, the first ones see no key.
+    # With more queries than keys, no key is visible to the first ones.
     first_query, first_key = max(-offset, 0), max(offset, 0)
     yield piece.cut(first_query, queries, first_key, keys, causal=True, merges=offset > 0)
 
@@ -153,9 +157,9 @@ def _causal(piece: Piece, spec: AttentionSpec) -> Iterator[Piece]:
 def _window(piece: Piece, spec: AttentionSpec) -> Iterator[Piece]:
     r"""Triangles, and blocks with a mask at both ends; or blocks alone.
 
-    Where keys are as many as queries, ``n = left + right`` queries from ``start`` on see two
-    triangles of ``n`` keys each, an upper one that begins at key ``start - left`` and a lower one
-    that begins at ``start + right``, and no key twice:
+    With as many keys as queries, the keys visible to ``n = left + right`` queries from ``start`` on
+    form two triangles of ``n`` keys each, an upper one from key ``start - left`` on and a lower one
+    from ``start + right`` on, without overlap:
 
         \ \      query i, key j:  start - left + i <= j < start + right    (upper)
          \ \                      start + right <= j <= start + right + i   (lower)
@@ -167,7 +171,7 @@ def _window(piece: Piece, spec: AttentionSpec) -> Iterator[Piece]:
     size = (left or 0) + (right or 0)
     if left is None or right is None or queries != keys or not TRIANGLE_MIN <= size <= queries // 2:
         offset = spec.offset(queries, keys)
-        # The queries before and after these see no key.
+        # No key is visible to the queries before and after these.
         first = 0 if right is None else max(0, -offset - right)
         stop = queries if left is None else min(queries, keys - offset + left)
         yield from _masked(piece, spec, first, stop)
@@ -181,10 +185,9 @@ def _window(piece: Piece, spec: AttentionSpec) -> Iterator[Piece]:
     for index in range(0, count, at_once):
         blocks = min(at_once, count - index)
         rows, start = blocks * size, index * size
-        lower = piece.cut(left + start, left + start + rows, start + size, start + size + rows)
-        upper = piece.cut(left + start, left + start + rows, start, start + rows)
-        yield upper._replace(causal=True, blocks=blocks, is_flipped=True)
-        yield lower._replace(causal=True, blocks=blocks, merges=True)
+        q_range, fields = (left + start, left + start + rows), {"causal": True, "blocks": blocks}
+        yield piece.cut(*q_range, start, start + rows, is_flipped=True, **fields)
+        yield piece.cut(*q_range, start + size, start + size + rows, merges=True, **fields)
     yield from _masked(piece, spec, left + count * size, queries)
 
 
@@ -200,18 +203,13 @@ def _masked(piece: Piece, spec: AttentionSpec, first: int, end: int) -> Iterator
         stop = min(start + size, end)
         bounds = spec.key_bounds(start, stop, *lengths)
         k_start, k_stop = bounds.any_start, bounds.any_stop
-        block = piece.cut(start, stop, k_start, k_stop)
+        mask = None
         if bounds.all_start > k_start or bounds.all_stop < k_stop:
             shape = (stop - start, k_start - start, k_stop - start)
-            if shape not in masks:
-                device = torch.device("cpu")  # whatever torch's default device is
-                visible = spec.visible(start, stop, k_start, k_stop, *lengths, device)
-                mask = torch.zeros(visible.shape, dtype=torch.float32, device=device)
+            mask = masks.get(shape)
+            if mask is None:
+                cpu = torch.device("cpu")  # whatever torch's default device is
+                visible = spec.visible(start, stop, k_start, k_stop, *lengths, cpu)
+                mask = torch.zeros(visible.shape, dtype=torch.float32, device=cpu)
                 masks[shape] = mask.masked_fill_(~visible, -torch.inf)
-            block = block._replace(mask=masks[shape])
-        yield block
-
-
-def is_empty(q: Tensor, k: Tensor) -> bool:
-    """Whether there are no queries or keys: the kernel would divide by 0 and end the process."""
-    return q.numel() == 0 or k.numel() == 0
+        yield piece.cut(start, stop, k_start, k_stop, mask=mask)
