@@ -162,7 +162,7 @@ def descriptor(x: Tensor, tiles: Any, rows: int, extras: AttentionExtras) -> Any
 
     from flashlayer.kernels.tiles import head_tiles
 
-    widths = head_tiles(x.shape[3])
+    widths: Any = head_tiles(x.shape[3])  # typed as what it is in a kernel
     if (
         target(x.device) not in ("sm_90", "sm_100", "interpreter")
         or x.element_size() > 2
