@@ -21,10 +21,9 @@ from flashlayer import (
     FlashMultiheadAttention,
     flash_attention,
     flash_attention_varlen,
-    weights,
 )
 from flashlayer.backends import BACKENDS, ops
-from flashlayer.integrations import sdpa
+from flashlayer.integrations import sdpa, weights
 from flashlayer.spec import AttentionExtras, AttentionSpec
 from tests.test_accuracy import device_for
 
