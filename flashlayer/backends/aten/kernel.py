@@ -37,9 +37,11 @@ def flash_forward(
 ) -> tuple[Tensor, Tensor]:
     """``o`` and ``lse`` of a piece; the tensors are arranged as the piece says."""
     causal, mask = piece.causal, piece.mask
-    if causal:
-        k, v = _visible(k, q), _visible(v, q)
-    heads, kv_heads = q.shape[1], k.shape[1]
+    _, heads, seqlen_q, _ = q.shape
+    _, kv_heads, seqlen_k, _ = k.shape
+    if causal and seqlen_k > seqlen_q:
+        # The kernel multiplies hidden keys by a probability of 0, and 0 * NaN is NaN.
+        k, v, seqlen_k = k[:, :, :seqlen_q], v[:, :, :seqlen_q], seqlen_q
     if heads != kv_heads and not causal and mask is None and folds(q, k):
         rows = q.reshape(*k.shape[:2], -1, q.shape[3])
         o, lse = flash_forward(rows, k, v, scale, piece)
@@ -61,7 +63,7 @@ def flash_forward(
         # The kernel's exp for half precision turns the NaN of inf - inf into 0.
         o.masked_fill_((lse == torch.inf).unsqueeze(-1), torch.nan)
         lse.masked_fill_(lse == torch.inf, torch.nan)
-    may_be_wrong = piece.shares_rows or k.shape[2] < VECTOR_KEYS
+    may_be_wrong = piece.shares_rows or seqlen_k < VECTOR_KEYS
     if may_be_wrong and lse.count_nonzero().item() < lse.numel():
         _correct_rows_of_lse_0(q, k, o, lse, scale, piece)
     return o, lse
@@ -131,11 +133,11 @@ def flash_backward(
         do, q, k, v, o = (x.float() for x in (do, q, k, v, o))
         dq, dk, dv = flash_backward(do, dlse, q, k, v, o, lse, scale, piece)
         return dq.half(), dk.half(), dv.half()
-    seqlen_k, head_dim = k.shape[2:]
-    if piece.causal:
-        k, v = _visible(k, q), _visible(v, q)
-    hidden_keys = seqlen_k - k.shape[2]
-    if (piece.shares_rows or k.shape[2] < VECTOR_KEYS) and not lse.min().item() > -math.inf:
+    seqlen_q, seqlen_k = q.shape[2], k.shape[2]
+    hidden_keys = max(seqlen_k - seqlen_q, 0) if piece.causal else 0
+    if hidden_keys:
+        k, v, seqlen_k = k[:, :, :seqlen_q], v[:, :, :seqlen_q], seqlen_q
+    if (piece.shares_rows or seqlen_k < VECTOR_KEYS) and not lse.min().item() > -math.inf:
         # In a row whose scores are all -inf, exp(-inf - -inf) is NaN but exp(-inf - inf) is 0.
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     if not piece.shares_rows and is_short(q, k):
@@ -149,7 +151,7 @@ def flash_backward(
             v = F.pad(v, (0, 1), value=1.0)
             do = torch.cat((do, dlse.unsqueeze(-1).to(do.dtype)), dim=-1)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(_unit_stride(x) for x in (do, q, k, v, o)),
+            *map(_unit_stride, (do, q, k, v, o)),
             lse,
             0.0,
             piece.causal,
@@ -157,19 +159,11 @@ def flash_backward(
             scale=scale,
         )
         if dlse is not None:  # drop the column; keep the kernel's layout (B, S, H, D)
-            columns = (x[..., :head_dim].transpose(1, 2) for x in (dq, dk, dv))
+            columns = (x[..., :-1].transpose(1, 2) for x in (dq, dk, dv))
             dq, dk, dv = (x.contiguous().transpose(1, 2) for x in columns)
     if hidden_keys:
         dk, dv = (F.pad(x, (0, 0, 0, hidden_keys)) for x in (dk, dv))
     return dq, dk, dv
-
-
-def _visible(x: Tensor, q: Tensor) -> Tensor:
-    """The keys or values that are visible to some query under the top-left diagonal.
-
-    The kernel multiplies the others by a probability of 0, and 0 * NaN is NaN.
-    """
-    return x if x.shape[2] <= q.shape[2] else x[:, :, : q.shape[2]]
 
 
 def _unit_stride(x: Tensor) -> Tensor:
