@@ -40,7 +40,8 @@ def num_splits(
     longest_q = spec.max_seqlen_q if packed else q.shape[2]
     if q.is_cpu or longest_q != 1:
         return 1
-    plain = extras._replace(sinks=None, cu_seqlens_q=None, cu_seqlens_k=None) == NO_EXTRAS
+    whole = (extras.attn_mask, extras.alibi_slopes, extras.dropout_seed)
+    plain = all(x is None for x in whole)
     # Aligned at the end, all keys of a packed sequence are visible to its one query.
     aligned = packed and spec.diagonal == "bottom_right"
     if not plain or spec.window_left is not None or not (spec.window_right is None or aligned):
