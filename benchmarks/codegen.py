@@ -78,6 +78,10 @@ def _mask(q: Tensor) -> Tensor:
     return q.new_empty(BATCH, 1, SEQLEN, SEQLEN).requires_grad_()
 
 
+def _intervals(q: Tensor) -> Tensor:
+    return q.new_empty(BATCH, 1, 2, SEQLEN, dtype=torch.int32)
+
+
 def _slopes(q: Tensor) -> Tensor:
     return q.new_empty(1, HEADS, dtype=torch.float32)
 
@@ -107,6 +111,7 @@ OPTIONS: dict[str, Callable[[AttentionSpec, Tensor], tuple[AttentionSpec, Attent
     "packed": _packed,
     "window": lambda spec, q: (_window(spec), AttentionExtras()),
     "mask": lambda spec, q: (spec, AttentionExtras(attn_mask=_mask(q))),
+    "intervals": lambda spec, q: (spec, AttentionExtras(intervals=_intervals(q))),
     "softcap": lambda spec, q: (replace(spec, softcap=30.0), AttentionExtras()),
     "alibi": lambda spec, q: (spec, AttentionExtras(alibi_slopes=_slopes(q))),
     "sinks": lambda spec, q: (spec, AttentionExtras(sinks=q.new_empty(HEADS))),

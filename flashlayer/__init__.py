@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from flashlayer import masks
 from flashlayer.functional import (
     available_backends,
     dropout_keep_mask,
@@ -28,6 +29,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_varlen",
     "integrations",
+    "masks",
     "swap_attention",
     "testing",
     "tune",

@@ -10,6 +10,7 @@ from torch.overrides import handle_torch_function
 
 from flashlayer import backends, philox, plans
 from flashlayer.autograd import attend
+from flashlayer.masks import IntervalMask
 from flashlayer.problem import (
     Packing,
     build_packed_problem,
@@ -52,7 +53,7 @@ def flash_attention(
     key: Tensor,
     value: Tensor,
     *,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | IntervalMask | None = None,
     causal: bool = False,
     window_size: WindowSize = (None, None),
     diagonal: Diagonal = "bottom_right",
@@ -86,7 +87,8 @@ def flash_attention(
         value: ``(B, Hkv, Sk, Dv)``; ``Dv`` may differ from ``D``.
         attn_mask: bool (True = attend) or floating (added to the scores, differentiable),
             broadcastable to ``(B, H, Sq, Sk)`` and never expanded: a ``(B, 1, 1, Sk)`` padding mask
-            costs O(Sk). An entry of -inf hides its key like False.
+            costs O(Sk). An entry of -inf hides its key like False. Or an O(Sk)
+            :class:`flashlayer.masks.IntervalMask`, whose hidden tiles are skipped.
         causal: key ``j`` is visible to query ``i`` only when ``j <= i + offset``.
         window_size: ``(left, right)``: keys from ``i + offset - left`` to ``i + offset + right``
             inclusive are visible to query ``i``. None is unbounded; its own position is not

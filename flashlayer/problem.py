@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flashlayer.masks import IntervalMask
 from flashlayer.spec import (
     AttentionExtras,
     AttentionSpec,
@@ -37,7 +38,7 @@ def build_problem(
     key: Tensor,
     value: Tensor,
     *,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | IntervalMask | None = None,
     causal: bool = False,
     window_size: WindowSize = (None, None),
     diagonal: Diagonal = "bottom_right",
@@ -83,7 +84,11 @@ def build_problem(
         # A side as wide as all tokens together hides nothing, and would overflow an int32.
         tokens = query.shape[2] + key.shape[2]
         left, right = (None if x is None or x >= tokens else x for x in (left, right))
-    mask = _resolve_mask(attn_mask, query, key)
+    mask = intervals = None
+    if isinstance(attn_mask, IntervalMask):
+        intervals = _resolve_intervals(attn_mask, query, key)
+    else:
+        mask = _resolve_mask(attn_mask, query, key)
     extras = AttentionExtras(
         attn_mask=mask,
         alibi_slopes=_resolve_slopes(alibi_slopes, query, packing),
@@ -91,6 +96,7 @@ def build_problem(
         dropout_seed=_resolve_seed(dropout_p, dropout_seed, query),
         cu_seqlens_q=None if packing is None else packing.cu_seqlens_q,
         cu_seqlens_k=None if packing is None else packing.cu_seqlens_k,
+        intervals=intervals,
     )
     transformed = torch._C._are_functorch_transforms_active()
     spec = AttentionSpec(
@@ -309,6 +315,25 @@ def _resolve_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> Tenso
         if attn_mask.stride(dim) == 0 and attn_mask.shape[dim] > 1:
             attn_mask = attn_mask.narrow(dim, 0, 1)
     return attn_mask
+
+
+def _resolve_intervals(mask: IntervalMask, query: Tensor, key: Tensor) -> Tensor:
+    """The intervals of a mask that fits the problem."""
+    _check_device("attn_mask", mask.intervals, query)
+    batch, heads, seqlen_q, seqlen_k = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
+    of_batch, of_heads, _, _ = mask.intervals.shape
+    lengths = (mask.seqlen_q, mask.seqlen_k)
+    if lengths != (seqlen_q, seqlen_k):
+        raise ValueError(
+            f"attn_mask must be an IntervalMask of {seqlen_q} queries and {seqlen_k} keys, "
+            f"got one of {lengths[0]} and {lengths[1]}"
+        )
+    if of_batch not in (1, batch) or of_heads not in (1, heads):
+        raise ValueError(
+            f"attn_mask must be an IntervalMask of batch={batch} or 1 and heads={heads} or 1, "
+            f"got one of batch={of_batch} and heads={of_heads}"
+        )
+    return mask.intervals
 
 
 def _resolve_slopes(

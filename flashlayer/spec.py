@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol, Required, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Required, TypedDict
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from flashlayer.masks import IntervalMask
 
 Diagonal = Literal["bottom_right", "top_left"]
 WindowSize = tuple[int | None, int | None]
@@ -64,7 +67,7 @@ class Options(TypedDict, total=False):
 class DenseOptions(Options, total=False):
     """Those of ``flash_attention`` only."""
 
-    attn_mask: Tensor | None
+    attn_mask: Tensor | IntervalMask | None
 
 
 class PackedOptions(Options, total=False):
@@ -193,6 +196,7 @@ class AttentionExtras(NamedTuple):
     dropout_seed: Tensor | None = None  # () int64; there whenever spec.dropout_p > 0
     cu_seqlens_q: Tensor | None = None  # (sequences + 1,) int32; packed, B = 1 and S = T
     cu_seqlens_k: Tensor | None = None
+    intervals: Tensor | None = None  # (B or 1, H or 1, 2 or 4, Sk) int32: an IntervalMask's
 
     def wants_mask_gradient(self, spec: AttentionSpec) -> bool:
         """Whether the backward pass is to compute ``d_mask``."""

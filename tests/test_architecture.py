@@ -21,14 +21,15 @@ ALLOWED = {
         "backends/split_keys",
         "backends/triton",
         "kernels",
+        "masks",
         "spec",
         "philox",
         "torch",
         "triton",
     },
-    "backends/aten": {"backends/aten", "spec", "online_softmax", "torch"},
+    "backends/aten": {"backends/aten", "masks", "spec", "online_softmax", "torch"},
     "backends/ops": {"backends/aten", "backends/tiled", "backends/triton", "spec", "torch"},
-    "backends/*": {"spec", "online_softmax", "philox", "torch"},
+    "backends/*": {"masks", "spec", "online_softmax", "philox", "torch"},
     "backends/__init__": {
         "backends/aten",
         "backends/ops",
@@ -38,14 +39,24 @@ ALLOWED = {
         "spec",
         "torch",
     },
-    "spec": {"torch"},
+    "masks": {"masks", "torch"},
+    "spec": {"masks", "torch"},
     "online_softmax": {"torch"},
     "philox": {"torch"},
-    "problem": {"spec", "torch"},
+    "problem": {"masks", "spec", "torch"},
     "plans": {"spec", "torch"},
     "transforms": {"spec", "torch"},
     "autograd": {"spec", "transforms", "torch"},
-    "functional": {"autograd", "backends", "philox", "plans", "problem", "spec", "torch"},
+    "functional": {
+        "autograd",
+        "backends",
+        "masks",
+        "philox",
+        "plans",
+        "problem",
+        "spec",
+        "torch",
+    },
     "testing": {"testing", "functional", "torch"},
     "tuning": {"backends/triton", "kernels", "problem", "spec", "torch", "triton"},
     "distributed": {
@@ -122,7 +133,7 @@ DISTRIBUTED = {
 
 def room(path: Path) -> str:
     relative = path.relative_to(PACKAGE).with_suffix("").as_posix()
-    rooms = ("kernels", "backends/aten", "backends/triton", "modules", "distributed")
+    rooms = ("kernels", "masks", "backends/aten", "backends/triton", "modules", "distributed")
     for folder in (*rooms, "integrations/transformers", "integrations", "testing"):
         if relative.startswith(f"{folder}/"):
             return folder

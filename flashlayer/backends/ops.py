@@ -82,7 +82,7 @@ _OPTIONS = (
     "str backend, float scale, SymInt? window_left, SymInt? window_right, str diagonal, "
     "float? softcap, float dropout_p, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
     "bool mask_gradient, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, "
-    "Tensor? dropout_seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+    "Tensor? dropout_seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? intervals"
 )
 
 

@@ -40,7 +40,7 @@ def num_splits(
     longest_q = spec.max_seqlen_q if packed else q.shape[2]
     if q.is_cpu or longest_q != 1:
         return 1
-    whole = (extras.attn_mask, extras.alibi_slopes, extras.dropout_seed)
+    whole = (extras.attn_mask, extras.intervals, extras.alibi_slopes, extras.dropout_seed)
     plain = all(x is None for x in whole)
     # Aligned at the end, all keys of a packed sequence are visible to its one query.
     aligned = packed and spec.diagonal == "bottom_right"

@@ -126,6 +126,9 @@ def _pairs(q: Tensor, k: Tensor, spec: AttentionSpec, extras: AttentionExtras) -
     mask = extras.attn_mask
     if mask is not None:
         conditions.append(mask if mask.dtype == torch.bool else mask != -torch.inf)
+    if extras.intervals is not None:
+        starts, stops = extras.intervals[:, :, ::2, None], extras.intervals[:, :, 1::2, None]
+        conditions.append(((query >= starts) & (query < stops)).any(dim=2))  # of [B, H, n, Sq, Sk]
     visible = conditions[0] if conditions else None
     for condition in conditions[1:]:
         visible = visible & condition
@@ -150,7 +153,7 @@ def _live(
     if visible is None:
         return None, None
     rows, keys = visible.any(dim=-1).unsqueeze(-1), visible.any(dim=-2).unsqueeze(-1)
-    if extras.attn_mask is None and extras.cu_seqlens_q is None:
+    if extras.attn_mask is extras.intervals is extras.cu_seqlens_q is None:
         all_rows, all_keys = _window_covers(spec, *visible.shape)
         rows, keys = None if all_rows else rows, None if all_keys else keys
     if rows is not None and extras.sinks is not None:

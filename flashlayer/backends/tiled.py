@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from flashlayer import online_softmax, philox
+from flashlayer.masks import tile_bounds, visible_pairs
 from flashlayer.online_softmax import SoftmaxState
-from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, accumulation_dtype
+from flashlayer.spec import AttentionExtras, AttentionSpec, KeyBounds, Problem, accumulation_dtype
 
 name = "tiled"
 
@@ -34,6 +35,7 @@ class Block(NamedTuple):
     q_rows: slice  # where the queries are in the tensors
     k_first: int  # where the sequence's keys start in the tensors
     seqlens: tuple[int, int]  # queries and keys of the sequence
+    bounds: list[list[KeyBounds]] | None  # of an interval mask: see _interval_bounds
 
 
 class Tile(NamedTuple):
@@ -163,11 +165,21 @@ def _blocks(q: Tensor, k: Tensor, extras: AttentionExtras) -> Iterator[Block]:
     else:
         q_edges, k_edges = extras.cu_seqlens_q.tolist(), extras.cu_seqlens_k.tolist()
         batches = torch.arange(len(q_edges) - 1, device=q.device).view(-1, 1, 1, 1, 1).unbind()
+    bounds = None if extras.intervals is None else _interval_bounds(extras.intervals, q)
     sequences = zip(batches, pairwise(q_edges), pairwise(k_edges), strict=True)
     for batch, (q_first, q_end), (k_first, k_end) in sequences:
         for start, stop in _ranges(0, q_end - q_first, _block_size(q)):
             q_rows = slice(q_first + start, q_first + stop)
-            yield Block(batch, start, stop, q_rows, k_first, (q_end - q_first, k_end - k_first))
+            seqlens = (q_end - q_first, k_end - k_first)
+            yield Block(batch, start, stop, q_rows, k_first, seqlens, bounds)
+
+
+def _interval_bounds(intervals: Tensor, q: Tensor) -> list[list[KeyBounds]]:
+    """For every tile of keys and each interval: the queries of all batch entries and heads."""
+    bounds = tile_bounds(intervals, _block_size(q)).flatten(0, 1)  # [B*H, tiles, n, 4]
+    least, greatest = bounds.amin(dim=0), bounds.amax(dim=0)
+    extremes = (least[..., 0], greatest[..., 1], least[..., 2], greatest[..., 3])
+    return [[KeyBounds(*x) for x in tile] for tile in torch.stack(extremes, dim=-1).tolist()]
 
 
 def _tiles(block: Block, q: Tensor, spec: AttentionSpec, extras: AttentionExtras) -> Iterator[Tile]:
@@ -175,7 +187,10 @@ def _tiles(block: Block, q: Tensor, spec: AttentionSpec, extras: AttentionExtras
     start, stop, seqlens = block.start, block.stop, block.seqlens
     bounds = spec.key_bounds(start, stop, *seqlens)
     query = torch.arange(start, stop, device=q.device)[:, None]
-    for k_start, k_stop in _ranges(bounds.any_start, bounds.any_stop, _block_size(q)):
+    size = _block_size(q)
+    # The bounds of an interval mask are those of tiles that start at multiples of their size.
+    first = bounds.any_start if block.bounds is None else bounds.any_start // size * size
+    for k_start, k_stop in _ranges(first, bounds.any_stop, size):
         k_rows = slice(block.k_first + k_start, block.k_first + k_stop)
         visible = mask = None
         if k_start < bounds.all_start or k_stop > bounds.all_stop:
@@ -185,6 +200,13 @@ def _tiles(block: Block, q: Tensor, spec: AttentionSpec, extras: AttentionExtras
             unmasked = mask if mask.dtype == torch.bool else mask != -torch.inf
             unmasked = unmasked.expand(-1, -1, stop - start, k_stop - k_start)
             visible = unmasked if visible is None else visible & unmasked
+        if block.bounds is not None and extras.intervals is not None:
+            tile = block.bounds[k_start // size]
+            if not any(x.any_start < stop and start < x.any_stop for x in tile):
+                continue
+            if not any(x.all_start <= start and stop <= x.all_stop for x in tile):
+                allowed = visible_pairs(extras.intervals[..., k_rows], query[:, 0])
+                visible = allowed if visible is None else visible & allowed
         key = torch.arange(k_start, k_stop, device=q.device)[None, :]
         yield Tile(query, key, k_rows, mask, visible)
 
@@ -201,7 +223,9 @@ def _scores(
     """Scale, softcap, ALiBi, additive mask, hard mask, in this order; and the dropout factors."""
     k_tile, v_tile = (x[:, :, tile.k_rows].to(q_rows.dtype) for x in (k, v))  # [B, Hkv, N, D]
     heads = q_rows.shape[1] * (q_rows.shape[2] // tile.query.shape[0])
-    if tile.mask is not None and tile.visible is not None:
+    if (
+        tile.visible is not None and extras.attn_mask is not extras.intervals
+    ):  # one of them is there
         # A key hidden from every query of the tile may hold anything, and 0 * NaN is NaN.
         visible = tile.visible.any(dim=-2).expand(q_rows.shape[0], heads, -1)  # [B, H, N]
         visible = visible.unflatten(1, (q_rows.shape[1], -1)).any(dim=2).unsqueeze(-1)

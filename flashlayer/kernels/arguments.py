@@ -67,6 +67,21 @@ class Slopes(NamedTuple):
     PER_BATCH: Any  # constexpr
 
 
+class Intervals(NamedTuple):
+    """An interval mask: for each key where the intervals of its queries start and stop.
+
+    ``ptr`` int32 ``(B or 1, heads or 1, 2 COUNT, Sk)`` and ``bounds_ptr`` int32
+    ``(B or 1, heads or 1, tiles, COUNT, 4)``, both contiguous; see
+    :func:`flashlayer.masks.tile_bounds`.
+    """
+
+    ptr: Any
+    bounds_ptr: Any  # of the kernel's BLOCK_N; None in dK/dV, whose programs hold their keys
+    COUNT: Any  # constexpr: intervals a key
+    PER_BATCH: Any  # constexpr: whether the first dimension is B, and the second heads
+    PER_HEAD: Any  # constexpr
+
+
 class Packing(NamedTuple):
     """Where packed sequences begin, and where the last one ends: int32 ``(sequences + 1,)``."""
 
@@ -82,6 +97,7 @@ class Extras(NamedTuple):
     sinks_ptr: Any = None  # (heads,)
     seed_ptr: Any = None  # () int64: dropout's
     packing: Any = None  # Packing
+    intervals: Any = None  # Intervals
 
 
 class RowStatistics(NamedTuple):
@@ -129,6 +145,20 @@ class Window(NamedTuple):
     left: Any
     right: Any
     offset: Any
+
+
+class BlockIntervals(NamedTuple):
+    """What a program needs of :class:`Intervals`, at its head. Built in a kernel."""
+
+    ptr: Any
+    bounds_ptr: Any
+    row: Any  # index of the head among those of the mask
+    starts: Any  # a tuple: for each interval of a key, where the row of starts is in the head's
+    window: Any  # a key's Window: exchanged
+    q_start: Any  # the program's block of queries
+    q_stop: Any
+    q_length: Any
+    k_length: Any
 
 
 class Dropout(NamedTuple):

@@ -132,12 +132,23 @@ _HALF = {
         },
     },
 }
-# With an additive mask its tile takes registers too, and its loads none of the stages.
+# A dense mask's tile takes registers too, and its loads none of the stages. An interval mask takes
+# those of its keys' intervals and of one loop in the other.
 _HALF_MASKED = {
-    "sm_90": {
-        "forward": {128: (128, 64, 8, 1)},
-        "dkdv": {128: (32, 128, 8, 2)},
-        "dq": {64: (128, 64, 8, 1), 128: (128, 32, 8, 2)},
+    "dense": {
+        "sm_90": {
+            "forward": {128: (128, 64, 8, 1)},
+            "dkdv": {128: (32, 128, 8, 2)},
+            "dq": {64: (128, 64, 8, 1), 128: (128, 32, 8, 2)},
+        },
+    },
+    "intervals": {
+        "sm_80": {"forward": {64: (128, 64, 8, 3), 128: (128, 32, 8, 3)}},
+        "sm_90": {"forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2)}},
+        "sm_100": {
+            "forward": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2)},
+            "dq": {64: (128, 64, 8, 3), 128: (128, 32, 8, 2)},
+        },
     },
 }
 # Wider types, up to 256: one row serves all chips.
@@ -177,7 +188,7 @@ def nearest_target(capability: tuple[int, int]) -> str:
 
 
 def tile_config(
-    kernel: str, target: str, dtype: str, head_dim: int, masked: bool = False
+    kernel: str, target: str, dtype: str, head_dim: int, mask: str = "none"
 ) -> TileConfig:
     """Tile sizes and launch options of one kernel.
 
@@ -186,23 +197,24 @@ def tile_config(
         target: ``"sm_80"``, ``"sm_90"``, ``"sm_100"``, ``"gfx942"`` or ``"interpreter"``.
         dtype: ``"half"`` (fp16, bf16), ``"fp32"``, ``"tf32"`` (fp32 with TF32 allowed), ``"fp64"``.
         head_dim: the larger of the two head dimensions, 1 to 512 in half precision, else to 256.
-        masked: whether there is an ``attn_mask``.
+        mask: ``"none"``, ``"dense"`` or ``"intervals"``.
     """
     if target == "interpreter":
         return TileConfig(*_INTERPRETER[kernel])
     tables = [_HALF[target] if dtype == "half" else _WIDE[dtype]]
-    if masked and dtype == "half" and target in _HALF_MASKED:
-        tables.insert(0, _HALF_MASKED[target])
-    rows = next(table[kernel] for table in tables if max(table[kernel]) >= head_dim)
+    if dtype == "half" and mask != "none":
+        tables.insert(0, _HALF_MASKED[mask].get(target, {}))
+    rows = next(table[kernel] for table in tables if max(table.get(kernel, {0: ()})) >= head_dim)
     return TileConfig(*rows[min(widest for widest in rows if widest >= head_dim)])
 
 
 def candidates(kernel: str, dtype: str) -> list[TileConfig]:
     """Every row for a kernel and dtype, with each number of stages next to its own."""
-    tables = [*_HALF.values(), *_HALF_MASKED.values()] if dtype == "half" else [_WIDE[dtype]]
+    by_target = (_HALF, *_HALF_MASKED.values()) if dtype == "half" else ({"any": _WIDE[dtype]},)
+    tables = [table for tables in by_target for table in tables.values()]
     found = {}  # a dict for its order
     for table in tables:
-        for block_m, block_n, warps, stages in table[kernel].values():
+        for block_m, block_n, warps, stages in table.get(kernel, {}).values():
             for near in (stages - 1, stages, stages + 1):
                 for descriptors in (False, True) if dtype == "half" else (False,):
                     if near > 0:

@@ -34,13 +34,13 @@ def test_no_cover_by_one_or_two_tiles_is_narrower() -> None:
         assert sum(tiles[:-1]) < head_dim
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("mask", ["none", "dense", "intervals"])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942", "interpreter"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq"])
-def test_every_head_dimension_has_a_row(kernel: str, dtype: str, target: str, masked: bool) -> None:
+def test_every_head_dimension_has_a_row(kernel: str, dtype: str, target: str, mask: str) -> None:
     for head_dim in range(1, DTYPES[dtype] + 1):
-        config = tile_config(kernel, target, dtype, head_dim, masked)
+        config = tile_config(kernel, target, dtype, head_dim, mask)
         assert is_power_of_two(config.BLOCK_M)
         assert is_power_of_two(config.BLOCK_N)
         assert config.num_warps in (4, 8)

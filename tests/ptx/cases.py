@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashlayer import masks
+
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 INF = torch.inf
 
@@ -189,6 +191,37 @@ def bool_mask(*keep: int) -> Callable[..., dict[str, Any]]:
     return draw
 
 
+def intervals(batch: int, heads: int, count: int = 2) -> Callable[..., dict[str, Any]]:
+    """A mask of up to ``count`` random intervals of queries for each key."""
+
+    def draw(_batch: int, _heads: int, q: int, k: int) -> dict[str, Any]:
+        ends = torch.randint(0, q + 1, (batch, heads, 2 * count, k))
+        return {"attn_mask": masks.IntervalMask(ends, q)}
+
+    return draw
+
+
+def documents(*lengths: int) -> Callable[..., dict[str, Any]]:
+    """Documents of these lengths."""
+    edges = torch.tensor([0, *lengths]).cumsum(0)
+    return lambda *_: {"attn_mask": masks.documents(cu_seqlens=edges)}
+
+
+def hiding_by_intervals(dtype: torch.dtype) -> Callable:
+    """Random intervals within a window; the keys and values of no query are NaN."""
+
+    def build() -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        query, key, value, options = dense(
+            dtype, q=150, k=200, options=intervals(1, 1, 1), causal=True, diagonal="top_left"
+        )()
+        visible = options["attn_mask"].materialize() & torch.ones(150, 200).tril().bool()
+        hidden = ~visible.any(dim=2).unsqueeze(-1)
+        key, value = (x.masked_fill(hidden, torch.nan) for x in (key, value))
+        return query, key, value, options
+
+    return build
+
+
 def slopes(batch: int, heads: int, q: int, k: int) -> dict[str, Any]:
     return {"alibi_slopes": torch.rand(heads)}
 
@@ -236,6 +269,7 @@ QUICK = [
     Case("fp32 sinks", dense(FP32, q=20, k=40, dim=24, causal=True, options=sinks)),
     Case("bf16 split-key decoding", dense(heads=4, q=1, k=200, options=sinks), splits=3),
     Case("bf16 TMA causal", dense(q=140, k=400, causal=True, layout="bshd"), **TMA),
+    Case("bf16 intervals of heads", dense(q=150, k=333, options=intervals(1, 2), causal=True)),
 ]
 
 _GEOMETRY = [
@@ -276,6 +310,18 @@ _OPTIONS = [
         dense(options=lambda b, h, q, k: {"attn_mask": torch.full((q, k), -INF)}),
     ),
     Case("bf16 hidden NaN", hiding(BF16, 64)),
+    Case("bf16 intervals of batch", dense(batch=2, q=150, k=90, options=intervals(2, 1, 1))),
+    Case("bf16 intervals hidden NaN", hiding_by_intervals(BF16)),
+    Case("bf16 documents", dense(q=400, k=400, options=documents(70, 1, 200, 129), causal=True)),
+    Case("bf16 D128 documents", dense(q=300, k=300, dim=128, options=documents(40, 260))),
+    Case(
+        "bf16 intervals and the rest",
+        dense(
+            options=lambda *sizes: all_but_the_mask(*sizes) | intervals(1, 2)(*sizes),
+        ),
+    ),
+    Case("fp32 intervals", dense(FP32, q=70, k=90, dim=16, options=intervals(1, 1))),
+    Case("tf32 intervals", dense(FP32, q=70, k=90, options=intervals(1, 1)), **TF32),
     Case("bf16 softcap", dense(softcap=2.0, causal=True)),
     Case("bf16 ALiBi", dense(options=slopes, causal=True)),
     Case("bf16 ALiBi of batch", dense(batch=2, options=slopes_of_batch)),
@@ -330,6 +376,7 @@ _TMA = [
     Case("bf16 TMA all options", dense(options=all_but_the_mask), **TMA),
     Case("bf16 TMA hidden NaN", causal_hiding(BF16, 64), **TMA),
     Case("bf16 TMA packed", packed(causal=True), **TMA),
+    Case("bf16 TMA documents", dense(q=400, k=400, options=documents(300, 100)), **TMA),
 ]
 
 TABLE = [*QUICK, *_GEOMETRY, *_OPTIONS, *_PACKED, *_HEAD_DIMS, *_TMA]

@@ -1,8 +1,8 @@
 """Instructions on registers alone: arithmetic, comparison, conversion, and exchange in a warp.
 
 PTX ISA 9.7.1 to 9.7.8; ``mov``, ``cvt``, ``cvta``, ``prmt`` and ``shfl`` of 9.7.9; ``vote``,
-``elect`` and ``activemask`` of 9.7.13. Instructions without an effect here, such as hints to the
-cache or to the register allocator, stand at the end.
+``redux``, ``elect`` and ``activemask`` of 9.7.13. Instructions without an effect here, such as
+hints to the cache or to the register allocator, stand at the end.
 """
 
 from __future__ import annotations
@@ -333,6 +333,41 @@ def vote(decoder: Decoder, ins: Instruction) -> Run:
             x.put(d, (value & active).any(1, keepdims=True), m)
         else:
             x.put(d, (value | ~active).all(1, keepdims=True), m)
+
+    return run
+
+
+@executes("redux")
+def redux(decoder: Decoder, ins: Instruction) -> Run:
+    """``redux.sync.op.type d, a, membermask``: one integer for all threads of the mask (9.7.13)."""
+    operations = {
+        "add": np.add,
+        "min": np.minimum,
+        "max": np.maximum,
+        "and": np.bitwise_and,
+        "or": np.bitwise_or,
+        "xor": np.bitwise_xor,
+    }
+    _, sync, op, *kind = ins.parts
+    types = {"s32": np.int32, "u32": u4} if op in ("add", "min", "max") else {"b32": u4}
+    if sync != "sync" or op not in operations or len(kind) != 1 or kind[0] not in types:
+        raise ins.unknown()
+    reduce, dtype = operations[op].reduce, types[kind[0]]
+    d = decoder.target(ins, ins.operands[0])
+    a, members = (decoder.source(ins, operand, u4) for operand in ins.operands[1:3])
+    lane = np.arange(LANES, dtype=u4)
+
+    def run(x: Any, m: Mask) -> None:
+        named = ((x.wide(members).view(u4) >> lane) & 1).astype(np.bool_)
+        active = x.mask(m)
+        if (named != active)[active.any(1)].any():
+            raise EmulatorError("redux by other threads than those of its mask")
+        value = x.wide(a).view(dtype)
+        result = np.zeros((x.ctas, 1), dtype)
+        for cta in active.any(1).nonzero()[0]:
+            result[cta] = reduce(value[cta][active[cta]], dtype=dtype)
+        if d is not None:
+            x.put(d, result.view(u4), m)
 
     return run
 

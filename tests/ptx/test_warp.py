@@ -42,6 +42,29 @@ def test_shfl_from_a_thread_that_does_not_take_part_is_an_error() -> None:
         run(body)
 
 
+@pytest.mark.parametrize(
+    ("op", "expected"),
+    [
+        ("add.s32", (LANE - 9).sum()),
+        ("min.s32", -9),
+        ("max.s32", LANES - 10),
+        ("max.u32", 2**32 - 1),
+        ("min.u32", 0),
+        ("or.b32", 2**32 - 1),
+    ],
+)
+def test_redux_reduces_the_warp(op: str, expected: int) -> None:
+    out = aligned(LANES, np.uint32)
+    run(f"sub.s32 %r1, %lane, 9; redux.sync.{op} %r0, %r1, -1;" + STORE, out)
+    np.testing.assert_array_equal(out, np.full(LANES, expected % 2**32, np.uint32))
+
+
+def test_redux_by_a_part_of_its_threads_is_an_error() -> None:
+    body = "setp.lt.u32 %p0, %lane, 16; @%p0 redux.sync.add.s32 %r0, %lane, -1;"
+    with pytest.raises(EmulatorError, match="other threads than those of its mask"):
+        run(body)
+
+
 def test_vote_counts_the_threads_that_take_part() -> None:
     out = aligned(LANES, np.uint32)
     body = """

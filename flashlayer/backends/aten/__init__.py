@@ -39,7 +39,7 @@ def refuses(problem: Problem) -> str | None:
         return f"ATen's flash kernel is wrapped for the CPU only, the tensors are on {q.device}"
     if v.shape[-1] != q.shape[-1]:
         return f"it needs value's head dimension to be query's, got {v.shape[-1]} and {q.shape[-1]}"
-    for option in ("alibi_slopes", "sinks", "dropout_seed"):
+    for option in ("alibi_slopes", "sinks", "dropout_seed", "intervals"):
         if getattr(extras, option) is not None:
             return f"it has no {option}"
     if spec.softcap is not None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flashlayer import philox
 from flashlayer.backends.triton.tiling import input_precision
+from flashlayer.masks import tile_bounds
 from flashlayer.spec import AttentionExtras, AttentionSpec
 
 
@@ -27,8 +28,14 @@ def strided(x: Tensor, packed: bool = False) -> Any:
     return Strided(x, None if packed else batch, head, row, column, _constexpr(x.shape[3]))
 
 
-def options(extras: AttentionExtras, *, sinks: bool = False) -> Any:
-    """The tensors of the options; None where off, which compiles their code away."""
+def options(extras: AttentionExtras, *, sinks: bool = False, keys: int | None = None) -> Any:
+    """The tensors of the options; None where off, which compiles their code away.
+
+    Args:
+        extras: the options.
+        sinks: whether the kernel takes the sinks.
+        keys: tile size of a kernel that loops over keys.
+    """
     from flashlayer.kernels.arguments import Extras, Packing, Slopes
 
     slopes = extras.alibi_slopes
@@ -39,6 +46,20 @@ def options(extras: AttentionExtras, *, sinks: bool = False) -> Any:
         sinks_ptr=extras.sinks.contiguous() if sinks and extras.sinks is not None else None,
         seed_ptr=extras.dropout_seed,
         packing=Packing(extras.cu_seqlens_q, extras.cu_seqlens_k) if packed else None,
+        intervals=None if extras.intervals is None else _intervals(extras.intervals, keys),
+    )
+
+
+def _intervals(intervals: Tensor, keys: int | None) -> Any:
+    from flashlayer.kernels.arguments import Intervals
+
+    batch, heads, ends, _ = intervals.shape
+    return Intervals(
+        intervals.contiguous(),
+        None if keys is None else tile_bounds(intervals, keys),
+        _constexpr(ends // 2),
+        _constexpr(batch > 1),
+        _constexpr(heads > 1),
     )
 
 

@@ -42,7 +42,7 @@ def launch_forward(
             v=strided(v, packed),
             o=strided(o, packed),
             lse_ptr=lse,
-            extras=options(extras, sinks=True),
+            extras=options(extras, sinks=True, keys=tiles.BLOCK_N),
             heads=heads,
             group=heads // kv_heads,
             num_blocks=num_blocks,
@@ -162,6 +162,8 @@ def _launch_dq(call: _BackwardCall, dq: Tensor) -> None:
         return
     streams = {"k_descriptor": k, "v_descriptor": v}
     stages, edge_stages = tiling.pipeline("dq", tiles, tiles.BLOCK_N, extras, streams)
+    if extras.intervals is not None:
+        arguments = arguments | {"extras": options(extras, keys=tiles.BLOCK_N)}
     launch: Any = dq_kernel[(num_blocks * heads * _sequences(q, extras),)]
     launch(
         **arguments,

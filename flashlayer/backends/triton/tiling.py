@@ -54,9 +54,13 @@ def tiles_of(
         if tuned is not None:
             return tuned
     widest = max(q.shape[3], v.shape[3])
-    return tile_config(
-        kernel, target(q.device), precision(q), widest, masked=extras.attn_mask is not None
-    )
+    return tile_config(kernel, target(q.device), precision(q), widest, _mask_kind(extras))
+
+
+def _mask_kind(extras: AttentionExtras) -> str:
+    if extras.intervals is not None:
+        return "intervals"
+    return "none" if extras.attn_mask is None else "dense"
 
 
 # What flashlayer.tune has measured in this process: the tiles of a bucket of calls.
@@ -78,7 +82,7 @@ def bucket(
         (v.shape[2] - 1).bit_length(),
         spec.window_left is not None,
         spec.window_right is not None,
-        extras.attn_mask is not None,
+        _mask_kind(extras),
         extras.cu_seqlens_q is not None,
     )
 

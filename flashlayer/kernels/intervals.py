@@ -1,0 +1,209 @@
+"""Interval masks in the kernels: which tiles are skipped, and which pairs of a tile are visible.
+
+A loop over tiles of keys (forward, dQ) compares its block of queries with the bounds of many tiles
+at once. A loop over tiles of queries (dK/dV) has its keys' intervals at hand, and walks the queries
+between their least start and greatest stop. FlashMask, Wang et al., arXiv 2410.01359, section 4.
+"""
+
+import triton
+import triton.language as tl
+
+from flashlayer.kernels.arguments import FULL, BlockIntervals, Window
+from flashlayer.kernels.primitives import in_window, visible_interval
+
+# Tiles of keys whose bounds are compared at once. Hidden tiles between visible ones of one scan are
+# computed; more scans are more loads that wait for each other.
+SCANNED_TILES = tl.constexpr(32)
+
+
+@triton.jit
+def block_intervals(intervals, batch, head, heads, window, q_start, q_stop, q_length, k_length):
+    """The interval mask at one head, for a block of queries; None without one."""
+    here = None
+    if intervals is not None:
+        row = tl.full((), 0, tl.int64)
+        if intervals.PER_BATCH:
+            row += batch
+        if intervals.PER_HEAD:
+            row = row * heads + head
+        starts = ()  # a constexpr would not stay one in a result, the length of a tuple does
+        for n in tl.static_range(intervals.COUNT):
+            starts += (2 * n * k_length,)
+        here = BlockIntervals(
+            intervals.ptr,
+            intervals.bounds_ptr,
+            row,
+            starts,
+            Window(window.right, window.left, -window.offset),
+            q_start,
+            q_stop,
+            q_length,
+            k_length,
+        )
+    return here
+
+
+@triton.jit
+def num_scans(intervals, bounds, BLOCK_N: tl.constexpr):
+    """How many times :func:`scanned_ranges` has to be called for the keys of ``bounds``."""
+    scans = 1
+    if intervals is not None:
+        tiles = tl.cdiv(bounds[3], BLOCK_N) - bounds[0] // BLOCK_N
+        scans = tl.cdiv(tiles, SCANNED_TILES)
+    return scans
+
+
+@triton.jit
+def scanned_ranges(ranges, intervals, scan, bounds, BLOCK_N: tl.constexpr):
+    """Cut the keys of ``bounds`` into LEFT_EDGE, FULL and RIGHT_EDGE where there are intervals.
+
+    ``ranges`` without an interval mask. With one, those of the next SCANNED_TILES tiles, from the
+    first to the last one in which some pair is visible: the first stretch of tiles in which all
+    pairs are is FULL, those on both sides of it are RIGHT_EDGE (:func:`edge_start`), which saves
+    the registers of a third loop.
+    """
+    scanned = ranges
+    if intervals is not None:
+        first = bounds[0] // BLOCK_N + scan * SCANNED_TILES
+        tiles = first + tl.arange(0, SCANNED_TILES)  # [SCANNED_TILES]
+        end = tl.cdiv(bounds[3], BLOCK_N)
+        exist = tiles < end
+        some = tiles < first
+        every = tiles < first
+        COUNT: tl.constexpr = len(intervals.starts)
+        of_head = intervals.row * tl.cdiv(intervals.k_length, BLOCK_N) * (4 * COUNT)
+        for n in tl.static_range(COUNT):
+            at = intervals.bounds_ptr + of_head + (tiles * COUNT + n) * 4
+            any_start = tl.load(at, mask=exist, other=intervals.q_stop)
+            all_start = tl.load(at + 1, mask=exist, other=intervals.q_stop)
+            all_stop = tl.load(at + 2, mask=exist, other=0)
+            any_stop = tl.load(at + 3, mask=exist, other=0)
+            some |= (any_start < intervals.q_stop) & (any_stop > intervals.q_start)
+            every |= (all_start <= intervals.q_start) & (all_stop >= intervals.q_stop)
+        every &= (tiles * BLOCK_N >= bounds[1]) & ((tiles + 1) * BLOCK_N <= bounds[2])
+        start = tl.min(tl.where(some, tiles, end), 0)
+        stop = tl.max(tl.where(some, tiles + 1, start), 0)
+        full_start = tl.min(tl.where(every, tiles, stop), 0)
+        full_stop = tl.min(tl.where((tiles >= full_start) & (every == 0), tiles, stop), 0)
+        full = (full_start * BLOCK_N, full_stop * BLOCK_N)
+        scanned = (full, full, (start * BLOCK_N, (stop - full_stop + full_start) * BLOCK_N))
+    return scanned
+
+
+@triton.jit
+def edge_start(step, full, intervals, RANGE: tl.constexpr):
+    """First key of a tile of a loop over ``step``: in RIGHT_EDGE without the ``full`` range."""
+    k_start = step
+    if RANGE != FULL and intervals is not None:
+        k_start = tl.where(step < full[0], step, step + full[1] - full[0])
+    return k_start
+
+
+@triton.jit
+def key_intervals(intervals, columns, head=0):
+    """The queries that may attend to each key: one or two pairs ``(start, stop)`` of vectors.
+
+    Cut by the window, empty for keys past the last. None without an interval mask. ``head`` counts
+    from that of ``intervals``.
+    """
+    pairs = None
+    if intervals is not None:
+        exist = columns < intervals.k_length
+        first, last = visible_interval(columns, intervals.window, intervals.q_length)
+        row = (intervals.row + head) * (2 * len(intervals.starts)) * intervals.k_length
+        pairs = ()
+        for n in tl.static_range(len(intervals.starts)):
+            at = intervals.ptr + row + intervals.starts[n] + columns
+            start = tl.load(at, mask=exist, other=0)
+            stop = tl.load(at + intervals.k_length, mask=exist, other=0)
+            pairs += ((tl.maximum(start, first), tl.minimum(stop, last)),)
+    return pairs
+
+
+@triton.jit
+def query_spans(intervals, pairs, columns, HEADS: tl.constexpr):
+    """The queries that may attend to some key of a block, for any of ``HEADS`` query heads.
+
+    Returns the keys that have such queries, and for each interval of a key a span
+    ``(start, stop)``. The spans are disjoint. ``pairs`` are the first head's.
+    """
+    keys = columns < 0
+    ends = ()
+    for n in tl.static_range(len(pairs)):
+        start = intervals.q_length
+        stop = 0
+        for head in tl.static_range(HEADS):
+            of_head = pairs if head == 0 else key_intervals(intervals, columns, head)
+            exist = of_head[n][0] < of_head[n][1]
+            keys |= exist
+            start = tl.minimum(start, tl.min(tl.where(exist, of_head[n][0], start), 0))
+            stop = tl.maximum(stop, tl.max(tl.where(exist, of_head[n][1], 0), 0))
+        ends += ((start, stop),)
+    start, stop = ends[0]
+    if len(pairs) == 2:
+        # The window may have left a key the second interval only, before the first of other keys.
+        start = tl.minimum(start, ends[1][0])
+    stop = tl.maximum(start, stop)
+    spans = ((start, stop),)
+    if len(pairs) == 2:
+        second = tl.maximum(stop, ends[1][0])
+        spans += ((second, tl.maximum(second, ends[1][1])),)
+    return keys, spans
+
+
+@triton.jit
+def span_tiles(spans, BLOCK: tl.constexpr):
+    """How many tiles cover the spans, each from its own start."""
+    count = tl.cdiv(spans[0][1] - spans[0][0], BLOCK)
+    if len(spans) == 2:
+        count += tl.cdiv(spans[1][1] - spans[1][0], BLOCK)
+    return count
+
+
+@triton.jit
+def span_tile(spans, tile, BLOCK: tl.constexpr):
+    """Where a tile of the spans starts, and where its span stops."""
+    start, stop = spans[0]
+    position = start + tile * BLOCK
+    if len(spans) == 2:
+        before = tl.cdiv(stop - start, BLOCK)
+        in_second = tile >= before
+        position = tl.where(in_second, spans[1][0] + (tile - before) * BLOCK, position)
+        stop = tl.where(in_second, spans[1][1], stop)
+    return position, stop
+
+
+@triton.jit
+def keys_of_block(columns, bounds, pairs, q_start, q_stop):
+    """The keys of a tile on an edge that some query of the block may attend to.
+
+    The others are not loaded. ``pairs`` is that of :func:`key_intervals`.
+    """
+    if pairs is None:
+        keys = columns < bounds[3]
+    else:
+        keys = tl.maximum(pairs[0][0], q_start) < tl.minimum(pairs[0][1], q_stop)
+        for n in tl.static_range(1, len(pairs)):
+            keys |= tl.maximum(pairs[n][0], q_start) < tl.minimum(pairs[n][1], q_stop)
+    return keys
+
+
+@triton.jit
+def visible_pairs(i, j, window, length, pairs, KEY_DIM: tl.constexpr):
+    """Whether key ``j`` is visible to query ``i``, by the window and by ``pairs`` if not None.
+
+    ``KEY_DIM`` is the tile's dimension of keys. Along dimension 0 ``i`` and ``j`` are exchanged, as
+    :func:`in_window` says.
+    """
+    if pairs is None:
+        visible = in_window(i, j, window, length)
+    else:
+        queries = j if KEY_DIM == 0 else i
+        visible = (queries >= tl.expand_dims(pairs[0][0], 1 - KEY_DIM)) & (
+            queries < tl.expand_dims(pairs[0][1], 1 - KEY_DIM)
+        )
+        for n in tl.static_range(1, len(pairs)):
+            visible |= (queries >= tl.expand_dims(pairs[n][0], 1 - KEY_DIM)) & (
+                queries < tl.expand_dims(pairs[n][1], 1 - KEY_DIM)
+            )
+    return visible
