@@ -100,12 +100,8 @@ def local_heads(
 ) -> Heads | None:
     """The heads that projection outputs of these widths hold; None if all of the layer's.
 
-    Args:
-        widths: features of the outputs of ``q_proj``, ``k_proj`` and ``v_proj``.
-        q_weight: weight of ``q_proj``; a sharded ``DTensor`` tells which heads are here.
-        head_dim: ``D``.
-        num_heads: ``H`` of the layer.
-        num_kv_heads: ``Hkv`` of the layer.
+    ``widths`` are the features that ``q_proj``, ``k_proj`` and ``v_proj`` make. A sharded
+    ``DTensor`` in ``q_weight`` tells which heads are here.
 
     Raises:
         ValueError: a width is not a whole number of heads; keys and queries are not sharded over

@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensor
 
 from flashlayer.functional import flash_attention_varlen
 from flashlayer.integrations.flash_attn.checks import (
+    Cache,
     WindowSize,
     attention_options,
     check_cache_arguments,
@@ -80,19 +81,8 @@ def flash_attn_with_kvcache(
         ValueError: an argument that another one needs is missing, the cache or the block table is
             too short, or an index is out of range; a RuntimeError as well.
     """
-    check_cache_arguments(
-        q,
-        k_cache,
-        v_cache,
-        k,
-        v,
-        rotary_cos,
-        rotary_sin,
-        cache_seqlens,
-        cache_batch_idx,
-        cache_leftpad,
-        block_table,
-    )
+    cache = Cache(k_cache, v_cache, cache_batch_idx, cache_leftpad, block_table)
+    check_cache_arguments(q, cache, k, v, (rotary_cos, rotary_sin), cache_seqlens)
     batch, seqlen_q, heads, head_dim = q.shape
     page = k_cache.shape[1]
     capacity = page if block_table is None else page * block_table.shape[1]
@@ -101,7 +91,7 @@ def flash_attn_with_kvcache(
         filled = torch.full((batch,), filled, device=q.device)
     filled = filled.long()
     stop = filled if k is None else filled + k.shape[1]
-    check_cache_lengths(cache_leftpad, filled, stop, k_cache, cache_batch_idx, block_table)
+    check_cache_lengths(cache, filled, stop)
     options = attention_options(softmax_scale, causal, window_size, softcap, alibi_slopes)
     if k is not None and v is not None:
         if rotary_cos is not None and rotary_sin is not None:
@@ -114,7 +104,7 @@ def flash_attn_with_kvcache(
                 q = apply_rotary_emb(q, *rotary)
             else:  # every query at one position: rotate them as heads of one token
                 q = apply_rotary_emb(q.flatten(1, 2).unsqueeze(1), *rotary).view_as(q)
-        _write(k_cache, v_cache, k, v, filled, cache_batch_idx, block_table)
+        _write(cache, k, v, filled)
     if block_table is not None:
         used = _used_blocks(block_table, stop, page)
         k_cache, v_cache = (x[used].flatten(1, 2) for x in (k_cache, v_cache))
@@ -144,27 +134,19 @@ def flash_attn_with_kvcache(
     return (out, lse) if return_softmax_lse else out
 
 
-def _write(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor,
-    v: Tensor,
-    filled: Tensor,
-    cache_batch_idx: Tensor | None,
-    block_table: Tensor | None,
-) -> None:
+def _write(cache: Cache, k: Tensor, v: Tensor, filled: Tensor) -> None:
     """Write the new keys and values after the ``filled`` positions of each row, in place."""
     position = filled[:, None] + torch.arange(k.shape[1], device=k.device)  # [B, Snew]
-    if block_table is not None:
-        page = k_cache.shape[1]
-        row, position = block_table.long().gather(1, position // page), position % page
-    elif cache_batch_idx is not None:
-        row = cache_batch_idx[:, None]
+    if cache.block_table is not None:
+        page = cache.k.shape[1]
+        row, position = cache.block_table.long().gather(1, position // page), position % page
+    elif cache.batch_idx is not None:
+        row = cache.batch_idx[:, None]
     else:
         row = torch.arange(len(k), device=k.device)[:, None]
-    for cache, new in ((k_cache, k), (v_cache, v)):
-        with _writable(cache):
-            cache[row, position] = new
+    for held, new in ((cache.k, k), (cache.v, v)):
+        with _writable(held):
+            held[row, position] = new
 
 
 def _writable(cache: Tensor) -> AbstractContextManager[Any]:
