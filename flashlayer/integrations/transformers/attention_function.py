@@ -97,7 +97,11 @@ def attention(
     if attention_mask.ndim != 4:
         _refuse(module, "attention_mask", f"it must have 4 dimensions, got {attention_mask.ndim}")
     if packing is not None:
-        _check_packing(module, attention_mask, position_bias)
+        if not _is_window_only(attention_mask):
+            reason = "packed sequences have no padding, and no mask but a window"
+            _refuse(module, "cu_seq_lens_q", reason)
+        if position_bias is not None:
+            _refuse(module, "cu_seq_lens_q", "packed sequences can't have a position_bias")
     elif isinstance(attention_mask, WindowMask):
         causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
         attention_mask = attention_mask.separated(position_ids, causal)
@@ -146,18 +150,10 @@ def _window_without_mask(
     return Window((None, 0) if causal else (None, None), "bottom_right", seqlen_k)
 
 
-def _check_packing(module: nn.Module, mask: Tensor, position_bias: Tensor | None) -> None:
-    window_only = (
-        isinstance(mask, WindowMask)
-        and mask.padding is None
-        and mask.pattern is None
-        and not mask.window.chunked
-    )
-    if not window_only:
-        reason = "packed sequences have no padding, and no mask but a window"
-        _refuse(module, "cu_seq_lens_q", reason)
-    if position_bias is not None:
-        _refuse(module, "cu_seq_lens_q", "packed sequences can't have a position_bias")
+def _is_window_only(mask: Tensor) -> bool:
+    if not isinstance(mask, WindowMask) or mask.window.chunked:
+        return False
+    return mask.padding is None and mask.pattern is None
 
 
 def _attend(
@@ -186,10 +182,8 @@ def _attend(
         attn_mask = None if padding is None else padding[:, None, None, :]
     else:
         attn_mask = mask
-    if position_bias is None:
-        bias = attn_mask
-    elif attn_mask is None:
-        bias = position_bias
+    if position_bias is None or attn_mask is None:
+        bias = attn_mask if position_bias is None else position_bias
     elif attn_mask.dtype == torch.bool:
         bias = torch.where(attn_mask, position_bias, -torch.inf)
     else:

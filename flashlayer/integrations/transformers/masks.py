@@ -86,9 +86,12 @@ class GuardedMask(Tensor):
         """The mask as a plain bool tensor."""
         raise NotImplementedError
 
-    def moved(self, device: torch.device | None) -> GuardedMask:
-        """The same mask on another device."""
-        raise NotImplementedError
+    def moved(self, device: torch.device | None) -> Any:
+        """The same mask on another device, not materialized."""
+        names, context = self.__tensor_flatten__()
+        device = self.device if device is None else device
+        tensors = {name: getattr(self, name).to(device) for name in names}
+        return self.__tensor_unflatten__(tensors, context, self.shape, self.stride())
 
     # For a bool tensor these do not dispatch, so __torch_dispatch__ would miss them. Of eager's
     # mask, which is nonzero where a key is hidden, bool() is the inverse.
@@ -116,32 +119,23 @@ class GuardedMask(Tensor):
             return args[0].moved(kwargs.get("device"))
         if func is _aten.clone.default and isinstance(args[0], WindowMask):
             return args[0].moved(None)
-        plain_args, plain_kwargs = tree_map_only(GuardedMask, _dense, (args, kwargs))
-        if func.overloadpacket in SHAPED_LIKE or _known_as_bool(func, args):
-            return func(*plain_args, **plain_kwargs)
-        reduced = func.overloadpacket in (_aten.all, _aten.any) and args[0].inverted
-        moved = func.overloadpacket in REARRANGING and not _read_as_index(func, args)
-        if not (reduced or moved):
+        plain = tree_map_only(GuardedMask, lambda mask: mask.dense(), (args, kwargs))
+        packet = func.overloadpacket
+        if packet in SHAPED_LIKE or _known_as_bool(packet, args):
+            return func(*plain[0], **plain[1])
+        reduced = packet in (_aten.all, _aten.any) and args[0].inverted
+        selecting = packet is _aten.index and not isinstance(args[0], GuardedMask)
+        if not reduced and (selecting or packet not in REARRANGING):
             raise _misread(owner, func)
-        result = func(*plain_args, **plain_kwargs)
+        result = func(*plain[0], **plain[1])
         if any(x.dtype != torch.bool for x in tree_leaves(result)):
             raise _misread(owner, func)
         inverted = all(mask.inverted for mask in masks) != (func is _aten.bitwise_not.default)
         return tree_map_only(Tensor, lambda x: DenseMask(x, owner, inverted), result)
 
 
-def _dense(mask: GuardedMask) -> Tensor:
-    return mask.dense()
-
-
-def _read_as_index(func: Any, args: tuple) -> bool:
-    """Whether a mask selects from another tensor."""
-    return func.overloadpacket is _aten.index and not isinstance(args[0], GuardedMask)
-
-
-def _known_as_bool(func: Any, args: tuple) -> bool:
+def _known_as_bool(packet: Any, args: tuple) -> bool:
     """Whether only a bool mask can be used so: the operation would raise for eager's mask."""
-    packet = func.overloadpacket
     guarded = [isinstance(argument, GuardedMask) for argument in args]
     if packet is _aten.where and guarded == [True, False, False]:
         return not args[0].inverted
@@ -203,11 +197,6 @@ class DenseMask(GuardedMask):
     def dense(self) -> Tensor:
         """The mask as a plain bool tensor."""
         return self.visible
-
-    def moved(self, device: torch.device | None) -> DenseMask:
-        """The same mask on another device."""
-        visible = self.visible.to(self.device if device is None else device)
-        return DenseMask(visible, self.owner, self.inverted)
 
 
 class WindowMask(GuardedMask):
@@ -349,10 +338,3 @@ class WindowMask(GuardedMask):
         batch, _, length, _ = self.shape
         token = torch.arange(batch * length, device=self.device)
         return torch.bucketize(token, cu_seqlens, right=True).view(batch, length)
-
-    def moved(self, device: torch.device | None) -> WindowMask:
-        """The same mask on another device, not materialized."""
-        device = self.device if device is None else device
-        names, numbers = self.__tensor_flatten__()
-        tensors = {name: getattr(self, name).to(device) for name in names}
-        return self.__tensor_unflatten__(tensors, numbers, self.shape, self.stride())
