@@ -48,9 +48,7 @@ COMPOSITE = {
 class Report(NamedTuple):
     """How many calls an :class:`override` routed.
 
-    Attributes:
-        routed: calls that went to flashlayer.
-        left: calls that were left to torch, by reason.
+    ``routed`` went to flashlayer, ``left`` were left to torch, by reason.
     """
 
     routed: int
@@ -268,11 +266,8 @@ def _leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tup
 
 
 def _expands(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
-    if len(shape) > len(full):
-        return False
-    return all(
-        size in (1, whole) for size, whole in zip(reversed(shape), reversed(full), strict=False)
-    )
+    sizes = zip(reversed(shape), reversed(full), strict=False)
+    return len(shape) <= len(full) and all(size in (1, whole) for size, whole in sizes)
 
 
 def _four(x: Tensor, leading: tuple[int, ...], enable_gqa: bool) -> Tensor:
