@@ -109,17 +109,12 @@ class FlashMultiheadAttention(Leaf, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`torch.nn.MultiheadAttention.forward`.
+        """As :meth:`torch.nn.MultiheadAttention.forward`, with its arguments.
 
-        Args:
-            query: ``(L, N, E)``, ``(N, L, E)`` with ``batch_first``, or ``(L, E)`` without a batch.
-            key: ``(S, N, kdim)``, ``(N, S, kdim)`` or ``(S, kdim)``.
-            value: ``(S, N, vdim)``, ``(N, S, vdim)`` or ``(S, vdim)``.
-            key_padding_mask: ``(N, S)`` or ``(S,)``; bool (True = hidden) or floating (added).
-            need_weights: also return the attention weights.
-            attn_mask: ``(L, S)`` or ``(N * H, L, S)``; bool (True = hidden) or floating (added).
-            average_attn_weights: average the weights over the heads.
-            is_causal: ``attn_mask`` is the causal mask; it may be left out.
+        ``query`` is ``(L, N, E)``, ``key`` ``(S, N, kdim)`` and ``value`` ``(S, N, vdim)``; ``N``
+        is first with ``batch_first``, and absent without a batch. ``key_padding_mask`` ``(N, S)``
+        or ``(S,)`` and ``attn_mask`` ``(L, S)`` or ``(N * H, L, S)`` are bool (True = hidden) or
+        floating (added). ``attn_mask`` may be left out with ``is_causal``.
 
         Returns:
             The output, of ``query``'s shape, and the weights after dropout, ``(N, L, S)``, ``(N, H,

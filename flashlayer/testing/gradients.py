@@ -167,18 +167,11 @@ def _backward(outputs: Tensors, cotangents: Tensors, leaves: Tensors, **options:
     tracked = [name for name, x in outputs.items() if x.requires_grad]
     if not tracked:
         return {name: torch.zeros_like(x) for name, x in leaves.items()}
-    grads = torch.autograd.grad(
-        [outputs[name] for name in tracked],
-        list(leaves.values()),
-        # A row that sees no key has lse = -inf, a constant.
-        [torch.where(outputs[n].isfinite(), cotangents[n], 0) for n in tracked],
-        allow_unused=True,
-        **options,
-    )
-    return {
-        name: torch.zeros_like(x) if grad is None else grad
-        for (name, x), grad in zip(leaves.items(), grads, strict=True)
-    }
+    # A row that sees no key has lse = -inf, a constant.
+    finite = [torch.where(outputs[name].isfinite(), cotangents[name], 0) for name in tracked]
+    tensors = [outputs[name] for name in tracked], list(leaves.values()), finite
+    grads = torch.autograd.grad(*tensors, materialize_grads=True, **options)
+    return dict(zip(leaves, grads, strict=True))
 
 
 def _check(

@@ -115,7 +115,11 @@ def attention(
     }
     try:
         if packing is not None and isinstance(attention_mask, WindowMask):
-            out = _attend_packed(query, key, value, attention_mask.window, packing, options)
+            # Within sequences packed along the batch and the sequence dimension.
+            packed = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+            options |= attention_mask.window.options()
+            out: Any = flash_attention_varlen(*packed, **packing._asdict(), **options)
+            out = out.unflatten(0, (query.shape[0], -1)).contiguous()
         else:
             out = _attend(query, key, value, attention_mask, position_bias, options)
     except (TypeError, ValueError) as error:
@@ -174,11 +178,11 @@ def _attend(
         if mask.shape[2:] != sizes or mask.cu_seqlens is not None or mask.pattern is not None:
             mask = mask.dense()
     if isinstance(mask, WindowMask):
-        window, padding = mask.window, mask.padding
-        options = options | {"window_size": window.window_size, "diagonal": window.diagonal}
+        keys, padding = mask.window.keys, mask.padding
+        options = options | mask.window.options()
         if position_bias is not None and position_bias.shape[-1] > 1:
-            position_bias = position_bias[..., : window.keys]
-        key, value = key[:, :, : window.keys], value[:, :, : window.keys]
+            position_bias = position_bias[..., :keys]
+        key, value = key[:, :, :keys], value[:, :, :keys]
         attn_mask = None if padding is None else padding[:, None, None, :]
     else:
         attn_mask = mask
@@ -190,25 +194,6 @@ def _attend(
         bias = position_bias + attn_mask
     out = flash_attention(query, key, value, attn_mask=bias, **options)
     return out.transpose(1, 2).contiguous()  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _attend_packed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: Window,
-    packing: Packing,
-    options: dict[str, Any],
-) -> Tensor:
-    """Attention within sequences packed along the batch and the sequence dimension."""
-    out = flash_attention_varlen(
-        *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)),
-        **packing._asdict(),
-        window_size=window.window_size,
-        diagonal=window.diagonal,
-        **options,
-    )
-    return out.unflatten(0, (query.shape[0], -1)).contiguous()  # pyright: ignore
 
 
 def _refuse(module: nn.Module, option: str, reason: str) -> NoReturn:

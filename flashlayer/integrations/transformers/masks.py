@@ -25,19 +25,16 @@ from flashlayer.spec import WindowSize
 
 
 class Window(NamedTuple):
-    """Which keys are visible, in the terms of :func:`flashlayer.flash_attention`.
-
-    Attributes:
-        window_size: keys to the left and right of a query's own position; ``(None, 0)`` is causal.
-        diagonal: alignment of the queries with the first ``keys`` keys.
-        keys: the number of keys in use, which in a static cache is below its capacity.
-        chunked: the packed sequences are chunks of longer ones.
-    """
+    """Which keys are visible, in the terms of :func:`flashlayer.flash_attention`."""
 
     window_size: WindowSize
-    diagonal: Literal["bottom_right", "top_left"]
-    keys: int
-    chunked: bool = False
+    diagonal: Literal["bottom_right", "top_left"]  # of the queries and the first ``keys`` keys
+    keys: int  # in use; in a static cache fewer than its capacity
+    chunked: bool = False  # the packed sequences are chunks of longer ones
+
+    def options(self) -> dict[str, Any]:
+        """As arguments; the keys past ``keys`` are to be cut off."""
+        return {"window_size": self.window_size, "diagonal": self.diagonal}
 
 
 _aten = torch.ops.aten
@@ -69,15 +66,10 @@ def _refusing(name: str) -> Any:
 
 
 class GuardedMask(Tensor):
-    """A bool mask, True = attend, that raises when it is used as another kind of mask.
+    """A bool mask, True = attend, that raises when it is used as another kind of mask."""
 
-    Attributes:
-        owner: type of the model that the mask is for, named in errors.
-        inverted: True = hide, after ``~``: the model treats the mask as bool and may fill by it.
-    """
-
-    owner: str
-    inverted: bool = False
+    owner: str  # type of the model that the mask is for, named in errors
+    inverted: bool = False  # True = hide, after ~: the model treats it as bool and may fill by it
 
     # Only __torch_dispatch__ handles operations.
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
@@ -154,13 +146,9 @@ def _misread(owner: str, func: Any) -> ValueError:
 
 
 class DenseMask(GuardedMask):
-    """A guarded mask of any shape whose values are stored.
+    """A guarded mask of any shape whose values are stored."""
 
-    Attributes:
-        visible: the plain bool tensor; True = hidden if the mask is inverted.
-    """
-
-    visible: Tensor
+    visible: Tensor  # bool; True = hidden if the mask is inverted
 
     @staticmethod
     def __new__(cls, visible: Tensor, owner: str, inverted: bool = False) -> DenseMask:
@@ -204,16 +192,11 @@ class WindowMask(GuardedMask):
 
     Until then it is a :class:`Window` and O(Sk) of tensors. Moving it to another device keeps it
     so; every other allowed operation materializes it.
-
-    Attributes:
-        padding: bool ``(B, window.keys)``, False for padding; None without any.
-        cu_seqlens: boundaries of the sequences packed along ``B * Sq``; None for one a row.
-        pattern: bool ``(B or 1, 1, Sq, Sk)``, combined with the window; None without any.
     """
 
-    padding: Tensor | None
-    cu_seqlens: Tensor | None
-    pattern: Tensor | None
+    padding: Tensor | None  # bool (B, window.keys), False for padding
+    cu_seqlens: Tensor | None  # boundaries of the sequences packed along B * Sq; None: one a row
+    pattern: Tensor | None  # bool (B or 1, 1, Sq, Sk), combined with the window
 
     @staticmethod
     def __new__(
