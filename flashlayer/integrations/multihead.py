@@ -128,11 +128,9 @@ class FlashMultiheadAttention(Leaf, nn.MultiheadAttention):
         """
         packed = query is key and key is value
         if any(isinstance(x, Tensor) and x.is_nested for x in (query, key, value)):
-            reason = (
-                self._why_not_nested(query, attn_mask, key_padding_mask)
-                if packed
-                else "query, key and value are not the same tensor"
-            )
+            reason = "query, key and value are not the same tensor"
+            if packed:
+                reason = self._why_not_nested(query, attn_mask, key_padding_mask)
             if reason is not None:
                 raise _AssertedShape(
                     "MultiheadAttention does not support NestedTensor outside of its fast path, "

@@ -153,8 +153,8 @@ class override(TorchFunctionMode):
         elif bias is not None and is_causal:
             reason = "attn_mask together with is_causal"
         else:
-            reason = _reason_to_leave(query, key, value, mask, dropout_p, is_causal, scale)
-            reason = reason or _shapes_to_leave(query, key, value, mask, enable_gqa)
+            options = (dropout_p, is_causal, scale, enable_gqa)
+            reason = _reason_to_leave(query, key, value, mask, *options)
             if reason is None and bias is not None:
                 lengths = query.shape[-2], key.shape[-2]
                 if (bias.seq_len_q, bias.seq_len_kv) != lengths:
@@ -193,8 +193,9 @@ def _reason_to_leave(
     dropout_p: float,
     is_causal: bool,
     scale: float | None,
+    enable_gqa: bool,
 ) -> str | None:
-    """Why the call is left to torch, whatever the shapes; None if it is routed."""
+    """Why the call is left to torch; None if it is routed."""
     tensors = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
     if any(x.layout != torch.strided for x in tensors):
         return "a layout other than strided"
@@ -216,13 +217,7 @@ def _reason_to_leave(
         return "dropout_p that is no probability"
     if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
         return "scale that is not a finite number"
-    return None
-
-
-def _shapes_to_leave(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
-) -> str | None:
-    """Why these shapes are left to torch, which rejects most of them; None if routed."""
+    # Shapes, most of which torch rejects.
     if min(query.ndim, key.ndim, value.ndim) < (3 if enable_gqa else 2):
         return "too few dimensions"
     if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:

@@ -94,7 +94,8 @@ def _probabilities(
     dropout_p, seed = options.dropout_p, options.dropout_seed
     if dropout_p == 0:
         return p, None
-    kept = dropout_keep_mask(*scores.shape, dropout_p, seed, q.device, first_query=rows.start)
+    shape: Any = scores.shape
+    kept = dropout_keep_mask(*shape, dropout_p, seed, q.device, first_query=rows.start)
     return p, kept / ((1 - dropout_p) or 1)
 
 

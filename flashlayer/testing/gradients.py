@@ -36,7 +36,7 @@ def gradcheck(
     seed: int = 0,
     **options: Any,
 ) -> bool:
-    """Compare the gradients of an attention with finite differences, in fp64.
+    """Compare the gradients of an attention with finite differences, in fp64; True if they agree.
 
     Every output's gradient is checked, that of lse too where it is returned, with respect to all
     inputs, floating options (``attn_mask``, ``sinks``) and parameters of a module. ``alibi_slopes``
@@ -57,9 +57,6 @@ def gradcheck(
             same in all of them.
         **options: passed to ``attention``. With a backend's name, those of ``flash_attention``, or
             ``flash_attention_varlen`` if ``cu_seqlens_q`` is among them.
-
-    Returns:
-        True.
 
     Raises:
         AssertionError: a gradient is wrong, or an output is NaN or not fp64. The message names the

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -145,15 +144,10 @@ def _write(cache: Cache, k: Tensor, v: Tensor, filled: Tensor) -> None:
     else:
         row = torch.arange(len(k), device=k.device)[:, None]
     for held, new in ((cache.k, k), (cache.v, v)):
-        with _writable(held):
+        # Inference tensors are written in inference mode; Dynamo can't trace is_inference().
+        inference = not torch.compiler.is_compiling() and held.is_inference()
+        with torch.inference_mode() if inference else nullcontext():
             held[row, position] = new
-
-
-def _writable(cache: Tensor) -> AbstractContextManager[Any]:
-    """Inference mode if the cache is an inference tensor, else no-op; Dynamo can't trace it."""
-    if not torch.compiler.is_compiling() and cache.is_inference():
-        return torch.inference_mode()
-    return nullcontext()
 
 
 def packed_pages(pages: Tensor, block_table: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def attention(
     if attention_mask is None:
         window = _window_without_mask(module, query, key, is_causal, sliding_window, packing)
         shape = (key.shape[0], 1, query.shape[2], key.shape[2])
-        attention_mask = WindowMask(shape, key.device, window, packable=True)
+        attention_mask = WindowMask(shape, key.device, window._replace(packable=True))
     if attention_mask.ndim != 4:
         _refuse(module, "attention_mask", f"it must have 4 dimensions, got {attention_mask.ndim}")
     if packing is not None:

@@ -75,8 +75,8 @@ def make_mask(
     without_past = 1 < q_length == kv_length and not isinstance(q_offset, Tensor) and q_offset == 0
     packable = attention_mask is None and not use_vmap and without_past
     if packable and torch.compiler.is_compiling():
-        full = Window((None, None), "bottom_right", kv_length)
-        return WindowMask(shape, mask.device, full, pattern=mask, packable=True, owner=owner)
+        full = Window((None, None), "bottom_right", kv_length, owner, packable=True)
+        return WindowMask(shape, mask.device, full, pattern=mask)
     return DenseMask(mask, owner)
 
 
@@ -182,7 +182,13 @@ def window_mask(
     window = _window(pattern, q_length, kv_length, offset)
     if window is None:
         return None
-    padding = _padding(attention_mask, kv_offset, window.keys)
+    window = window._replace(owner=owner, packable=attention_mask is None)
+    padding = None
+    if attention_mask is not None:
+        padding = attention_mask[:, kv_offset : kv_offset + window.keys]
+        padding = nn.functional.pad(padding, (0, window.keys - padding.shape[1]))
+        if readable(padding) and bool(padding.all()):
+            padding = None
     sequences = pattern.sequences
     if pattern.chunk is not None and kv_offset + window.keys > pattern.chunk:
         # Without a past, chunks are packed sequences.
@@ -190,14 +196,12 @@ def window_mask(
             return None
         sequences = (torch.arange(q_length, device=device) // pattern.chunk).expand(batch, -1)
         window = window._replace(chunked=True)
-    options: dict[str, Any] = {"packable": attention_mask is None, "owner": owner}
     if sequences is None:
-        return WindowMask(shape, device, window, padding, **options)
+        return WindowMask(shape, device, window, padding)
     if padding is not None or not readable(sequences):
         return None
     cu_seqlens, longest = boundaries(sequences)
-    options |= {"cu_seqlens": cu_seqlens, "max_seqlen": longest}
-    return WindowMask(shape, device, window, **options)
+    return WindowMask(shape, device, window._replace(max_seqlen=longest), cu_seqlens=cu_seqlens)
 
 
 def _window(pattern: Pattern, q_length: int, kv_length: int, offset: int) -> Window | None:
@@ -213,12 +217,3 @@ def _window(pattern: Pattern, q_length: int, kv_length: int, offset: int) -> Win
         # The unwritten end of a static cache lies after every query.
         return Window(window_size, "bottom_right", offset + q_length)
     return Window(window_size, "top_left", kv_length) if offset == 0 else None
-
-
-def _padding(attention_mask: Tensor | None, kv_offset: int, keys: int) -> Tensor | None:
-    """The columns of the 2-D mask for the keys, ``(B, keys)``; None if they are all True."""
-    if attention_mask is None:
-        return None
-    padding = attention_mask[:, kv_offset : kv_offset + keys]
-    padding = nn.functional.pad(padding, (0, keys - padding.shape[1]))
-    return None if readable(padding) and bool(padding.all()) else padding

@@ -25,12 +25,15 @@ from flashlayer.spec import WindowSize
 
 
 class Window(NamedTuple):
-    """Which keys are visible, in the terms of :func:`flashlayer.flash_attention`."""
+    """What a mask is besides its tensors, in the terms of :func:`flashlayer.flash_attention`."""
 
     window_size: WindowSize
     diagonal: Literal["bottom_right", "top_left"]  # of the queries and the first ``keys`` keys
     keys: int  # in use; in a static cache fewer than its capacity
+    owner: str = "model"  # type of the model
+    max_seqlen: int | None = None  # of the packed sequences
     chunked: bool = False  # the packed sequences are chunks of longer ones
+    packable: bool = False  # no attention_mask, and WindowMask.separated was not applied yet
 
     def options(self) -> dict[str, Any]:
         """As arguments; the keys past ``keys`` are to be cut off."""
@@ -78,7 +81,7 @@ class GuardedMask(Tensor):
         """The mask as a plain bool tensor."""
         raise NotImplementedError
 
-    def moved(self, device: torch.device | None) -> Any:
+    def moved(self: Any, device: torch.device | None) -> Tensor:
         """The same mask on another device, not materialized."""
         names, context = self.__tensor_flatten__()
         device = self.device if device is None else device
@@ -212,60 +215,39 @@ class WindowMask(GuardedMask):
         window: Window,
         padding: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-        anchor: Tensor | None = None,
         pattern: Tensor | None = None,
-        packable: bool = False,
-        owner: str = "model",
+        anchor: Tensor | None = None,
     ) -> None:
-        # Dynamo flattens the mask into plain numbers and tensors, of which it needs at least one.
-        self.numbers: tuple[Any, ...] = (*window, max_seqlen, packable, owner)
+        self.window, self.owner = window, window.owner
         self.padding = padding
         self.cu_seqlens = cu_seqlens
         self.pattern = pattern
+        # Dynamo flattens the mask into the window and tensors, of which it needs at least one.
         self.anchor = torch.empty(0, device=device) if anchor is None else anchor
-
-    @property
-    def window(self) -> Window:
-        """The window."""
-        return Window(*self.numbers[:-3])
-
-    @property
-    def packable(self) -> bool:
-        """Whether :meth:`separated` applies: no ``attention_mask``, and not applied yet."""
-        return self.numbers[-2]
-
-    @property
-    def owner(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Type of the model that the mask is for."""
-        return self.numbers[-1]
 
     @property
     def packing(self) -> Packing | None:
         """Boundaries of the packed sequences, None for one a row."""
         if self.cu_seqlens is None:
             return None
-        return Packing(self.cu_seqlens, None, self.numbers[-3], self.numbers[-3])
+        return Packing(self.cu_seqlens, None, self.window.max_seqlen, self.window.max_seqlen)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         """The window; the dense mask is ``repr(mask.dense())``."""
         tensors = self.__tensor_flatten__()[0][1:]
         return f"WindowMask(shape={tuple(self.shape)}, {self.window}, with {tensors})"
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple]:
+    def __tensor_flatten__(self) -> tuple[list[str], Window]:
         """The inner tensors' names, and the rest of the constructor's arguments."""
         names = ["anchor", "padding", "cu_seqlens", "pattern"]
-        return [name for name in names if getattr(self, name) is not None], self.numbers
+        return [name for name in names if getattr(self, name) is not None], self.window
 
     @staticmethod
     def __tensor_unflatten__(
-        tensors: dict[str, Tensor], numbers: tuple, size: Any, stride: Any
+        tensors: dict[str, Tensor], window: Window, size: Any, stride: Any
     ) -> WindowMask:
         """The inverse of :meth:`__tensor_flatten__`."""
-        *window, longest, packable, owner = numbers
-        options: dict[str, Any] = {"max_seqlen": longest, "packable": packable, "owner": owner}
-        options |= tensors
-        return WindowMask(size, tensors["anchor"].device, Window(*window), **options)
+        return WindowMask(size, tensors["anchor"].device, window, **tensors)
 
     def separated(self, position_ids: Tensor | None, causal: bool) -> Tensor:
         """The mask with a new sequence at each restart of the positions ``(B, S)``.
@@ -274,7 +256,7 @@ class WindowMask(GuardedMask):
         once per mask, which all layers share, as reading synchronizes the GPU. If they can't be
         read (under a compiler, on meta), the mask becomes dense.
         """
-        if position_ids is None or position_ids.ndim != 2 or not self.packable:
+        if position_ids is None or position_ids.ndim != 2 or not self.window.packable:
             return self
         batch, _, q_length, kv_length = self.shape
         window = self.window
@@ -286,13 +268,13 @@ class WindowMask(GuardedMask):
         sequences = restarts(position_ids).expand(batch, -1)
         if not readable(sequences):
             return self.dense() & same_sequence(sequences)
-        longest = self.numbers[-3]
+        longest = window.max_seqlen
         if bool(sequences.any()):
             if self.cu_seqlens is not None:
                 # Both are non-decreasing along a row, so their sum changes where either does.
                 sequences = sequences + self._sequences(self.cu_seqlens)
             self.cu_seqlens, longest = boundaries(sequences)
-        self.numbers = (*window, longest, False, self.owner)
+        self.window = window._replace(max_seqlen=longest, packable=False)
         return self
 
     def dense(self) -> Tensor:
