@@ -94,8 +94,9 @@ def _probabilities(
     dropout_p, seed = options.dropout_p, options.dropout_seed
     if dropout_p == 0:
         return p, None
-    shape: Any = scores.shape
-    kept = dropout_keep_mask(*shape, dropout_p, seed, q.device, first_query=rows.start)
+    batch, heads, count, keys = scores.shape
+    sizes = (batch, heads, count, keys)
+    kept = dropout_keep_mask(*sizes, dropout_p, seed, q.device, first_query=rows.start)
     return p, kept / ((1 - dropout_p) or 1)
 
 
