@@ -50,28 +50,19 @@ def flash_attn_with_kvcache(
     A contiguous cache is read in place; a slice of a longer buffer, a paged cache and one that is
     indexed by ``cache_batch_idx`` are copied for the call, O(B * capacity).
 
-    Args:
-        q: ``(B, Sq, H, D)``.
-        k_cache: ``(B, capacity, Hkv, D)``; with ``block_table`` pages, ``(blocks, page, Hkv, D)``.
-        v_cache: likewise.
-        k: ``(B, Snew, Hkv, D)``, written to the cache from position ``cache_seqlens`` on.
-        v: likewise.
-        rotary_cos: ``(positions, R / 2)``: rotate ``k``, and ``q``, by position before that; needs
-            ``k``. With ``causal`` or a window query ``i`` is at position ``cache_seqlens + i``,
-            else every query at ``cache_seqlens``.
-        rotary_sin: likewise.
-        cache_seqlens: number of filled positions, an int or ``(B,)``; all if None.
-        cache_batch_idx: ``(B,)``, the cache row of each query.
-        cache_leftpad: ``(B,)``, positions to ignore at the start of each row.
-        block_table: ``(B, blocks of a sequence)``, the pages of each sequence.
-        softmax_scale: ``D ** -0.5`` if None.
-        causal: the last query attends to all keys, the one before to all but the last.
-        window_size: ``(left, right)``, -1 for unbounded.
-        softcap: 0.0 for none.
-        rotary_interleaved: pair features 0 and 1 rather than ``i`` and ``i + R / 2``.
-        alibi_slopes: ``(H,)`` or ``(B, H)``.
-        num_splits: ignored.
-        return_softmax_lse: also return the log-sum-exp.
+    ``q`` ``(B, Sq, H, D)`` attends to the first ``cache_seqlens`` positions, an int or ``(B,)``,
+    all if None, and to the new ones. ``k_cache`` and ``v_cache`` are ``(B, capacity, Hkv, D)``, or
+    with ``block_table`` ``(B, blocks of a sequence)`` pages ``(blocks, page, Hkv, D)``.
+    ``cache_batch_idx`` ``(B,)`` is the cache row of each query, ``cache_leftpad`` ``(B,)`` the
+    number of positions to ignore at the start of each row.
+
+    ``k`` and ``v`` ``(B, Snew, Hkv, D)`` are written to the cache from position ``cache_seqlens``
+    on. ``rotary_cos`` and ``rotary_sin`` ``(positions, R / 2)`` need ``k``: they rotate it, and
+    ``q``, by position before that. With ``causal`` or a window query ``i`` is at position
+    ``cache_seqlens + i``, else every query at ``cache_seqlens``. ``rotary_interleaved`` pairs
+    features 0 and 1 rather than ``i`` and ``i + R / 2``.
+
+    ``num_splits`` is ignored; the rest is described in ``flash_attn_interface``'s docstring.
 
     Returns:
         ``(B, Sq, H, D)``; with ``return_softmax_lse`` also ``(B, H, Sq)``.

@@ -146,11 +146,8 @@ def _window_without_mask(
     if sliding_window is not None and sliding_window < seqlen_k:
         _refuse(module, "sliding_window", "it comes without a mask to say where the queries stand")
     if causal and seqlen_q not in (1, seqlen_k) and packing is None:
-        _refuse(
-            module,
-            "attention_mask=None",
-            f"is_causal, and no mask says where {seqlen_q} queries stand among {seqlen_k} keys",
-        )
+        where = f"where {seqlen_q} queries stand among {seqlen_k} keys"
+        _refuse(module, "attention_mask=None", f"is_causal, and no mask says {where}")
     return Window((None, 0) if causal else (None, None), "bottom_right", seqlen_k)
 
 
