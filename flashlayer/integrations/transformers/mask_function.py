@@ -114,31 +114,31 @@ def recognise(mask_function: Callable) -> Pattern | None:
     if code is None or reader is None:
         return None
     cells = getattr(mask_function, "__closure__", None) or ()
-    return reader(**dict(zip(code.co_freevars, (x.cell_contents for x in cells), strict=True)))
+    return reader(dict(zip(code.co_freevars, (x.cell_contents for x in cells), strict=True)))
 
 
 @functools.cache
-def _readers() -> dict[Any, Callable[..., Pattern | None]]:
+def _readers() -> dict[Any, Callable[[dict[str, Any]], Pattern | None]]:
     """By the code of a closure that mask functions consist of: its pattern, from its variables."""
     from transformers import masking_utils as utils
 
-    def two_sided(sliding_window: int) -> Pattern | None:
-        return Pattern(sliding_window, sliding_window) if sliding_window >= 0 else None
+    def window(left: int, right: int | None) -> Pattern | None:
+        return Pattern(left, right) if left >= 0 else None
 
-    def remapped(mask_function: Callable, **_: Any) -> Pattern | None:
-        inner = recognise(mask_function)
+    def remapped(closed_over: dict[str, Any]) -> Pattern | None:
+        inner = recognise(closed_over["mask_function"])
         return None if inner is None else inner._replace(remapped=True)
 
     empty, causal = torch.empty(0), utils.causal_mask_function
-    readers: dict[Any, Callable[..., Pattern | None]] = {
-        utils.and_masks(): lambda mask_functions: _intersection(*map(recognise, mask_functions)),
-        utils.sliding_window_overlay(1): lambda sliding_window: (
-            Pattern(left=sliding_window - 1) if sliding_window >= 1 else None
+    readers: dict[Any, Callable[[dict[str, Any]], Pattern | None]] = {
+        utils.and_masks(): lambda x: _intersection(*map(recognise, x["mask_functions"])),
+        utils.sliding_window_overlay(1): lambda x: window(x["sliding_window"] - 1, None),
+        utils.sliding_window_bidirectional_overlay(1): lambda x: window(
+            x["sliding_window"], x["sliding_window"]
         ),
-        utils.sliding_window_bidirectional_overlay(1): two_sided,
-        utils.chunked_overlay(1, empty): lambda chunk_size, **_: Pattern(chunk=chunk_size),
-        utils.packed_sequence_mask_function(empty): lambda packed_sequence_mask: Pattern(
-            sequences=packed_sequence_mask
+        utils.chunked_overlay(1, empty): lambda x: Pattern(chunk=x["chunk_size"]),
+        utils.packed_sequence_mask_function(empty): lambda x: Pattern(
+            sequences=x["packed_sequence_mask"]
         ),
         utils.remap_positions_for_packed_sequence(causal, empty): remapped,
     }
