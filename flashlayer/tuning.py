@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -64,7 +65,9 @@ def tune(
         raise ValueError(f"there is nothing to tune: backend 'triton' can't compute this: {reason}")
     from flashlayer.kernels.tiles import TileConfig
 
-    known = _read(path)
+    known: dict[str, dict[str, Any]] = {}
+    if path is not None and Path(path).exists():
+        known = json.loads(Path(path).read_text(encoding="utf-8"))
     chosen = {}
     q, _, v, spec, extras = problem
     for kernel in ("forward", "dkdv", "dq") if backward else ("forward",):
@@ -80,17 +83,16 @@ def tune(
     return chosen
 
 
-def _read(path: str | Path | None) -> dict[str, dict[str, Any]]:
-    if path is None or not Path(path).exists():
-        return {}
-    return json.loads(Path(path).read_text(encoding="utf-8"))
-
-
 def _fastest(kernel: str, bucket: tuple, problem: Problem) -> Any:
     """The candidate with the smallest median time; they are timed in turns."""
     from triton.runtime.errors import OutOfResources, PTXASError
 
-    run = _call(kernel, problem)
+    q, k, v, spec, extras = problem
+    run: Callable[[], Any] = functools.partial(backend.forward, *problem)
+    if kernel != "forward":
+        o, lse = run()
+        tensors = (torch.ones_like(o), None, q, k, v, o, lse)
+        run = functools.partial(backend.backward, *tensors, spec, extras)
     before = backend.TUNED.get(bucket)
     times: dict[Any, list[float]] = {}
     try:
@@ -110,15 +112,6 @@ def _fastest(kernel: str, bucket: tuple, problem: Problem) -> Any:
         if before is not None:
             backend.TUNED[bucket] = before
     return min(times, key=lambda candidate: median(times[candidate]))
-
-
-def _call(kernel: str, problem: Problem) -> Callable[[], object]:
-    """A call that launches this kernel."""
-    q, k, v, spec, extras = problem
-    if kernel == "forward":
-        return lambda: backend.forward(q, k, v, spec, extras)
-    o, lse = backend.forward(q, k, v, spec, extras)
-    return lambda: backend.backward(torch.ones_like(o), None, q, k, v, o, lse, spec, extras)
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -73,14 +73,8 @@ def unshard_sequence(
 ) -> Tensor:
     """The whole sequence on every rank, gathered from the shards; has no gradient.
 
-    Args:
-        x: ``(..., S, ...)``, this rank's shard; shards may differ in length.
-        group: as in :func:`shard_sequence`.
-        dim: likewise.
-        placement: likewise.
-
-    Raises:
-        ValueError: as :func:`shard_sequence`, and if the shards don't fit each other.
+    The inverse of :func:`shard_sequence`, with its arguments and errors; ``x`` ``(..., S, ...)`` is
+    this rank's shard. Shards may differ in length; ValueError if they don't fit each other.
     """
     lengths = _gather_lengths(x, dim, group)
     layout = make_layout(lengths, placement)
@@ -105,15 +99,8 @@ def position_ids(
 ) -> Tensor:
     """Positions in the whole sequence of the ``length`` tokens of this rank's shard, ``(S,)``.
 
-    Args:
-        length: ``S``, tokens of this rank's shard.
-        group: as in :func:`shard_sequence`.
-        placement: likewise.
-        lengths: those of all shards, by rank; every shard is as long as this one if None.
-        device: device of the result.
-
-    Raises:
-        ValueError: as :func:`shard_sequence`, and ``lengths`` that don't fit ``length``.
+    ``lengths`` are those of all shards, by rank; every shard is as long as this one if None, and
+    ValueError if they don't fit ``length``. Else as :func:`shard_sequence`.
     """
     rank = rank_in(group)
     lengths = _check_own_length(length, group, lengths)
@@ -124,13 +111,8 @@ def position_ids(
 def shard_lengths(x: Tensor, *, group: dist.ProcessGroup | None = None, dim: int = 1) -> list[int]:
     """The lengths of all shards by rank, for ``lengths=``: one small exchange.
 
-    Args:
-        x: ``(..., S, ...)``, this rank's shard.
-        group: as in :func:`shard_sequence`.
-        dim: likewise.
-
-    Raises:
-        ValueError: the shards differ in another dimension; this process is not in ``group``.
+    ``x`` ``(..., S, ...)`` is this rank's shard. ValueError if the shards differ in another
+    dimension or this process is not in ``group``.
     """
     return list(_gather_lengths(x, dim, group))
 
@@ -263,9 +245,9 @@ def rectangles(
     for q_range, q_start in zip(queries, q_edges, strict=False):
         row: list[Rectangle] = []
         for k_range, k_start in zip(keys, k_edges, strict=False):
-            rectangle = _visible_rectangle(q_range, k_range, left, right)
-            if rectangle is not None:
-                q_rows, k_rows, window_size = rectangle
+            visible = _visible_rectangle(q_range, k_range, left, right)
+            if visible is not None:
+                q_rows, k_rows, window_size = visible
                 q_rows, k_rows = _shifted(q_rows, q_start), _shifted(k_rows, k_start)
                 row.append(Rectangle(q_rows, k_rows, window_size))
         found = _joined(found + _joined(row))

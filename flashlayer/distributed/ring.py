@@ -131,21 +131,13 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Ring:
-    """One call on one rank: where the shards are, and what is computed between them.
-
-    Attributes:
-        group: the process group.
-        rank: this process's rank in it.
-        layout: where the shards are.
-        spec: the options, with the window in positions of the whole sequence.
-        backend: what computes a rectangle.
-    """
+    """One call on one rank: where the shards are, and what is computed between them."""
 
     group: dist.ProcessGroup | None
-    rank: int
+    rank: int  # in group
     layout: Layout
-    spec: AttentionSpec
-    backend: str
+    spec: AttentionSpec  # the window in positions of the whole sequence
+    backend: str  # what computes a rectangle
 
     @property
     def hops(self) -> tuple[int, ...]:
@@ -251,7 +243,10 @@ class RingAttention(torch.autograd.Function):
             for rectangle in step.rectangles:
                 problem = ring.problem(rectangle, q, step.key, step.value)
                 partial = select_backend(problem, ring.backend).forward(*problem)
-                _merge_rows(state, rectangle.q_rows, online_softmax.state_of(*partial))
+                before = SoftmaxState(*(x[:, :, rectangle.q_rows] for x in state))
+                after = online_softmax.merge(before, online_softmax.state_of(*partial))
+                for old, new in zip(before, after, strict=True):
+                    old.copy_(new)
         return online_softmax.finalize(state).to(q.dtype), online_softmax.lse(state)
 
     @staticmethod
@@ -295,16 +290,20 @@ class RingGradient(torch.autograd.Function):
             dk, dv = _unpack(step_sums, length, k, v)
             for rectangle in step.rectangles:
                 rows, keys = rectangle.q_rows, rectangle.k_rows
-                partials = _partial_gradients(
-                    ring.problem(rectangle, q, step.key, step.value),
-                    ring.backend,
+                problem = ring.problem(rectangle, q, step.key, step.value)
+                # The probabilities are exp(score - lse) and delta is rowsum(o * do) - dlse: with o
+                # and lse over *all* keys both are those of the whole softmax, so a rectangle needs
+                # nothing of the others. The kernels read lse without strides; rows may be a slice.
+                partials = select_backend(problem, ring.backend).backward(
                     do[:, :, rows],
                     None if dlse is None else dlse[:, :, rows],
+                    *problem[:3],
                     o[:, :, rows],
-                    lse[:, :, rows],
+                    lse[:, :, rows].contiguous(),
+                    *problem[3:],
                 )
                 sums_here = dq[:, :, rows], dk[:, :, keys], dv[:, :, keys]
-                for total, partial in zip(sums_here, partials, strict=True):
+                for total, partial in zip(sums_here, partials[:3], strict=True):
                     total += partial
             _wait(works)
             sums = step_sums if step.hops == 0 else step_sums.add_(arriving)
@@ -318,7 +317,11 @@ class RingGradient(torch.autograd.Function):
             _wait(works)
             sums = arriving
         dk, dv = _unpack(sums, k.shape[2], k, v)
-        d_sinks = _d_sinks(sinks, o, lse, do, dlse)
+        d_sinks = None
+        if sinks is not None:
+            delta = (o.to(lse.dtype) * do).sum(dim=-1)
+            delta = delta if dlse is None else delta - dlse
+            d_sinks = AttentionExtras(sinks=sinks).sinks_gradient(lse, delta)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_sinks
 
     @staticmethod
@@ -327,60 +330,18 @@ class RingGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> None:
-        """Refuse.
-
-        Raises:
-            NotImplementedError: always; a second derivative would be silently wrong otherwise.
-        """
+        """Refuse; a second derivative would be silently wrong otherwise."""
         raise NotImplementedError("ring_attention has no second derivative; use ulysses_attention")
 
 
 def select_backend(problem: Problem, backend: str) -> Any:
-    """The backend for a rectangle: its backward must take ``o`` and ``lse`` over all keys.
-
-    Raises:
-        ValueError: the backend refuses, or has no backward of its own.
-    """
+    """The backend for a rectangle: its backward must take ``o`` and ``lse`` over all keys."""
     chosen = backends.select(backend, problem)
     if chosen.backward is not None:
         return chosen
     if backend == "auto":
         return backends.BACKENDS["tiled"]
     raise ValueError(f"backend {backend!r} can't compute a part: it has no backward of its own")
-
-
-def _partial_gradients(
-    problem: Problem, backend: str, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``dq, dk, dv`` of a rectangle; the whole gradient is the sum over rectangles.
-
-    The probabilities are ``exp(score - lse)`` and ``delta`` is ``rowsum(o * do) - dlse``: with the
-    output and the LSE over *all* keys both are those of the whole softmax, so a rectangle needs
-    nothing of the others.
-    """
-    q, k, v, spec, extras = problem
-    chosen = select_backend(problem, backend)
-    # The kernels read lse without strides, and these rows may be a slice.
-    lse = lse.contiguous()
-    return chosen.backward(do, dlse, q, k, v, o, lse, spec, extras)[:3]
-
-
-def _merge_rows(state: SoftmaxState, rows: slice, partial: SoftmaxState) -> None:
-    """Merge the state of some rows into ``state`` in place."""
-    before = SoftmaxState(*(x[:, :, rows] for x in state))
-    for old, new in zip(before, online_softmax.merge(before, partial), strict=True):
-        old.copy_(new)
-
-
-def _d_sinks(
-    sinks: Tensor | None, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None
-) -> Tensor | None:
-    if sinks is None:
-        return None
-    delta = (o.to(lse.dtype) * do).sum(dim=-1)
-    if dlse is not None:
-        delta -= dlse
-    return AttentionExtras(sinks=sinks).sinks_gradient(lse, delta)
 
 
 def _wait(works: list[dist.Work]) -> None:

@@ -51,28 +51,10 @@ def ulysses_attention(
     so for a sequence of fixed length ``N * S`` the traffic of a rank falls as 1 / N, where the
     ring's stays the same. Memory is that of the whole sequence for ``1 / N`` of the heads.
 
-    Args:
-        query: ``(B, H, S, D)``, this rank's shard; N must divide ``H``.
-        key: ``(B, Hkv, S, D)``, likewise; N must divide ``Hkv``.
-        value: ``(B, Hkv, S, Dv)``, likewise.
-        group: the process group, with a backend that has all-to-all; the default group if None.
-        placement: as in :func:`ring_attention`; every placement is balanced here.
-        lengths: as in :func:`ring_attention`.
-        causal: likewise.
-        window_size: likewise.
-        scale: likewise.
-        softcap: likewise.
-        sinks: likewise; the gradient is that of the heads that this rank computed, sum it over the
-            group.
-        return_lse: likewise.
-        backend: as in :func:`flashlayer.flash_attention`.
-
-    Returns:
-        As :func:`ring_attention`.
-
-    Raises:
-        TypeError: as :func:`ring_attention`.
-        ValueError: likewise, and if the ranks do not divide the heads.
+    Arguments, results and errors are those of :func:`ring_attention`, but: N must divide ``H`` and
+    ``Hkv`` (ValueError), the group's backend needs all-to-all, every placement is balanced, any
+    ``backend`` of :func:`flashlayer.flash_attention` will do, and the gradient of ``sinks`` is that
+    of the heads that this rank computed: sum it over the group as well.
 
     Source: Jacobs et al., "DeepSpeed Ulysses" (arXiv 2309.14509), section 3.
     """

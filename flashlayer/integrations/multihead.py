@@ -7,12 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from flashlayer import backends
 from flashlayer.functional import flash_attention
 from flashlayer.integrations.weights import attention_weights
-from flashlayer.modules.tracing import leaf_call
+from flashlayer.modules.tracing import Leaf, check_tensor
 
 # torch's check of the shapes: returns whether there is a batch dimension.
 _shape_check = vars(F)["_mha_shape_check"]
@@ -40,7 +39,7 @@ def _no_op_hook(module: nn.Module, inputs: Any) -> None:
     """
 
 
-class FlashMultiheadAttention(nn.MultiheadAttention):
+class FlashMultiheadAttention(Leaf, nn.MultiheadAttention):
     r"""``nn.MultiheadAttention`` that never stores the ``L x S`` scores.
 
     Constructor, ``forward``, ``state_dict``, initialisation and results are those of
@@ -99,27 +98,6 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         self.backend = backend
         self.register_forward_pre_hook(_no_op_hook)
 
-    def _reset_parameters(self) -> None:
-        for weight in (
-            self.in_proj_weight,
-            self.q_proj_weight,
-            self.k_proj_weight,
-            self.v_proj_weight,
-        ):
-            if weight is not None:
-                nn.init.xavier_uniform_(weight)
-        if self.in_proj_bias is not None:
-            nn.init.zeros_(self.in_proj_bias)
-            nn.init.zeros_(self.out_proj.bias)
-        for row in (self.bias_k, self.bias_v):
-            if row is not None:
-                nn.init.xavier_normal_(row)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """:meth:`forward` with its hooks; one node under ``torch.fx.symbolic_trace``."""
-        traced = leaf_call(self, args, kwargs)
-        return super().__call__(*args, **kwargs) if traced is None else traced
-
     def forward(
         self,
         query: Tensor,
@@ -131,17 +109,12 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`torch.nn.MultiheadAttention.forward`.
+        """As :meth:`torch.nn.MultiheadAttention.forward`, with its arguments.
 
-        Args:
-            query: ``(L, N, E)``, ``(N, L, E)`` with ``batch_first``, or ``(L, E)`` without a batch.
-            key: ``(S, N, kdim)``, ``(N, S, kdim)`` or ``(S, kdim)``.
-            value: ``(S, N, vdim)``, ``(N, S, vdim)`` or ``(S, vdim)``.
-            key_padding_mask: ``(N, S)`` or ``(S,)``; bool (True = hidden) or floating (added).
-            need_weights: also return the attention weights.
-            attn_mask: ``(L, S)`` or ``(N * H, L, S)``; bool (True = hidden) or floating (added).
-            average_attn_weights: average the weights over the heads.
-            is_causal: ``attn_mask`` is the causal mask; it may be left out.
+        ``query`` is ``(L, N, E)``, ``key`` ``(S, N, kdim)`` and ``value`` ``(S, N, vdim)``; ``N``
+        is first with ``batch_first``, and absent without a batch. ``key_padding_mask`` ``(N, S)``
+        or ``(S,)`` and ``attn_mask`` ``(L, S)`` or ``(N * H, L, S)`` are bool (True = hidden) or
+        floating (added). ``attn_mask`` may be left out with ``is_causal``.
 
         Returns:
             The output, of ``query``'s shape, and the weights after dropout, ``(N, L, S)``, ``(N, H,
@@ -155,11 +128,9 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         """
         packed = query is key and key is value
         if any(isinstance(x, Tensor) and x.is_nested for x in (query, key, value)):
-            reason = (
-                self._why_not_nested(query, attn_mask, key_padding_mask)
-                if packed
-                else "query, key and value are not the same tensor"
-            )
+            reason = "query, key and value are not the same tensor"
+            if packed:
+                reason = self._why_not_nested(query, attn_mask, key_padding_mask)
             if reason is not None:
                 raise _AssertedShape(
                     "MultiheadAttention does not support NestedTensor outside of its fast path, "
@@ -167,21 +138,23 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
                     "padded batch with key_padding_mask"
                 )
             return self._forward_nested(query, need_weights, average_attn_weights, is_causal)
-        batched = self._check_inputs(query, key, value, attn_mask, key_padding_mask)
+        batched = self._check_inputs((query, key, value), attn_mask, key_padding_mask)
         if not batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
             if key_padding_mask is not None:
                 key_padding_mask = key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        lengths = query.shape[1], key.shape[1]
-        self._check_masks(query.shape[0], *lengths, attn_mask, key_padding_mask)
+        batch, seqlen_q, seqlen_k = *query.shape[:2], key.shape[1]
+        shapes = (seqlen_q, seqlen_k), (batch * self.num_heads, seqlen_q, seqlen_k)
+        _check_mask("attn_mask", attn_mask, shapes, _FailedShape)
+        _check_mask("key_padding_mask", key_padding_mask, ((batch, seqlen_k),), _AssertedShape)
         q, k, v = self._project(query, key, value, packed)  # [N, L, E], [N, S, E]
-        extra_keys = k.shape[1] - lengths[1]
+        extra_keys = k.shape[1] - seqlen_k
         causal = is_causal and (
             attn_mask is None
             or (key_padding_mask is None and not need_weights)  # as torch does
-            or (extra_keys == 0 and lengths[0] == lengths[1])
+            or (extra_keys == 0 and seqlen_q == seqlen_k)
         )
         mask = _merge_masks(
             None if causal else _attend_mask(attn_mask, self.num_heads),
@@ -250,16 +223,11 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         if packed and self.in_proj_weight is not None:
             q, k, v = F.linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
         else:
-            weights = (
-                (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-                if self.in_proj_weight is None
-                else self.in_proj_weight.chunk(3)
-            )
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            if self.in_proj_weight is not None:
+                weights = self.in_proj_weight.chunk(3)
             biases = (None,) * 3 if bias is None else bias.chunk(3)
-            q, k, v = (
-                F.linear(x, weight, bias)
-                for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
-            )
+            q, k, v = map(F.linear, (query, key, value), weights, biases)
         for name, features in (("query", q), ("key", k), ("value", v)):
             if features.shape[-1] != self.embed_dim:
                 raise _FailedShape(
@@ -274,66 +242,41 @@ class FlashMultiheadAttention(nn.MultiheadAttention):
         return q, k, v
 
     def _check_inputs(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        key_padding_mask: Tensor | None,
+        self, inputs: tuple[Tensor, ...], attn_mask: Tensor | None, key_padding_mask: Tensor | None
     ) -> bool:
         """Whether the inputs have a batch dimension."""
-        named = (
-            ("query", query, self.embed_dim),
-            ("key", key, self.kdim),
-            ("value", value, self.vdim),
-        )
-        for name, x, _ in named:
-            if not isinstance(x, Tensor):
-                # A Proxy arrives here if the module is not a submodule of the traced model.
-                proxy = ": trace a model that holds the module" if isinstance(x, Proxy) else ""
-                raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}{proxy}")
+        names = ("query", "key", "value")
+        for name, x in zip(names, inputs, strict=True):
+            check_tensor(name, x, "module")
         try:
-            batched = _shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+            batched = _shape_check(*inputs, key_padding_mask, attn_mask, self.num_heads)
         except AssertionError as error:
             raise _AssertedShape(str(error)) from None
-        for name, x, features in named:
-            if x.shape[-1] != features:
-                raise _AssertedShape(
-                    f"{name} must have {features} features, got shape {tuple(x.shape)}"
-                )
-        if key.shape[:-1] != value.shape[:-1]:
+        query, key, value = (tuple(x.shape) for x in inputs)
+        expected = (self.embed_dim, self.kdim, self.vdim)
+        for name, shape, features in zip(names, (query, key, value), expected, strict=True):
+            if shape[-1] != features:
+                raise _AssertedShape(f"{name} must have {features} features, got shape {shape}")
+        if key[:-1] != value[:-1]:
             raise _AssertedShape(
-                f"key and value must agree in length and batch, "
-                f"got {tuple(key.shape)} and {tuple(value.shape)}"
+                f"key and value must agree in length and batch, got {key} and {value}"
             )
         batch_dim = 0 if self.batch_first else 1
-        if batched and query.shape[batch_dim] != key.shape[batch_dim]:
-            raise _FailedShape(
-                f"query and key must have one batch size, "
-                f"got {tuple(query.shape)} and {tuple(key.shape)}"
-            )
+        if batched and query[batch_dim] != key[batch_dim]:
+            raise _FailedShape(f"query and key must have one batch size, got {query} and {key}")
         return batched
 
-    def _check_masks(
-        self,
-        batch: int,
-        seqlen_q: int,
-        seqlen_k: int,
-        attn_mask: Tensor | None,
-        key_padding_mask: Tensor | None,
-    ) -> None:
-        shapes = ((seqlen_q, seqlen_k), (batch * self.num_heads, seqlen_q, seqlen_k))
-        for name, mask, allowed, error in (
-            ("attn_mask", attn_mask, shapes, _FailedShape),
-            ("key_padding_mask", key_padding_mask, ((batch, seqlen_k),), _AssertedShape),
-        ):
-            if mask is None:
-                continue
-            if mask.dtype != torch.bool and not mask.is_floating_point():
-                raise _AssertedDtype(f"{name} must be bool or floating, got {mask.dtype}")
-            if tuple(mask.shape) not in allowed:
-                expected = " or ".join(map(str, allowed))
-                raise error(f"{name} must be {expected}, got {tuple(mask.shape)}")
+
+def _check_mask(
+    name: str, mask: Tensor | None, shapes: tuple[tuple[int, ...], ...], error: type[Exception]
+) -> None:
+    if mask is None:
+        return
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise _AssertedDtype(f"{name} must be bool or floating, got {mask.dtype}")
+    if tuple(mask.shape) not in shapes:
+        expected = " or ".join(map(str, shapes))
+        raise error(f"{name} must be {expected}, got {tuple(mask.shape)}")
 
 
 def _attend_mask(mask: Tensor | None, heads: int) -> Tensor | None:

@@ -48,9 +48,7 @@ COMPOSITE = {
 class Report(NamedTuple):
     """How many calls an :class:`override` routed.
 
-    Attributes:
-        routed: calls that went to flashlayer.
-        left: calls that were left to torch, by reason.
+    ``routed`` went to flashlayer, ``left`` were left to torch, by reason.
     """
 
     routed: int
@@ -155,8 +153,8 @@ class override(TorchFunctionMode):
         elif bias is not None and is_causal:
             reason = "attn_mask together with is_causal"
         else:
-            reason = _reason_to_leave(query, key, value, mask, dropout_p, is_causal, scale)
-            reason = reason or _shapes_to_leave(query, key, value, mask, enable_gqa)
+            options = (dropout_p, is_causal, scale, enable_gqa)
+            reason = _reason_to_leave(query, key, value, mask, *options)
             if reason is None and bias is not None:
                 lengths = query.shape[-2], key.shape[-2]
                 if (bias.seq_len_q, bias.seq_len_kv) != lengths:
@@ -195,8 +193,9 @@ def _reason_to_leave(
     dropout_p: float,
     is_causal: bool,
     scale: float | None,
+    enable_gqa: bool,
 ) -> str | None:
-    """Why the call is left to torch, whatever the shapes; None if it is routed."""
+    """Why the call is left to torch; None if it is routed."""
     tensors = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
     if any(x.layout != torch.strided for x in tensors):
         return "a layout other than strided"
@@ -218,13 +217,7 @@ def _reason_to_leave(
         return "dropout_p that is no probability"
     if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
         return "scale that is not a finite number"
-    return None
-
-
-def _shapes_to_leave(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
-) -> str | None:
-    """Why these shapes are left to torch, which rejects most of them; None if routed."""
+    # Shapes, most of which torch rejects.
     if min(query.ndim, key.ndim, value.ndim) < (3 if enable_gqa else 2):
         return "too few dimensions"
     if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
@@ -268,11 +261,8 @@ def _leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tup
 
 
 def _expands(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
-    if len(shape) > len(full):
-        return False
-    return all(
-        size in (1, whole) for size, whole in zip(reversed(shape), reversed(full), strict=False)
-    )
+    sizes = zip(reversed(shape), reversed(full), strict=False)
+    return len(shape) <= len(full) and all(size in (1, whole) for size, whole in sizes)
 
 
 def _four(x: Tensor, leading: tuple[int, ...], enable_gqa: bool) -> Tensor:

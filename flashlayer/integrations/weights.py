@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +15,15 @@ from flashlayer.spec import is_observed
 
 # Attention weights computed at once, over all heads: 16 MB in fp32.
 WEIGHTS_AT_ONCE = 2**22
+
+
+class Options(NamedTuple):
+    """What the blocks have in common besides the tensors, in the order of the custom ops."""
+
+    dropout_seed: Any
+    average: bool
+    causal: bool
+    dropout_p: float
 
 
 def attention_weights(
@@ -35,105 +43,71 @@ def attention_weights(
     the result is one block of :data:`WEIGHTS_AT_ONCE` elements. The number of blocks depends on
     sizes, so compilers get a custom op.
 
-    Args:
-        q: ``(B, H, Sq, D)``.
-        k: ``(B, H, Sk, D)``.
-        lse: ``(B, H, Sq)`` from :func:`flash_attention` with the same options.
-        average: take the mean over the heads.
-        attn_mask: as in :func:`flash_attention`.
-        causal: top-left.
-        dropout_p: probability that a weight is dropped; the rest are divided by ``1 - dropout_p``.
-        dropout_seed: the one passed to :func:`flash_attention`.
+    ``q`` ``(B, H, Sq, D)``, ``k`` ``(B, H, Sk, D)`` and the options are those of the call of
+    :func:`flash_attention` that gave ``lse`` ``(B, H, Sq)``; ``causal`` is top-left.
     """
     if attn_mask is not None:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
-    if not is_observed(q):
-        return _by_blocks(q, k, lse, attn_mask, dropout_seed, average, causal, dropout_p)
-    seed = None
-    if dropout_p > 0:
-        seed = torch.as_tensor(dropout_seed, dtype=torch.int64, device=q.device)
-    return _weights_op(q, k, lse, attn_mask, seed, average, causal, dropout_p)
+    seed: Any = dropout_seed
+    if is_observed(q):
+        seed = None if dropout_p == 0 else torch.as_tensor(seed, dtype=torch.int64, device=q.device)
+        return _weights_op(q, k, lse, attn_mask, seed, average, causal, dropout_p)
+    return _by_blocks(q, k, lse, attn_mask, Options(seed, average, causal, dropout_p))
 
 
-def _by_blocks(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    attn_mask: Tensor | None,
-    dropout_seed: Any,
-    average: bool,
-    causal: bool,
-    dropout_p: float,
-) -> Tensor:
-    def of_rows(start: int, stop: int, q: Tensor, k: Tensor, lse: Tensor, mask: Any) -> Tensor:
-        p, kept = _probabilities(start, stop, q, k, lse, mask, causal, dropout_p, dropout_seed)
+def _by_blocks(q: Tensor, k: Tensor, lse: Tensor, mask: Tensor | None, options: Options) -> Tensor:
+    def of_rows(rows: slice, q: Tensor, k: Tensor, lse: Tensor, mask: Tensor | None) -> Tensor:
+        p, kept = _probabilities(rows, q, k, lse, mask, options)
         weights = p if kept is None else p * kept
-        return (weights.mean(dim=1) if average else weights).to(q.dtype)
+        return (weights.mean(dim=1) if options.average else weights).to(q.dtype)
 
-    blocks = list(_row_blocks(q, k))
-    recompute = len(blocks) > 1 and torch.is_grad_enabled()
-    parts: list[Any] = []
-    for rows in blocks:
-        block = (*rows, q, k, lse, attn_mask)
-        if recompute:
-            part = checkpoint(of_rows, *block, use_reentrant=False, preserve_rng_state=False)
-            parts.append(part)
-        else:
-            parts.append(of_rows(*block))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+    tensors = (q, k, lse, mask)
+    blocks = _row_blocks(q, k)
+    if len(blocks) == 1:
+        return of_rows(blocks[0], *tensors)
+    if not torch.is_grad_enabled():
+        return torch.cat([of_rows(rows, *tensors) for rows in blocks], dim=-2)
+    recomputed: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    parts: list[Any] = [checkpoint(of_rows, rows, *tensors, **recomputed) for rows in blocks]
+    return torch.cat(parts, dim=-2)
 
 
 def _probabilities(
-    start: int,
-    stop: int,
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    dropout_p: float,
-    dropout_seed: Any,
+    rows: slice, q: Tensor, k: Tensor, lse: Tensor, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor | None]:
-    """``exp(score - lse)`` of the queries ``[start, stop)``, and the factors of dropout."""
-    q, lse = q[:, :, start:stop], lse[:, :, start:stop]
+    """``exp(score - lse)`` of some queries, and the factors of dropout."""
+    q, lse = q[:, :, rows], lse[:, :, rows]
     # lse is of scores in its own dtype; autocast would compute these in a lower one.
-    with _without_autocast(q):
+    device = q.device.type
+    with torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext():
         scores = (q.to(lse.dtype) @ k.to(lse.dtype).mT) * q.shape[-1] ** -0.5  # [B, H, M, Sk]
     if mask is not None:
-        mask = _mask_rows(mask, start, stop)
-        scores = (
-            scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        )
-    if causal:
-        query = torch.arange(start, stop, device=q.device)[:, None]
+        mask = _mask_rows(mask, rows)
+        added = mask.dtype != torch.bool
+        scores = scores + mask if added else scores.masked_fill(~mask, -torch.inf)
+    if options.causal:
+        query = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
         later = torch.arange(k.shape[2], device=q.device) > query
         scores = scores.masked_fill(later, -torch.inf)
     # A row without a visible key has lse = -inf and only scores of -inf; -inf - -inf is NaN.
     p = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1))
+    dropout_p, seed = options.dropout_p, options.dropout_seed
     if dropout_p == 0:
         return p, None
-    batch, heads, rows, keys = scores.shape
-    kept = dropout_keep_mask(
-        batch, heads, rows, keys, dropout_p, dropout_seed, q.device, first_query=start
-    )
+    batch, heads, count, keys = scores.shape
+    sizes = (batch, heads, count, keys)
+    kept = dropout_keep_mask(*sizes, dropout_p, seed, q.device, first_query=rows.start)
     return p, kept / ((1 - dropout_p) or 1)
 
 
-def _mask_rows(mask: Tensor, start: int, stop: int) -> Tensor:
-    return mask if mask.shape[2] == 1 else mask[:, :, start:stop]
+def _mask_rows(mask: Tensor, rows: slice) -> Tensor:
+    return mask if mask.shape[2] == 1 else mask[:, :, rows]
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    if has_autocast(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
-
-
-def _row_blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, int]]:
+def _row_blocks(q: Tensor, k: Tensor) -> list[slice]:
     batch, heads, rows, _ = q.shape
     size = max(1, WEIGHTS_AT_ONCE // max(1, batch * heads * k.shape[2]))
-    for start in range(0, max(rows, 1), size):
-        yield start, min(start + size, rows)
+    return [slice(start, min(start + size, rows)) for start in range(0, max(rows, 1), size)]
 
 
 @torch.library.custom_op("flashlayer::attention_weights", mutates_args=())
@@ -147,8 +121,8 @@ def _weights_op(
     causal: bool,
     dropout_p: float,
 ) -> Tensor:
-    weights = _by_blocks(q, k, lse, attn_mask, dropout_seed, average, causal, dropout_p)
-    return weights.contiguous()
+    options = Options(dropout_seed, average, causal, dropout_p)
+    return _by_blocks(q, k, lse, attn_mask, options).contiguous()
 
 
 @_weights_op.register_fake
@@ -177,17 +151,18 @@ def _weights_backward_op(
     if mask_gradient and attn_mask is not None:
         d_mask = torch.zeros_like(attn_mask, dtype=lse.dtype)
     heads, scale = q.shape[1], q.shape[-1] ** -0.5
-    for start, stop in _row_blocks(q, k):
-        p, kept = _probabilities(start, stop, q, k, lse, attn_mask, causal, dropout_p, dropout_seed)
-        dp = do[..., start:stop, :].to(lse.dtype)
+    options = Options(dropout_seed, average, causal, dropout_p)
+    for rows in _row_blocks(q, k):
+        p, kept = _probabilities(rows, q, k, lse, attn_mask, options)
+        dp = do[..., rows, :].to(lse.dtype)
         dp = dp.unsqueeze(1) / heads if average else dp
         ds = p * (dp if kept is None else dp * kept)  # [B, H, M, Sk]
-        dq[:, :, start:stop] = ds @ k.to(lse.dtype) * scale
-        dk += ds.mT @ q[:, :, start:stop].to(lse.dtype) * scale
-        dlse[:, :, start:stop] = -ds.sum(dim=-1)
+        dq[:, :, rows] = ds @ k.to(lse.dtype) * scale
+        dk += ds.mT @ q[:, :, rows].to(lse.dtype) * scale
+        dlse[:, :, rows] = -ds.sum(dim=-1)
         if d_mask is not None:
-            rows = _mask_rows(d_mask, start, stop)
-            rows += ds.sum_to_size(rows.shape)
+            d_rows = _mask_rows(d_mask, rows)
+            d_rows += ds.sum_to_size(d_rows.shape)
     grads = dq.contiguous(), dk.to(k.dtype).contiguous(), dlse.contiguous()
     if d_mask is None or attn_mask is None:
         return *grads, q.new_empty(0)

@@ -8,21 +8,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from flashlayer import backends, distributed
 from flashlayer.functional import flash_attention, flash_attention_varlen
 from flashlayer.modules.cache import KVCache
 from flashlayer.modules.heads import Heads, local_features, local_heads
 from flashlayer.modules.positions import alibi_slopes, rotate, token_positions
-from flashlayer.modules.tracing import leaf_call
+from flashlayer.modules.tracing import Leaf, check_tensor
 from flashlayer.spec import WindowSize
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# Arguments of forward, what each can't be combined with, and why.
+EXCLUSIONS = (
+    ("context", "rotary_base", "they share no positions"),
+    ("context", "cu_seqlens", "it has no boundaries of its own"),
+    ("context", "cache", "the cache holds the keys of x"),
+    ("cache", "cu_seqlens", "it holds whole batches"),
+    ("attn_mask", "cu_seqlens", "a mask has no packed form"),
+    ("context", "context_parallel_group", "the ring has no such option"),
+    ("attn_mask", "context_parallel_group", "the ring has no such option"),
+    ("cu_seqlens", "context_parallel_group", "the ring has no such option"),
+    ("cache", "context_parallel_group", "the ring has no such option"),
+)
 
-class FlashAttention(nn.Module):
+
+class FlashAttention(Leaf):
     r"""Multi-head attention over ``(B, S, E)`` through :func:`flash_attention`.
 
     ::
@@ -140,11 +152,6 @@ class FlashAttention(nn.Module):
         self.q_norm = nn.RMSNorm(head_dim, **factory) if qk_norm else None
         self.k_norm = nn.RMSNorm(head_dim, **factory) if qk_norm else None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """:meth:`forward` with its hooks; one node under ``torch.fx.symbolic_trace``."""
-        traced = leaf_call(self, args, kwargs)
-        return super().__call__(*args, **kwargs) if traced is None else traced
-
     def forward(
         self,
         x: Tensor,
@@ -173,7 +180,8 @@ class FlashAttention(nn.Module):
         Raises:
             ValueError: a shape does not fit, or two arguments exclude each other.
         """
-        self._check_inputs(x, context, attn_mask, cu_seqlens, max_seqlen, cache)
+        optional = {"context": context, "attn_mask": attn_mask, "cu_seqlens": cu_seqlens}
+        self._check_inputs(x, max_seqlen, optional | {"cache": cache})
         source = x if context is None else context
         q, k, v = local_features(self.q_proj(x), self.k_proj(source), self.v_proj(source))
         heads = self._heads(q, k, v)
@@ -250,47 +258,22 @@ class FlashAttention(nn.Module):
             lengths = distributed.shard_lengths(q, group=group, dim=2)
         return {"group": group, "placement": placement, "lengths": lengths}
 
-    def _check_inputs(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        attn_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        max_seqlen: int | None,
-        cache: KVCache | None,
-    ) -> None:
-        group = self.context_parallel_group
-        layout, ndim = ("(batch, sequence", 3) if cu_seqlens is None else ("(tokens", 2)
-        for name, tensor in (("x", x), ("context", x if context is None else context)):
-            if not isinstance(tensor, Tensor):
-                # A Proxy arrives here if the layer is not a submodule of the traced model.
-                proxy = ": trace a model that holds the layer" if isinstance(tensor, Proxy) else ""
-                raise TypeError(
-                    f"{name} must be a torch.Tensor, got {type(tensor).__name__}{proxy}"
-                )
+    def _check_inputs(self, x: Tensor, max_seqlen: int | None, optional: dict[str, Any]) -> None:
+        cache, packed = optional["cache"], optional["cu_seqlens"] is not None
+        layout, ndim = ("(tokens", 2) if packed else ("(batch, sequence", 3)
+        context = x if optional["context"] is None else optional["context"]
+        for name, tensor in (("x", x), ("context", context)):
+            check_tensor(name, tensor, "layer")
             if tensor.ndim != ndim or tensor.shape[-1] != self.embed_dim:
-                raise ValueError(
-                    f"{name} must be {layout}, embed_dim={self.embed_dim}), "
-                    f"got {tuple(tensor.shape)}"
-                )
+                expected = f"{layout}, embed_dim={self.embed_dim})"
+                raise ValueError(f"{name} must be {expected}, got {tuple(tensor.shape)}")
         if cache is not None and not isinstance(cache, KVCache):
             raise TypeError(f"cache must be a KVCache or None, got {type(cache).__name__}")
-        if max_seqlen is not None and cu_seqlens is None:
+        if max_seqlen is not None and not packed:
             raise ValueError("max_seqlen needs cu_seqlens: it is about packed sequences")
-        cp = ("context_parallel_group", group, "the ring has no such option")
-        exclusions = (
-            ("context", context, "rotary_base", self.rotary_base, "they share no positions"),
-            ("context", context, "cu_seqlens", cu_seqlens, "it has no boundaries of its own"),
-            ("context", context, "cache", cache, "the cache holds the keys of x"),
-            ("cache", cache, "cu_seqlens", cu_seqlens, "it holds whole batches"),
-            ("attn_mask", attn_mask, "cu_seqlens", cu_seqlens, "a mask has no packed form"),
-            ("context", context, *cp),
-            ("attn_mask", attn_mask, *cp),
-            ("cu_seqlens", cu_seqlens, *cp),
-            ("cache", cache, *cp),
-        )
-        for name, argument, other_name, other, reason in exclusions:
-            if argument is not None and other is not None:
+        for name, other_name, reason in EXCLUSIONS:
+            other = optional[other_name] if other_name in optional else getattr(self, other_name)
+            if optional[name] is not None and other is not None:
                 raise ValueError(f"{name} can't be combined with {other_name}: {reason}")
 
     def extra_repr(self) -> str:

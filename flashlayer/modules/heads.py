@@ -15,24 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of one process: ``count`` of the layer's ``total``, from ``first`` on.
-
-    Attributes:
-        total: query heads of the whole layer.
-        count: query heads here.
-        first: index of the first one; None if it is unknown (plain weights of fewer heads).
-        kv_index: for each query head here, its head among unsharded keys; None if the keys are
-            sharded like the queries.
-        mesh: the ranks that hold the heads; None if the weights are plain tensors.
-        placements: of the query projection's weight on ``mesh``.
-    """
+    """The heads of one process: ``count`` query heads of the layer's ``total``."""
 
     total: int
     count: int
-    first: int | None
+    first: int | None  # index of the first one; None if unknown (plain weights of fewer heads)
+    # For each query head here, its head among unsharded keys; None: keys sharded like the queries.
     kv_index: list[int] | None
-    mesh: DeviceMesh | None
-    placements: tuple[Placement, ...]
+    mesh: DeviceMesh | None  # the ranks that hold the heads; None if the weights are plain tensors
+    placements: tuple[Placement, ...]  # of the query projection's weight on ``mesh``
 
     def share(self, x: Tensor) -> Tensor:
         """``x``, replicated on every rank, with its gradient summed over the ranks.
@@ -50,11 +41,7 @@ class Heads:
         return x.redistribute(placements=everywhere).to_local(grad_placements=summed)
 
     def local(self, x: Tensor, dim: int, name: str) -> Tensor:
-        """This rank's heads of ``x``, which has ``total`` of them in dimension ``dim``.
-
-        Raises:
-            ValueError: ``first`` is unknown.
-        """
+        """This rank's heads of ``x``, which has ``total`` of them in dimension ``dim``."""
         if self.first is None:
             raise ValueError(
                 f"{name} is about {self.total} heads and q_proj makes {self.count} of them, its "
@@ -100,12 +87,8 @@ def local_heads(
 ) -> Heads | None:
     """The heads that projection outputs of these widths hold; None if all of the layer's.
 
-    Args:
-        widths: features of the outputs of ``q_proj``, ``k_proj`` and ``v_proj``.
-        q_weight: weight of ``q_proj``; a sharded ``DTensor`` tells which heads are here.
-        head_dim: ``D``.
-        num_heads: ``H`` of the layer.
-        num_kv_heads: ``Hkv`` of the layer.
+    ``widths`` are the features that ``q_proj``, ``k_proj`` and ``v_proj`` make. A sharded
+    ``DTensor`` in ``q_weight`` tells which heads are here.
 
     Raises:
         ValueError: a width is not a whole number of heads; keys and queries are not sharded over
@@ -141,8 +124,7 @@ def local_heads(
                 f"{num_kv_heads}: shard both over the same ranks"
             )
         group_size = num_heads // num_kv_heads
-        start = first if known else 0
-        kv_index = [head // group_size for head in range(start, start + count)]
+        kv_index = [head // group_size for head in range(first, first + count)]
         kv_index = [0] * count if num_kv_heads == 1 else kv_index
     return Heads(num_heads, count, first if known else None, kv_index, mesh, placements)
 

@@ -13,22 +13,17 @@ def rotate(x: Tensor, base: float, position: Tensor) -> Tensor:
     positions past 256 are no longer distinct.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    frequency = base ** -(
-        torch.arange(0, x.shape[-1], 2, device=x.device, dtype=dtype) / x.shape[-1]
-    )
-    angle = position.to(dtype)[:, None] * frequency  # [S, D/2]
+    exponent = torch.arange(0, x.shape[-1], 2, device=x.device, dtype=dtype) / x.shape[-1]
+    angle = position.to(dtype)[:, None] * base**-exponent  # [S, D/2]
     return rotate_pairs(x, angle.cos(), angle.sin())
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotate the first ``R`` features of ``(..., D)`` in pairs; the rest pass unchanged.
 
-    Args:
-        x: any floating dtype; the rotation is computed in fp32 at least.
-        cos: of the angles, broadcastable to ``(..., R / 2)``.
-        sin: likewise.
-        interleaved: pair features ``2 i`` and ``2 i + 1`` (GPT-J) rather than ``i`` and ``i + R /
-            2`` (GPT-NeoX, Llama).
+    ``cos`` and ``sin`` of the angles are broadcastable to ``(..., R / 2)``. Pairs are features
+    ``2 i`` and ``2 i + 1`` if ``interleaved`` (GPT-J), else ``i`` and ``i + R / 2`` (GPT-NeoX,
+    Llama). Computed in fp32 at least.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = cos.to(dtype), sin.to(dtype)
@@ -45,10 +40,7 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False)
 def token_positions(x: Tensor, cu_seqlens: Tensor | None, first: int) -> Tensor:
     """Position of every token of ``x`` ``(..., S, D)`` in its sequence, ``(S,)``.
 
-    Args:
-        x: the tokens.
-        cu_seqlens: boundaries of packed sequences; None for one sequence.
-        first: position of the first token; 0 for packed sequences.
+    ``first`` is the position of the first token; 0 for packed sequences.
     """
     token = torch.arange(first, first + x.shape[-2], device=x.device)
     return token if cu_seqlens is None else token - cu_seqlens[sequence_ids(token, cu_seqlens)]

@@ -173,14 +173,9 @@ class Comparison(NamedTuple):
 def compare(
     actual: Tensor, same_dtype: Tensor, reference: Tensor, factor: float, noise: float = 0.0
 ) -> Comparison:
-    """One result's errors and their bound.
+    """One result's errors and their bound: ``factor`` times that of ``same_dtype``, and ``noise``.
 
-    Args:
-        actual: the result.
-        same_dtype: what standard attention gives in its dtype.
-        reference: what standard attention gives in fp64.
-        factor: how many times the error of ``same_dtype`` is allowed.
-        noise: what is added to the bound.
+    ``same_dtype`` and ``reference`` are what standard attention gives in its dtype and in fp64.
     """
     # The lse of a row without keys is -inf on both sides; any other infinity is an error.
     infinite = reference == -torch.inf

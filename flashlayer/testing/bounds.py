@@ -53,17 +53,11 @@ def recomputation_noise(
 
 
 class Exponential(NamedTuple):
-    """How far the exponential of ATen's CPU flash kernel may be from e^x, relatively.
+    """How far the exponential of ATen's CPU flash kernel may be from e^x, relatively."""
 
-    Attributes:
-        forward: of exp(score - maximum), at 0.
-        forward_slope: what is added for each unit that the score is below the maximum.
-        backward: of exp(score - lse).
-    """
-
-    forward: float
-    forward_slope: float
-    backward: float
+    forward: float  # of exp(score - maximum), at 0
+    forward_slope: float  # added for each unit that the score is below the maximum
+    backward: float  # of exp(score - lse)
 
 
 # Without vectors both passes call the C library's expf: 1/2 ulp and a little, measured 6.0e-8.

@@ -36,7 +36,7 @@ def gradcheck(
     seed: int = 0,
     **options: Any,
 ) -> bool:
-    """Compare the gradients of an attention with finite differences, in fp64.
+    """Compare the gradients of an attention with finite differences, in fp64; True if they agree.
 
     Every output's gradient is checked, that of lse too where it is returned, with respect to all
     inputs, floating options (``attn_mask``, ``sinks``) and parameters of a module. ``alibi_slopes``
@@ -58,9 +58,6 @@ def gradcheck(
         **options: passed to ``attention``. With a backend's name, those of ``flash_attention``, or
             ``flash_attention_varlen`` if ``cu_seqlens_q`` is among them.
 
-    Returns:
-        True.
-
     Raises:
         AssertionError: a gradient is wrong, or an output is NaN or not fp64. The message names the
             output, the input, the first wrong element, its derivative and the expected one.
@@ -72,30 +69,24 @@ def gradcheck(
         >>> gradcheck(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
         True
     """
-    draw = _Draws(seed)
+    # A generator that the checked function can't touch, and not with ``seed`` itself: inputs drawn
+    # after ``torch.manual_seed(0)`` would be equal to what it draws.
+    generator = torch.Generator().manual_seed(seed + 1_000_003)
     if not inputs:
         if isinstance(attention, nn.Module):
             raise TypeError("inputs must be given for a module, got none")
-        inputs = tuple(draw.like(torch.empty(3, 1, 2, 9, 8, dtype=torch.float64)))
+        inputs = tuple(_draw_like(torch.empty(3, 1, 2, 9, 8, dtype=torch.float64), generator))
     with torch.random.fork_rng(sorted({x.device.index for x in inputs if x.is_cuda})):
         function, leaves = _as_function(attention, inputs, options, seed)
-        outputs = _check(function, leaves, draw, tolerance)
+        outputs = _check(function, leaves, generator, tolerance)
         if second_order:
-            leaves |= {f"grad_{name}": draw.like(x) for name, x in outputs.items()}
-            _check(_gradients_of(function), leaves, draw, tolerance)
+            leaves |= {f"grad_{name}": _draw_like(x, generator) for name, x in outputs.items()}
+            _check(_gradients_of(function), leaves, generator, tolerance)
     return True
 
 
-class _Draws:
-    """Random tensors from a generator that the checked function can't touch."""
-
-    def __init__(self, seed: int) -> None:
-        # Not ``seed`` itself: inputs drawn after ``torch.manual_seed(0)`` would be equal to these.
-        self.generator = torch.Generator().manual_seed(seed + 1_000_003)
-
-    def like(self, x: Tensor) -> Tensor:
-        drawn = torch.randn(x.shape, dtype=x.dtype, generator=self.generator, device="cpu")
-        return drawn.to(x.device)
+def _draw_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(x.shape, dtype=x.dtype, generator=generator, device="cpu").to(x.device)
 
 
 def _as_function(
@@ -173,26 +164,17 @@ def _backward(outputs: Tensors, cotangents: Tensors, leaves: Tensors, **options:
     tracked = [name for name, x in outputs.items() if x.requires_grad]
     if not tracked:
         return {name: torch.zeros_like(x) for name, x in leaves.items()}
-    grads = torch.autograd.grad(
-        [outputs[name] for name in tracked],
-        list(leaves.values()),
-        # A row that sees no key has lse = -inf, a constant.
-        [torch.where(outputs[n].isfinite(), cotangents[n], 0) for n in tracked],
-        allow_unused=True,
-        **options,
-    )
-    return {
-        name: torch.zeros_like(x) if grad is None else grad
-        for (name, x), grad in zip(leaves.items(), grads, strict=True)
-    }
+    # A row that sees no key has lse = -inf, a constant.
+    finite = [torch.where(outputs[name].isfinite(), cotangents[name], 0) for name in tracked]
+    tensors = [outputs[name] for name in tracked], list(leaves.values()), finite
+    grads = torch.autograd.grad(*tensors, materialize_grads=True, **options)
+    return dict(zip(leaves, grads, strict=True))
 
 
-def _check(function: Function, leaves: Tensors, draw: _Draws, tolerance: float) -> Tensors:
-    """Check the gradients of every output of ``function``; returns the outputs.
-
-    Raises:
-        AssertionError: see :func:`gradcheck`.
-    """
+def _check(
+    function: Function, leaves: Tensors, generator: torch.Generator, tolerance: float
+) -> Tensors:
+    """Check the gradients of every output of ``function``; returns the outputs."""
     leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
     outputs = function(leaves)
     for name, x in outputs.items():
@@ -200,8 +182,8 @@ def _check(function: Function, leaves: Tensors, draw: _Draws, tolerance: float) 
             raise AssertionError(f"{name} must be fp64 for fp64 inputs, got {x.dtype}")
         if x.isnan().any() or (x == torch.inf).any():
             raise AssertionError(f"{name} has elements that are NaN or infinite")
-    cotangents = {name: draw.like(x) for name, x in outputs.items()}
-    direction = {name: draw.like(x) for name, x in leaves.items()}
+    cotangents = {name: _draw_like(x, generator) for name, x in outputs.items()}
+    direction = {name: _draw_like(x, generator) for name, x in leaves.items()}
     moved = _Differences(function, leaves, cotangents)
     expected = moved.along(direction)
     for output, x in outputs.items():
@@ -239,28 +221,26 @@ class _Differences:
 
     def locate(self, output: str, grads: Tensors, direction: Tensors, tolerance: float) -> None:
         """Raise an error that names the first wrong element of the gradients of ``output``."""
-        for name, grad in grads.items():
 
-            def found_and_expected(
-                start: int, stop: int, u: Tensor, x: str = name
-            ) -> tuple[float, float]:
-                """Derivatives where elements ``start`` to ``stop`` move by ``u``."""
-                part = torch.zeros_like(u).flatten()
-                part[start:stop] = u.flatten()[start:stop]
-                found = (grads[x].flatten() * part)[start:stop].sum().item()
-                return found, self.along({x: part.view(u.shape)})[output]
+        def found_and_expected(name: str, u: Tensor, start: int, stop: int) -> tuple[float, float]:
+            """Derivatives where elements ``start`` to ``stop`` of an input move by ``u``."""
+            part = torch.zeros_like(u).flatten()
+            part[start:stop] = u.flatten()[start:stop]
+            found = (grads[name].flatten() * part)[start:stop].sum().item()
+            return found, self.along({name: part.view(u.shape)})[output]
 
-            u, start, stop = direction[name], 0, grad.numel()
-            if _close(*found_and_expected(start, stop, u), tolerance):
+        for name, u in direction.items():
+            start, stop = 0, u.numel()
+            if _close(*found_and_expected(name, u, start, stop), tolerance):
                 continue
             while stop - start > 1:
                 middle = (start + stop) // 2
-                if _close(*found_and_expected(start, middle, u), tolerance):
+                if _close(*found_and_expected(name, u, start, middle), tolerance):
                     start = middle
                 else:
                     stop = middle
-            found, expected = found_and_expected(start, stop, torch.ones_like(u))
-            index = [int(i) for i in torch.unravel_index(torch.tensor(start), grad.shape)]
+            found, expected = found_and_expected(name, torch.ones_like(u), start, stop)
+            index = [int(i) for i in torch.unravel_index(torch.tensor(start), u.shape)]
             raise AssertionError(
                 f"the gradient of {output} with respect to {name} is wrong: {index} is "
                 f"{found:.8g}, expected {expected:.8g} by finite differences"

@@ -25,10 +25,8 @@ def unpad_input(
 ) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
     """The tokens that a padding mask keeps, one sequence after the other.
 
-    Args:
-        hidden_states: ``(B, S, ...)``.
-        attention_mask: ``(B, S)``, bool or int, 1 = a token.
-        unused_mask: ``(B, S)``, tokens that are allocated but not used.
+    ``hidden_states`` is ``(B, S, ...)``, ``attention_mask`` ``(B, S)``, bool or int, 1 = a token;
+    ``unused_mask`` ``(B, S)`` marks tokens that are allocated but not used.
 
     Returns:
         The tokens ``(T, ...)``, their ``indices`` ``(T,)`` in the flattened batch, ``cu_seqlens``
@@ -43,14 +41,10 @@ def unpad_input(
 def unpad_input_for_concatenated_sequences(
     hidden_states: Tensor, attention_mask_in_length: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The same where each row of the batch holds several sequences.
+    """:func:`unpad_input` where each row of the batch holds several sequences.
 
-    Args:
-        hidden_states: ``(B, S, ...)``.
-        attention_mask_in_length: ``(B, S)`` int: the lengths of a row's sequences, then zeros.
-
-    Returns:
-        As :func:`unpad_input` without the last; ``cu_seqlens`` has every sequence of every row.
+    ``attention_mask_in_length`` ``(B, S)`` int has the lengths of a row's sequences, then zeros.
+    ``cu_seqlens`` has every sequence of every row; the last result is missing.
     """
     row_length = attention_mask_in_length.sum(dim=-1, keepdim=True)
     token = torch.arange(attention_mask_in_length.shape[1], device=row_length.device)

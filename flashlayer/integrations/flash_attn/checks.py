@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -90,24 +90,45 @@ def unpacked(name: str, x: Tensor, count: int, dim: int) -> tuple[Tensor, ...]:
     return x.unbind(dim)
 
 
+class Cache(NamedTuple):
+    """The cache and what indexes it, as in ``flash_attn_with_kvcache``."""
+
+    k: Tensor
+    v: Tensor
+    batch_idx: Tensor | None
+    leftpad: Tensor | None
+    block_table: Tensor | None
+
+
 def check_qkv(q: Any, k: Any, v: Any, layout: tuple[str, ...]) -> None:
     """Check ``(B, S, H, D)`` or packed ``(T, H, D)``; ``layout`` names the dimensions before H."""
-    names = ", ".join((*layout, "heads", "head_dim"))
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.ndim != len(layout) + 2:
-            raise ValueError(f"{name} must be ({names}), got {tuple(x.shape)}")
+        names = _check_layout(name, x, layout)
     if k.shape[-1] != q.shape[-1] or (len(layout) == 2 and k.shape[0] != q.shape[0]):
         raise ValueError(
-            f"k must be ({names}) with q's {'batch and ' if len(layout) == 2 else ''}head_dim, "
+            f"k must be {names} with q's {'batch and ' if len(layout) == 2 else ''}head_dim, "
             f"got q {tuple(q.shape)} and k {tuple(k.shape)}"
         )
+    _check_values("k", k, "v", v)
+    _check_heads(q, "k's and v's", k)
+
+
+def _check_layout(name: str, x: Any, layout: tuple[str, ...]) -> str:
+    """Check the dimensions before heads and head_dim; returns the names of all."""
+    names = f"({', '.join((*layout, 'heads', 'head_dim'))})"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.ndim != len(layout) + 2:
+        raise ValueError(f"{name} must be {names}, got {tuple(x.shape)}")
+    return names
+
+
+def _check_values(k_name: str, k: Tensor, v_name: str, v: Tensor) -> None:
     if v.shape[:-1] != k.shape[:-1]:
         raise ValueError(
-            f"v must be k's shape but for head_dim, got k {tuple(k.shape)} and v {tuple(v.shape)}"
+            f"{v_name} must be {k_name}'s shape but for head_dim, "
+            f"got {k_name} {tuple(k.shape)} and {v_name} {tuple(v.shape)}"
         )
-    _check_heads(q, "k's and v's", k)
 
 
 def _check_heads(q: Tensor, of_keys: str, k: Tensor) -> None:
@@ -120,75 +141,59 @@ def _check_heads(q: Tensor, of_keys: str, k: Tensor) -> None:
 
 def check_cache_arguments(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: Cache,
     k: Tensor | None,
     v: Tensor | None,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
+    rotary: tuple[Tensor | None, Tensor | None],
     cache_seqlens: int | Tensor | None,
-    cache_batch_idx: Tensor | None,
-    cache_leftpad: Tensor | None,
-    block_table: Tensor | None,
 ) -> None:
     """Check which arguments need each other, and their shapes."""
-    _check_cache_tensors(q, k_cache, v_cache, block_table is not None)
+    paged, batch_idx = cache.block_table is not None, cache.batch_idx
+    pages = ("blocks", "page") if paged else ("batch", "sequence")
+    _check_layout("q", q, ("batch", "sequence"))
+    _check_layout("k_cache", cache.k, pages)
+    _check_layout("v_cache", cache.v, pages)
+    _check_values("k_cache", cache.k, "v_cache", cache.v)
+    if cache.k.shape[3] != q.shape[3]:
+        raise ValueError(
+            f"k_cache must have q's head_dim {q.shape[3]}, got k_cache {tuple(cache.k.shape)}"
+        )
+    _check_heads(q, "k_cache's", cache.k)
+    cos, sin = rotary
     if (k is None) != (v is None):
         raise ValueError("k and v must be given together")
-    if (rotary_cos is None) != (rotary_sin is None):
+    if (cos is None) != (sin is None):
         raise ValueError("rotary_cos and rotary_sin must be given together")
     if k is not None and cache_seqlens is None:
         raise ValueError("cache_seqlens must be given with k: it says where k is written")
-    if rotary_cos is not None and k is None:
+    if cos is not None and k is None:
         raise ValueError("rotary_cos needs k: the keys in the cache are rotated already")
-    if block_table is not None and cache_batch_idx is not None:
+    if paged and batch_idx is not None:
         raise ValueError("cache_batch_idx can't be combined with block_table, which says as much")
     batch = q.shape[0]
-    if block_table is None and cache_batch_idx is None and k_cache.shape[0] != batch:
+    if not paged and batch_idx is None and cache.k.shape[0] != batch:
         raise ValueError(
             f"k_cache must have query's batch size {batch} without cache_batch_idx, "
-            f"got {k_cache.shape[0]}"
+            f"got {cache.k.shape[0]}"
         )
     # The indexed write to the cache would broadcast them.
-    for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
+    for name, x, held in (("k", k, cache.k), ("v", v, cache.v)):
         if x is None or k is None:
             continue
-        expected = (batch, k.shape[1], *cache.shape[2:])
+        expected = (batch, k.shape[1], *held.shape[2:])
         if x.shape != expected:
             raise ValueError(f"{name} must be {expected} to fit the cache, got {tuple(x.shape)}")
-        if x.dtype != cache.dtype:
-            raise TypeError(f"{name} must be {cache.dtype} as {name}_cache, got {x.dtype}")
+        if x.dtype != held.dtype:
+            raise TypeError(f"{name} must be {held.dtype} as {name}_cache, got {x.dtype}")
     if isinstance(cache_seqlens, Tensor) and cache_seqlens.shape != (batch,):
         raise ValueError(
             f"cache_seqlens must be an int or of shape ({batch},), got {tuple(cache_seqlens.shape)}"
         )
-    for name, x in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
+    for name, x in (("cache_batch_idx", batch_idx), ("cache_leftpad", cache.leftpad)):
         if x is not None and x.shape != (batch,):
             raise ValueError(f"{name} must be of shape ({batch},), got {_shape(x)}")
-    if block_table is not None:
-        check_block_table(block_table, batch)
-
-
-def _check_cache_tensors(q: Any, k_cache: Any, v_cache: Any, paged: bool) -> None:
-    pages = ("blocks", "page") if paged else ("batch", "sequence")
-    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.ndim != 4:
-            first = ("batch", "sequence") if name == "q" else pages
-            raise ValueError(
-                f"{name} must be ({', '.join(first)}, heads, head_dim), got {tuple(x.shape)}"
-            )
-    if v_cache.shape[:3] != k_cache.shape[:3]:
-        raise ValueError(
-            f"v_cache must be k_cache's shape but for head_dim, "
-            f"got k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)}"
-        )
-    if k_cache.shape[3] != q.shape[3]:
-        raise ValueError(
-            f"k_cache must have q's head_dim {q.shape[3]}, got k_cache {tuple(k_cache.shape)}"
-        )
-    _check_heads(q, "k_cache's", k_cache)
+    if paged:
+        check_block_table(cache.block_table, batch)
 
 
 def check_block_table(block_table: Any, sequences: int) -> None:
@@ -227,45 +232,36 @@ def check_pages(block_table: Tensor, lengths: Tensor, pages: Tensor, needed_by: 
         )
 
 
-def check_cache_lengths(
-    start: Tensor | None,
-    filled: Tensor,
-    stop: Tensor,
-    k_cache: Tensor,
-    cache_batch_idx: Tensor | None,
-    block_table: Tensor | None,
-) -> None:
+def check_cache_lengths(cache: Cache, filled: Tensor, stop: Tensor) -> None:
     """Check the values of the arguments that index the cache, where reading them is free.
 
-    ``start`` is ``cache_leftpad``, ``filled`` is ``cache_seqlens`` and ``stop`` the same with the
-    new keys, ``(B,)`` each.
+    ``filled`` is ``cache_seqlens`` and ``stop`` the same with the new keys, ``(B,)`` each.
     """
     if not has_values(stop) or len(stop) == 0:
         return
-    capacity = k_cache.shape[1]
-    if block_table is None and int(stop.max()) > capacity:
+    start, rows, (held, capacity) = cache.leftpad, cache.batch_idx, cache.k.shape[:2]
+    if cache.block_table is None and int(stop.max()) > capacity:
         raise ValueError(
             f"k_cache holds {capacity} positions, cache_seqlens and k need {int(stop.max())}"
         )
     if int(filled.min()) < 0:
         raise ValueError(f"cache_seqlens must be at least 0, got {int(filled.min())}")
     if start is not None and has_values(start):
-        outside = (start < 0) | (start > stop)
-        if outside.any():
-            row = int(outside.nonzero()[0])
+        outside = ((start < 0) | (start > stop)).nonzero()
+        if len(outside):
+            row = int(outside[0])
             raise ValueError(
                 f"cache_leftpad must be from 0 to the {int(stop[row])} positions of row {row}, "
                 f"got {int(start[row])}"
             )
-    if cache_batch_idx is not None and has_values(cache_batch_idx):
-        wrong = cache_batch_idx[(cache_batch_idx < 0) | (cache_batch_idx >= k_cache.shape[0])]
+    if rows is not None and has_values(rows):
+        wrong = rows[(rows < 0) | (rows >= held)]
         if len(wrong):
             raise ValueError(
-                f"cache_batch_idx must name rows 0 to {k_cache.shape[0] - 1} of the cache, "
-                f"got {int(wrong[0])}"
+                f"cache_batch_idx must name rows 0 to {held - 1} of the cache, got {int(wrong[0])}"
             )
-    if block_table is not None:
-        check_pages(block_table, stop, k_cache, "cache_seqlens and k")
+    if cache.block_table is not None:
+        check_pages(cache.block_table, stop, cache.k, "cache_seqlens and k")
 
 
 def check_rotary(rotary_cos: Tensor, rotary_sin: Tensor, last: Tensor, head_dim: int) -> None:

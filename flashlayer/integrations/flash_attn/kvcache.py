@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch._subclasses import FakeTensor
 
 from flashlayer.functional import flash_attention_varlen
 from flashlayer.integrations.flash_attn.checks import (
+    Cache,
     WindowSize,
     attention_options,
     check_cache_arguments,
@@ -50,28 +50,19 @@ def flash_attn_with_kvcache(
     A contiguous cache is read in place; a slice of a longer buffer, a paged cache and one that is
     indexed by ``cache_batch_idx`` are copied for the call, O(B * capacity).
 
-    Args:
-        q: ``(B, Sq, H, D)``.
-        k_cache: ``(B, capacity, Hkv, D)``; with ``block_table`` pages, ``(blocks, page, Hkv, D)``.
-        v_cache: likewise.
-        k: ``(B, Snew, Hkv, D)``, written to the cache from position ``cache_seqlens`` on.
-        v: likewise.
-        rotary_cos: ``(positions, R / 2)``: rotate ``k``, and ``q``, by position before that; needs
-            ``k``. With ``causal`` or a window query ``i`` is at position ``cache_seqlens + i``,
-            else every query at ``cache_seqlens``.
-        rotary_sin: likewise.
-        cache_seqlens: number of filled positions, an int or ``(B,)``; all if None.
-        cache_batch_idx: ``(B,)``, the cache row of each query.
-        cache_leftpad: ``(B,)``, positions to ignore at the start of each row.
-        block_table: ``(B, blocks of a sequence)``, the pages of each sequence.
-        softmax_scale: ``D ** -0.5`` if None.
-        causal: the last query attends to all keys, the one before to all but the last.
-        window_size: ``(left, right)``, -1 for unbounded.
-        softcap: 0.0 for none.
-        rotary_interleaved: pair features 0 and 1 rather than ``i`` and ``i + R / 2``.
-        alibi_slopes: ``(H,)`` or ``(B, H)``.
-        num_splits: ignored.
-        return_softmax_lse: also return the log-sum-exp.
+    ``q`` ``(B, Sq, H, D)`` attends to the first ``cache_seqlens`` positions, an int or ``(B,)``,
+    all if None, and to the new ones. ``k_cache`` and ``v_cache`` are ``(B, capacity, Hkv, D)``, or
+    with ``block_table`` ``(B, blocks of a sequence)`` pages ``(blocks, page, Hkv, D)``.
+    ``cache_batch_idx`` ``(B,)`` is the cache row of each query, ``cache_leftpad`` ``(B,)`` the
+    number of positions to ignore at the start of each row.
+
+    ``k`` and ``v`` ``(B, Snew, Hkv, D)`` are written to the cache from position ``cache_seqlens``
+    on. ``rotary_cos`` and ``rotary_sin`` ``(positions, R / 2)`` need ``k``: they rotate it, and
+    ``q``, by position before that. With ``causal`` or a window query ``i`` is at position
+    ``cache_seqlens + i``, else every query at ``cache_seqlens``. ``rotary_interleaved`` pairs
+    features 0 and 1 rather than ``i`` and ``i + R / 2``.
+
+    ``num_splits`` is ignored; the rest is described in ``flash_attn_interface``'s docstring.
 
     Returns:
         ``(B, Sq, H, D)``; with ``return_softmax_lse`` also ``(B, H, Sq)``.
@@ -80,19 +71,8 @@ def flash_attn_with_kvcache(
         ValueError: an argument that another one needs is missing, the cache or the block table is
             too short, or an index is out of range; a RuntimeError as well.
     """
-    check_cache_arguments(
-        q,
-        k_cache,
-        v_cache,
-        k,
-        v,
-        rotary_cos,
-        rotary_sin,
-        cache_seqlens,
-        cache_batch_idx,
-        cache_leftpad,
-        block_table,
-    )
+    cache = Cache(k_cache, v_cache, cache_batch_idx, cache_leftpad, block_table)
+    check_cache_arguments(q, cache, k, v, (rotary_cos, rotary_sin), cache_seqlens)
     batch, seqlen_q, heads, head_dim = q.shape
     page = k_cache.shape[1]
     capacity = page if block_table is None else page * block_table.shape[1]
@@ -101,7 +81,7 @@ def flash_attn_with_kvcache(
         filled = torch.full((batch,), filled, device=q.device)
     filled = filled.long()
     stop = filled if k is None else filled + k.shape[1]
-    check_cache_lengths(cache_leftpad, filled, stop, k_cache, cache_batch_idx, block_table)
+    check_cache_lengths(cache, filled, stop)
     options = attention_options(softmax_scale, causal, window_size, softcap, alibi_slopes)
     if k is not None and v is not None:
         if rotary_cos is not None and rotary_sin is not None:
@@ -114,7 +94,7 @@ def flash_attn_with_kvcache(
                 q = apply_rotary_emb(q, *rotary)
             else:  # every query at one position: rotate them as heads of one token
                 q = apply_rotary_emb(q.flatten(1, 2).unsqueeze(1), *rotary).view_as(q)
-        _write(k_cache, v_cache, k, v, filled, cache_batch_idx, block_table)
+        _write(cache, k, v, filled)
     if block_table is not None:
         used = _used_blocks(block_table, stop, page)
         k_cache, v_cache = (x[used].flatten(1, 2) for x in (k_cache, v_cache))
@@ -144,34 +124,21 @@ def flash_attn_with_kvcache(
     return (out, lse) if return_softmax_lse else out
 
 
-def _write(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor,
-    v: Tensor,
-    filled: Tensor,
-    cache_batch_idx: Tensor | None,
-    block_table: Tensor | None,
-) -> None:
+def _write(cache: Cache, k: Tensor, v: Tensor, filled: Tensor) -> None:
     """Write the new keys and values after the ``filled`` positions of each row, in place."""
     position = filled[:, None] + torch.arange(k.shape[1], device=k.device)  # [B, Snew]
-    if block_table is not None:
-        page = k_cache.shape[1]
-        row, position = block_table.long().gather(1, position // page), position % page
-    elif cache_batch_idx is not None:
-        row = cache_batch_idx[:, None]
+    if cache.block_table is not None:
+        page = cache.k.shape[1]
+        row, position = cache.block_table.long().gather(1, position // page), position % page
+    elif cache.batch_idx is not None:
+        row = cache.batch_idx[:, None]
     else:
         row = torch.arange(len(k), device=k.device)[:, None]
-    for cache, new in ((k_cache, k), (v_cache, v)):
-        with _writable(cache):
-            cache[row, position] = new
-
-
-def _writable(cache: Tensor) -> AbstractContextManager[Any]:
-    """Inference mode if the cache is an inference tensor, else no-op; Dynamo can't trace it."""
-    if not torch.compiler.is_compiling() and cache.is_inference():
-        return torch.inference_mode()
-    return nullcontext()
+    for held, new in ((cache.k, k), (cache.v, v)):
+        # Inference tensors are written in inference mode; Dynamo can't trace is_inference().
+        inference = not torch.compiler.is_compiling() and held.is_inference()
+        with torch.inference_mode() if inference else nullcontext():
+            held[row, position] = new
 
 
 def packed_pages(pages: Tensor, block_table: Tensor, cu_seqlens: Tensor) -> Tensor:

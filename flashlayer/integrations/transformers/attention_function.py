@@ -93,11 +93,15 @@ def attention(
     if attention_mask is None:
         window = _window_without_mask(module, query, key, is_causal, sliding_window, packing)
         shape = (key.shape[0], 1, query.shape[2], key.shape[2])
-        attention_mask = WindowMask(shape, key.device, window, packable=True)
+        attention_mask = WindowMask(shape, key.device, window._replace(packable=True))
     if attention_mask.ndim != 4:
         _refuse(module, "attention_mask", f"it must have 4 dimensions, got {attention_mask.ndim}")
     if packing is not None:
-        _check_packing(module, attention_mask, position_bias)
+        if not _is_window_only(attention_mask):
+            reason = "packed sequences have no padding, and no mask but a window"
+            _refuse(module, "cu_seq_lens_q", reason)
+        if position_bias is not None:
+            _refuse(module, "cu_seq_lens_q", "packed sequences can't have a position_bias")
     elif isinstance(attention_mask, WindowMask):
         causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
         attention_mask = attention_mask.separated(position_ids, causal)
@@ -111,7 +115,11 @@ def attention(
     }
     try:
         if packing is not None and isinstance(attention_mask, WindowMask):
-            out = _attend_packed(query, key, value, attention_mask.window, packing, options)
+            # Within sequences packed along the batch and the sequence dimension.
+            packed = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+            options |= attention_mask.window.options()
+            out: Any = flash_attention_varlen(*packed, **packing._asdict(), **options)
+            out = out.unflatten(0, (query.shape[0], -1)).contiguous()
         else:
             out = _attend(query, key, value, attention_mask, position_bias, options)
     except (TypeError, ValueError) as error:
@@ -138,26 +146,15 @@ def _window_without_mask(
     if sliding_window is not None and sliding_window < seqlen_k:
         _refuse(module, "sliding_window", "it comes without a mask to say where the queries stand")
     if causal and seqlen_q not in (1, seqlen_k) and packing is None:
-        _refuse(
-            module,
-            "attention_mask=None",
-            f"is_causal, and no mask says where {seqlen_q} queries stand among {seqlen_k} keys",
-        )
+        where = f"where {seqlen_q} queries stand among {seqlen_k} keys"
+        _refuse(module, "attention_mask=None", f"is_causal, and no mask says {where}")
     return Window((None, 0) if causal else (None, None), "bottom_right", seqlen_k)
 
 
-def _check_packing(module: nn.Module, mask: Tensor, position_bias: Tensor | None) -> None:
-    window_only = (
-        isinstance(mask, WindowMask)
-        and mask.padding is None
-        and mask.pattern is None
-        and not mask.window.chunked
-    )
-    if not window_only:
-        reason = "packed sequences have no padding, and no mask but a window"
-        _refuse(module, "cu_seq_lens_q", reason)
-    if position_bias is not None:
-        _refuse(module, "cu_seq_lens_q", "packed sequences can't have a position_bias")
+def _is_window_only(mask: Tensor) -> bool:
+    if not isinstance(mask, WindowMask) or mask.window.chunked:
+        return False
+    return mask.padding is None and mask.pattern is None
 
 
 def _attend(
@@ -178,43 +175,22 @@ def _attend(
         if mask.shape[2:] != sizes or mask.cu_seqlens is not None or mask.pattern is not None:
             mask = mask.dense()
     if isinstance(mask, WindowMask):
-        window, padding = mask.window, mask.padding
-        options = options | {"window_size": window.window_size, "diagonal": window.diagonal}
+        keys, padding = mask.window.keys, mask.padding
+        options = options | mask.window.options()
         if position_bias is not None and position_bias.shape[-1] > 1:
-            position_bias = position_bias[..., : window.keys]
-        key, value = key[:, :, : window.keys], value[:, :, : window.keys]
+            position_bias = position_bias[..., :keys]
+        key, value = key[:, :, :keys], value[:, :, :keys]
         attn_mask = None if padding is None else padding[:, None, None, :]
     else:
         attn_mask = mask
-    if position_bias is None:
-        bias = attn_mask
-    elif attn_mask is None:
-        bias = position_bias
+    if position_bias is None or attn_mask is None:
+        bias = attn_mask if position_bias is None else position_bias
     elif attn_mask.dtype == torch.bool:
         bias = torch.where(attn_mask, position_bias, -torch.inf)
     else:
         bias = position_bias + attn_mask
     out = flash_attention(query, key, value, attn_mask=bias, **options)
     return out.transpose(1, 2).contiguous()  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _attend_packed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: Window,
-    packing: Packing,
-    options: dict[str, Any],
-) -> Tensor:
-    """Attention within sequences packed along the batch and the sequence dimension."""
-    out = flash_attention_varlen(
-        *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)),
-        **packing._asdict(),
-        window_size=window.window_size,
-        diagonal=window.diagonal,
-        **options,
-    )
-    return out.unflatten(0, (query.shape[0], -1)).contiguous()  # pyright: ignore
 
 
 def _refuse(module: nn.Module, option: str, reason: str) -> NoReturn:

@@ -54,9 +54,8 @@ def make_mask(
     # change with every token, and each change would recompile.
     if pattern is not None and q_length == 1 and pattern.right == 0 and not allow_is_causal_skip:
         pattern = None
+    shape, device = (batch_size, 1, q_length, kv_length), torch.device(device)
     if pattern is not None:
-        shape = (batch_size, 1, q_length, kv_length)
-        device = torch.device(device)
         made = window_mask(pattern, attention_mask, shape, q_offset, kv_offset, device, owner)
         if made is not None:
             return made
@@ -76,9 +75,8 @@ def make_mask(
     without_past = 1 < q_length == kv_length and not isinstance(q_offset, Tensor) and q_offset == 0
     packable = attention_mask is None and not use_vmap and without_past
     if packable and torch.compiler.is_compiling():
-        shape = (batch_size, 1, q_length, kv_length)
-        full = Window((None, None), "bottom_right", kv_length)
-        return WindowMask(shape, mask.device, full, pattern=mask, packable=True, owner=owner)
+        full = Window((None, None), "bottom_right", kv_length, owner, packable=True)
+        return WindowMask(shape, mask.device, full, pattern=mask)
     return DenseMask(mask, owner)
 
 
@@ -112,63 +110,55 @@ def recognise(mask_function: Callable) -> Pattern | None:
     if torch.compiler.is_compiling():
         return None  # Dynamo can't read closures
     code = getattr(mask_function, "__code__", None)
-    factory = _factories().get(code)
-    if code is None or factory is None:
+    reader = _readers().get(code)
+    if code is None or reader is None:
         return None
     cells = getattr(mask_function, "__closure__", None) or ()
-    contents = (cell.cell_contents for cell in cells)
-    closed_over: dict[str, Any] = dict(zip(code.co_freevars, contents, strict=True))
-    match factory:
-        case "and_masks":
-            return _intersection([recognise(part) for part in closed_over["mask_functions"]])
-        case "sliding_window_overlay" if closed_over["sliding_window"] >= 1:
-            return Pattern(left=closed_over["sliding_window"] - 1)
-        case "sliding_window_bidirectional_overlay" if closed_over["sliding_window"] >= 0:
-            return Pattern(left=closed_over["sliding_window"], right=closed_over["sliding_window"])
-        case "chunked_overlay":
-            return Pattern(chunk=closed_over["chunk_size"])
-        case "packed_sequence_mask_function":
-            return Pattern(sequences=closed_over["packed_sequence_mask"])
-        case "remap_positions_for_packed_sequence":
-            inner = recognise(closed_over["mask_function"])
-            return None if inner is None else inner._replace(remapped=True)
-    return None
+    return reader(dict(zip(code.co_freevars, (x.cell_contents for x in cells), strict=True)))
 
 
 @functools.cache
-def _factories() -> dict[Any, str]:
-    """The code of the closures that mask functions consist of, and the function that makes each."""
-    from transformers import masking_utils
+def _readers() -> dict[Any, Callable[[dict[str, Any]], Pattern | None]]:
+    """By the code of a closure that mask functions consist of: its pattern, from its variables."""
+    from transformers import masking_utils as utils
 
-    closures = {
-        "and_masks": masking_utils.and_masks(),
-        "sliding_window_overlay": masking_utils.sliding_window_overlay(1),
-        "sliding_window_bidirectional_overlay": masking_utils.sliding_window_bidirectional_overlay(
-            1
+    def window(left: int, right: int | None) -> Pattern | None:
+        return Pattern(left, right) if left >= 0 else None
+
+    def remapped(closed_over: dict[str, Any]) -> Pattern | None:
+        inner = recognise(closed_over["mask_function"])
+        return None if inner is None else inner._replace(remapped=True)
+
+    empty, causal = torch.empty(0), utils.causal_mask_function
+    readers: dict[Any, Callable[[dict[str, Any]], Pattern | None]] = {
+        utils.and_masks(): lambda x: _intersection(*map(recognise, x["mask_functions"])),
+        utils.sliding_window_overlay(1): lambda x: window(x["sliding_window"] - 1, None),
+        utils.sliding_window_bidirectional_overlay(1): lambda x: window(
+            x["sliding_window"], x["sliding_window"]
         ),
-        "chunked_overlay": masking_utils.chunked_overlay(1, torch.empty(0)),
-        "packed_sequence_mask_function": masking_utils.packed_sequence_mask_function(
-            torch.empty(0)
+        utils.chunked_overlay(1, empty): lambda x: Pattern(chunk=x["chunk_size"]),
+        utils.packed_sequence_mask_function(empty): lambda x: Pattern(
+            sequences=x["packed_sequence_mask"]
         ),
-        "remap_positions_for_packed_sequence": masking_utils.remap_positions_for_packed_sequence(
-            masking_utils.causal_mask_function, torch.empty(0)
-        ),
+        utils.remap_positions_for_packed_sequence(causal, empty): remapped,
     }
-    return {closure.__code__: name for name, closure in closures.items()}  # pyright: ignore
+    return {closure.__code__: reader for closure, reader in readers.items()}
 
 
-def _intersection(patterns: list[Pattern | None]) -> Pattern | None:
+def _intersection(*patterns: Pattern | None) -> Pattern | None:
     """The pattern whose keys are visible in all of them; None if one is unknown."""
     known = [pattern for pattern in patterns if pattern is not None]
-    sequences = [pattern.sequences for pattern in known if pattern.sequences is not None]
-    chunks = [pattern.chunk for pattern in known if pattern.chunk is not None]
+
+    def given(field: str) -> list[Any]:
+        values = (getattr(pattern, field) for pattern in known)
+        return [value for value in values if value is not None]
+
+    sequences, chunks = given("sequences"), given("chunk")
     if len(known) < len(patterns) or len(sequences) > 1 or len(chunks) > 1:
         return None
-    left = [pattern.left for pattern in known if pattern.left is not None]
-    right = [pattern.right for pattern in known if pattern.right is not None]
     return Pattern(
-        left=min(left, default=None),
-        right=min(right, default=None),
+        left=min(given("left"), default=None),
+        right=min(given("right"), default=None),
         sequences=sequences[0] if sequences else None,
         remapped=any(pattern.remapped for pattern in known),
         chunk=chunks[0] if chunks else None,
@@ -192,7 +182,13 @@ def window_mask(
     window = _window(pattern, q_length, kv_length, offset)
     if window is None:
         return None
-    padding = _padding(attention_mask, kv_offset, window.keys)
+    window = window._replace(owner=owner, packable=attention_mask is None)
+    padding = None
+    if attention_mask is not None:
+        padding = attention_mask[:, kv_offset : kv_offset + window.keys]
+        padding = nn.functional.pad(padding, (0, window.keys - padding.shape[1]))
+        if readable(padding) and bool(padding.all()):
+            padding = None
     sequences = pattern.sequences
     if pattern.chunk is not None and kv_offset + window.keys > pattern.chunk:
         # Without a past, chunks are packed sequences.
@@ -200,14 +196,12 @@ def window_mask(
             return None
         sequences = (torch.arange(q_length, device=device) // pattern.chunk).expand(batch, -1)
         window = window._replace(chunked=True)
-    options: dict[str, Any] = {"packable": attention_mask is None, "owner": owner}
     if sequences is None:
-        return WindowMask(shape, device, window, padding, **options)
+        return WindowMask(shape, device, window, padding)
     if padding is not None or not readable(sequences):
         return None
     cu_seqlens, longest = boundaries(sequences)
-    options |= {"cu_seqlens": cu_seqlens, "max_seqlen": longest}
-    return WindowMask(shape, device, window, **options)
+    return WindowMask(shape, device, window._replace(max_seqlen=longest), cu_seqlens=cu_seqlens)
 
 
 def _window(pattern: Pattern, q_length: int, kv_length: int, offset: int) -> Window | None:
@@ -223,12 +217,3 @@ def _window(pattern: Pattern, q_length: int, kv_length: int, offset: int) -> Win
         # The unwritten end of a static cache lies after every query.
         return Window(window_size, "bottom_right", offset + q_length)
     return Window(window_size, "top_left", kv_length) if offset == 0 else None
-
-
-def _padding(attention_mask: Tensor | None, kv_offset: int, keys: int) -> Tensor | None:
-    """The columns of the 2-D mask for the keys, ``(B, keys)``; None if they are all True."""
-    if attention_mask is None:
-        return None
-    padding = attention_mask[:, kv_offset : kv_offset + keys]
-    padding = nn.functional.pad(padding, (0, keys - padding.shape[1]))
-    return None if readable(padding) and bool(padding.all()) else padding

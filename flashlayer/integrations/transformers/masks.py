@@ -25,19 +25,19 @@ from flashlayer.spec import WindowSize
 
 
 class Window(NamedTuple):
-    """Which keys are visible, in the terms of :func:`flashlayer.flash_attention`.
-
-    Attributes:
-        window_size: keys to the left and right of a query's own position; ``(None, 0)`` is causal.
-        diagonal: alignment of the queries with the first ``keys`` keys.
-        keys: the number of keys in use, which in a static cache is below its capacity.
-        chunked: the packed sequences are chunks of longer ones.
-    """
+    """What a mask is besides its tensors, in the terms of :func:`flashlayer.flash_attention`."""
 
     window_size: WindowSize
-    diagonal: Literal["bottom_right", "top_left"]
-    keys: int
-    chunked: bool = False
+    diagonal: Literal["bottom_right", "top_left"]  # of the queries and the first ``keys`` keys
+    keys: int  # in use; in a static cache fewer than its capacity
+    owner: str = "model"  # type of the model
+    max_seqlen: int | None = None  # of the packed sequences
+    chunked: bool = False  # the packed sequences are chunks of longer ones
+    packable: bool = False  # no attention_mask, and WindowMask.separated was not applied yet
+
+    def options(self) -> dict[str, Any]:
+        """As arguments; the keys past ``keys`` are to be cut off."""
+        return {"window_size": self.window_size, "diagonal": self.diagonal}
 
 
 _aten = torch.ops.aten
@@ -69,15 +69,10 @@ def _refusing(name: str) -> Any:
 
 
 class GuardedMask(Tensor):
-    """A bool mask, True = attend, that raises when it is used as another kind of mask.
+    """A bool mask, True = attend, that raises when it is used as another kind of mask."""
 
-    Attributes:
-        owner: type of the model that the mask is for, named in errors.
-        inverted: True = hide, after ``~``: the model treats the mask as bool and may fill by it.
-    """
-
-    owner: str
-    inverted: bool = False
+    owner: str  # type of the model that the mask is for, named in errors
+    inverted: bool = False  # True = hide, after ~: the model treats it as bool and may fill by it
 
     # Only __torch_dispatch__ handles operations.
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
@@ -86,9 +81,12 @@ class GuardedMask(Tensor):
         """The mask as a plain bool tensor."""
         raise NotImplementedError
 
-    def moved(self, device: torch.device | None) -> GuardedMask:
-        """The same mask on another device."""
-        raise NotImplementedError
+    def moved(self: Any, device: torch.device | None) -> Tensor:
+        """The same mask on another device, not materialized."""
+        names, context = self.__tensor_flatten__()
+        device = self.device if device is None else device
+        tensors = {name: getattr(self, name).to(device) for name in names}
+        return self.__tensor_unflatten__(tensors, context, self.shape, self.stride())
 
     # For a bool tensor these do not dispatch, so __torch_dispatch__ would miss them. Of eager's
     # mask, which is nonzero where a key is hidden, bool() is the inverse.
@@ -116,32 +114,23 @@ class GuardedMask(Tensor):
             return args[0].moved(kwargs.get("device"))
         if func is _aten.clone.default and isinstance(args[0], WindowMask):
             return args[0].moved(None)
-        plain_args, plain_kwargs = tree_map_only(GuardedMask, _dense, (args, kwargs))
-        if func.overloadpacket in SHAPED_LIKE or _known_as_bool(func, args):
-            return func(*plain_args, **plain_kwargs)
-        reduced = func.overloadpacket in (_aten.all, _aten.any) and args[0].inverted
-        moved = func.overloadpacket in REARRANGING and not _read_as_index(func, args)
-        if not (reduced or moved):
+        plain = tree_map_only(GuardedMask, lambda mask: mask.dense(), (args, kwargs))
+        packet = func.overloadpacket
+        if packet in SHAPED_LIKE or _known_as_bool(packet, args):
+            return func(*plain[0], **plain[1])
+        reduced = packet in (_aten.all, _aten.any) and args[0].inverted
+        selecting = packet is _aten.index and not isinstance(args[0], GuardedMask)
+        if not reduced and (selecting or packet not in REARRANGING):
             raise _misread(owner, func)
-        result = func(*plain_args, **plain_kwargs)
+        result = func(*plain[0], **plain[1])
         if any(x.dtype != torch.bool for x in tree_leaves(result)):
             raise _misread(owner, func)
         inverted = all(mask.inverted for mask in masks) != (func is _aten.bitwise_not.default)
         return tree_map_only(Tensor, lambda x: DenseMask(x, owner, inverted), result)
 
 
-def _dense(mask: GuardedMask) -> Tensor:
-    return mask.dense()
-
-
-def _read_as_index(func: Any, args: tuple) -> bool:
-    """Whether a mask selects from another tensor."""
-    return func.overloadpacket is _aten.index and not isinstance(args[0], GuardedMask)
-
-
-def _known_as_bool(func: Any, args: tuple) -> bool:
+def _known_as_bool(packet: Any, args: tuple) -> bool:
     """Whether only a bool mask can be used so: the operation would raise for eager's mask."""
-    packet = func.overloadpacket
     guarded = [isinstance(argument, GuardedMask) for argument in args]
     if packet is _aten.where and guarded == [True, False, False]:
         return not args[0].inverted
@@ -160,13 +149,9 @@ def _misread(owner: str, func: Any) -> ValueError:
 
 
 class DenseMask(GuardedMask):
-    """A guarded mask of any shape whose values are stored.
+    """A guarded mask of any shape whose values are stored."""
 
-    Attributes:
-        visible: the plain bool tensor; True = hidden if the mask is inverted.
-    """
-
-    visible: Tensor
+    visible: Tensor  # bool; True = hidden if the mask is inverted
 
     @staticmethod
     def __new__(cls, visible: Tensor, owner: str, inverted: bool = False) -> DenseMask:
@@ -204,27 +189,17 @@ class DenseMask(GuardedMask):
         """The mask as a plain bool tensor."""
         return self.visible
 
-    def moved(self, device: torch.device | None) -> DenseMask:
-        """The same mask on another device."""
-        visible = self.visible.to(self.device if device is None else device)
-        return DenseMask(visible, self.owner, self.inverted)
-
 
 class WindowMask(GuardedMask):
     """A bool mask ``(B, 1, Sq, Sk)``, True = attend, that is materialized only when it is read.
 
     Until then it is a :class:`Window` and O(Sk) of tensors. Moving it to another device keeps it
     so; every other allowed operation materializes it.
-
-    Attributes:
-        padding: bool ``(B, window.keys)``, False for padding; None without any.
-        cu_seqlens: boundaries of the sequences packed along ``B * Sq``; None for one a row.
-        pattern: bool ``(B or 1, 1, Sq, Sk)``, combined with the window; None without any.
     """
 
-    padding: Tensor | None
-    cu_seqlens: Tensor | None
-    pattern: Tensor | None
+    padding: Tensor | None  # bool (B, window.keys), False for padding
+    cu_seqlens: Tensor | None  # boundaries of the sequences packed along B * Sq; None: one a row
+    pattern: Tensor | None  # bool (B or 1, 1, Sq, Sk), combined with the window
 
     @staticmethod
     def __new__(
@@ -240,60 +215,39 @@ class WindowMask(GuardedMask):
         window: Window,
         padding: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-        anchor: Tensor | None = None,
         pattern: Tensor | None = None,
-        packable: bool = False,
-        owner: str = "model",
+        anchor: Tensor | None = None,
     ) -> None:
-        # Dynamo flattens the mask into plain numbers and tensors, of which it needs at least one.
-        self.numbers: tuple[Any, ...] = (*window, max_seqlen, packable, owner)
+        self.window, self.owner = window, window.owner
         self.padding = padding
         self.cu_seqlens = cu_seqlens
         self.pattern = pattern
+        # Dynamo flattens the mask into the window and tensors, of which it needs at least one.
         self.anchor = torch.empty(0, device=device) if anchor is None else anchor
-
-    @property
-    def window(self) -> Window:
-        """The window."""
-        return Window(*self.numbers[:-3])
-
-    @property
-    def packable(self) -> bool:
-        """Whether :meth:`separated` applies: no ``attention_mask``, and not applied yet."""
-        return self.numbers[-2]
-
-    @property
-    def owner(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Type of the model that the mask is for."""
-        return self.numbers[-1]
 
     @property
     def packing(self) -> Packing | None:
         """Boundaries of the packed sequences, None for one a row."""
         if self.cu_seqlens is None:
             return None
-        return Packing(self.cu_seqlens, None, self.numbers[-3], self.numbers[-3])
+        return Packing(self.cu_seqlens, None, self.window.max_seqlen, self.window.max_seqlen)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         """The window; the dense mask is ``repr(mask.dense())``."""
         tensors = self.__tensor_flatten__()[0][1:]
         return f"WindowMask(shape={tuple(self.shape)}, {self.window}, with {tensors})"
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple]:
+    def __tensor_flatten__(self) -> tuple[list[str], Window]:
         """The inner tensors' names, and the rest of the constructor's arguments."""
         names = ["anchor", "padding", "cu_seqlens", "pattern"]
-        return [name for name in names if getattr(self, name) is not None], self.numbers
+        return [name for name in names if getattr(self, name) is not None], self.window
 
     @staticmethod
     def __tensor_unflatten__(
-        tensors: dict[str, Tensor], numbers: tuple, size: Any, stride: Any
+        tensors: dict[str, Tensor], window: Window, size: Any, stride: Any
     ) -> WindowMask:
         """The inverse of :meth:`__tensor_flatten__`."""
-        *window, longest, packable, owner = numbers
-        options: dict[str, Any] = {"max_seqlen": longest, "packable": packable, "owner": owner}
-        options |= tensors
-        return WindowMask(size, tensors["anchor"].device, Window(*window), **options)
+        return WindowMask(size, tensors["anchor"].device, window, **tensors)
 
     def separated(self, position_ids: Tensor | None, causal: bool) -> Tensor:
         """The mask with a new sequence at each restart of the positions ``(B, S)``.
@@ -302,7 +256,7 @@ class WindowMask(GuardedMask):
         once per mask, which all layers share, as reading synchronizes the GPU. If they can't be
         read (under a compiler, on meta), the mask becomes dense.
         """
-        if position_ids is None or position_ids.ndim != 2 or not self.packable:
+        if position_ids is None or position_ids.ndim != 2 or not self.window.packable:
             return self
         batch, _, q_length, kv_length = self.shape
         window = self.window
@@ -314,13 +268,13 @@ class WindowMask(GuardedMask):
         sequences = restarts(position_ids).expand(batch, -1)
         if not readable(sequences):
             return self.dense() & same_sequence(sequences)
-        longest = self.numbers[-3]
+        longest = window.max_seqlen
         if bool(sequences.any()):
             if self.cu_seqlens is not None:
                 # Both are non-decreasing along a row, so their sum changes where either does.
                 sequences = sequences + self._sequences(self.cu_seqlens)
             self.cu_seqlens, longest = boundaries(sequences)
-        self.numbers = (*window, longest, False, self.owner)
+        self.window = window._replace(max_seqlen=longest, packable=False)
         return self
 
     def dense(self) -> Tensor:
@@ -349,10 +303,3 @@ class WindowMask(GuardedMask):
         batch, _, length, _ = self.shape
         token = torch.arange(batch * length, device=self.device)
         return torch.bucketize(token, cu_seqlens, right=True).view(batch, length)
-
-    def moved(self, device: torch.device | None) -> WindowMask:
-        """The same mask on another device, not materialized."""
-        device = self.device if device is None else device
-        names, numbers = self.__tensor_flatten__()
-        tensors = {name: getattr(self, name).to(device) for name in names}
-        return self.__tensor_unflatten__(tensors, numbers, self.shape, self.stride())

@@ -61,24 +61,17 @@ def knows_is_causal(module: str) -> bool:
     """
     from transformers import PreTrainedModel
 
-    models = [
-        value
-        for value in vars(sys.modules.get(module, sys)).values()
-        if isinstance(value, type) and issubclass(value, PreTrainedModel)
-    ]
-    models = [model for model in models if model.__module__ == module]
+    classes = [x for x in vars(sys.modules.get(module, sys)).values() if isinstance(x, type)]
+    classes = [cls for cls in classes if cls.__module__ == module]
+    models: list[Any] = [cls for cls in classes if issubclass(cls, PreTrainedModel)]
     return not models or any(model._supports_sdpa for model in models)
 
 
 def _is_table(value: Any) -> bool:
     """Whether this is a dict from implementation names to attention classes."""
-    return (
-        isinstance(value, dict)
-        and "eager" in value
-        and all(
-            isinstance(entry, type) and issubclass(entry, nn.Module) for entry in value.values()
-        )
-    )
+    if not isinstance(value, dict) or "eager" not in value:
+        return False
+    return all(isinstance(entry, type) and issubclass(entry, nn.Module) for entry in value.values())
 
 
 def _refuse(title: str, known: tuple[str, ...], *arguments: Any, **_: Any) -> NoReturn:

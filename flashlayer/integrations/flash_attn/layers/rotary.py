@@ -56,12 +56,8 @@ apply_rotary_emb_func = apply_rotary_emb
 def apply_rotary_emb_torch(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
 ) -> Tensor:
-    """The same with the angles of every token: ``cos`` and ``sin`` ``(..., S, R / 2)``.
+    """The same of ``x`` ``(..., S, H, D)`` with the angles of every token.
 
-    Args:
-        x: ``(..., S, H, D)``.
-        cos: broadcastable to ``x`` without its heads.
-        sin: likewise.
-        interleaved: as in :func:`apply_rotary_emb`.
+    ``cos`` and ``sin`` ``(..., S, R / 2)`` are broadcastable to ``x`` without its heads.
     """
     return rotate_pairs(x, cos.unsqueeze(-2), sin.unsqueeze(-2), interleaved)
