@@ -15,9 +15,7 @@ The arguments that several functions share:
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +39,6 @@ from flashlayer.integrations.flash_attn.kvcache import packed_pages
 from flashlayer.modules.positions import sequence_ids
 
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
-Function = TypeVar("Function", bound=Callable[..., Result])
 
 
 @raises_runtime_error
@@ -83,30 +80,41 @@ def flash_attn_func(
     return out.transpose(1, 2).contiguous(), lse, probabilities
 
 
-def _with_options(function: Function) -> Function:
-    """Show in the signature the options of :func:`flash_attn_func`, which are passed on."""
-    own = inspect.signature(function)
-    first = [x for x in own.parameters.values() if x.kind is x.POSITIONAL_OR_KEYWORD]
-    options = list(inspect.signature(flash_attn_func).parameters.values())[3:]
-    signature = own.replace(parameters=[*first, *options])
-    function.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
-    return function
-
-
 @raises_runtime_error
-@_with_options
-def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *options: Any, **named: Any) -> Result:
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
     """:func:`flash_attn_func` with keys and values in one tensor ``(B, Sk, 2, Hkv, D)``."""
     k, v = unpacked("kv", kv, 2, 2)
-    return flash_attn_func(q, k, v, *options, **named)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    return flash_attn_func(q, k, v, *options, deterministic, return_attn_probs)
 
 
 @raises_runtime_error
-@_with_options
-def flash_attn_qkvpacked_func(qkv: Tensor, *options: Any, **named: Any) -> Result:
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
     """:func:`flash_attn_func` with all three in one tensor ``(B, S, 3, H, D)``."""
     q, k, v = unpacked("qkv", qkv, 3, 2)
-    return flash_attn_func(q, k, v, *options, **named)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    return flash_attn_func(q, k, v, *options, deterministic, return_attn_probs)
 
 
 @raises_runtime_error
@@ -176,7 +184,6 @@ def flash_attn_varlen_func(
 
 
 @raises_runtime_error
-@_with_options
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -184,24 +191,41 @@ def flash_attn_varlen_kvpacked_func(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    *options: Any,
-    **named: Any,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
 ) -> Result:
     """:func:`flash_attn_varlen_func`, keys and values in one tensor ``(Tk, 2, Hkv, D)``."""
     k, v = unpacked("kv", kv, 2, 1)
     sizes = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return flash_attn_varlen_func(q, k, v, *sizes, *options, **named)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    return flash_attn_varlen_func(q, k, v, *sizes, *options, deterministic, return_attn_probs)
 
 
 @raises_runtime_error
-@_with_options
 def flash_attn_varlen_qkvpacked_func(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *options: Any, **named: Any
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
 ) -> Result:
     """:func:`flash_attn_varlen_func` with all three in one tensor ``(T, 3, H, D)``."""
     q, k, v = unpacked("qkv", qkv, 3, 1)
     sizes = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return flash_attn_varlen_func(q, k, v, *sizes, *options, **named)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    return flash_attn_varlen_func(q, k, v, *sizes, *options, deterministic, return_attn_probs)
 
 
 def _dropout(dropout_p: float, return_mask: bool, device: torch.device) -> dict[str, Any]:
