@@ -8,10 +8,15 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flashlayer import masks
+
 LENGTHS = (1, 2, 3, 17, 33, 63, 64, 65, 70)
 HEAD_DIMS = (1, 3, 8, 16, 24, 40, 59, 64, 80, 96)
 LAYOUTS = ("bhsd", "bshd", "strided_last", "expanded")
 MAGNITUDES = (1.0, 1.0, 0.0, 10.0, 100.0)  # 100: logits of 1e4 and more at D = 40
+
+
+MASK_KINDS = (None, None, "bool", "float", "padding", "intervals")
 
 
 class Drawn(NamedTuple):
@@ -30,11 +35,12 @@ def problems(
     dtypes: tuple[torch.dtype, ...],
     lengths: tuple[int, ...] = LENGTHS,
     head_dims: tuple[int, ...] = HEAD_DIMS,
+    mask_kinds: tuple[str | None, ...] = MASK_KINDS,
     plain: bool = False,
 ) -> Drawn:
     """A dense problem with any combination of options; reproducible from the drawn seed.
 
-    ``plain`` draws shapes, layouts, magnitudes, causal and scale only, Dv = D.
+    ``plain`` draws shapes, layouts, magnitudes, causal, windows, masks and scale only, Dv = D.
     """
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -69,23 +75,13 @@ def problems(
         options["causal"] = True
     if pick(False, False, True):
         options["scale"] = pick(1.0, -0.5, 0.0)
-    if plain:
-        return Drawn(q, k, v, options)
     if pick(False, False, True):
         edges = st.sampled_from((None, 0, 1, 7, 40))
         options["window_size"] = (draw(edges), draw(edges))
-    if pick(False, False, True):
-        options["softcap"] = pick(0.5, 30.0)
-    if pick(False, False, True):
-        shape = pick((heads,), (batch, heads))
-        options["alibi_slopes"] = torch.rand(shape, generator=generator)
-    if pick(False, False, True):
-        options["sinks"] = torch.randn(heads, generator=generator).to(dtype)
-    if pick(False, False, True):
-        options["dropout_p"] = pick(0.1, 0.5, 1.0)
-        options["dropout_seed"] = draw(st.integers(-(2**63), 2**63 - 1))
-    mask = pick(None, None, "bool", "float", "padding")
-    if mask is not None:
+    mask = draw(st.sampled_from(mask_kinds))
+    if mask == "intervals":
+        options["attn_mask"] = draw(interval_masks(batch, heads, seqlen_q, seqlen_k))
+    elif mask is not None:
         shape = tuple(pick(1, size) for size in (batch, heads, seqlen_q, seqlen_k))[pick(0, 0, 2) :]
         if mask == "float":
             values = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -96,7 +92,68 @@ def problems(
         else:
             kept = torch.tensor([pick(0, 1, seqlen_k) for _ in range(batch)]).view(-1, 1, 1, 1)
             options["attn_mask"] = torch.arange(seqlen_k).view(1, 1, 1, -1) < kept
+    if plain:
+        return Drawn(q, k, v, options)
+    if pick(False, False, True):
+        options["softcap"] = pick(0.5, 30.0)
+    if pick(False, False, True):
+        shape = pick((heads,), (batch, heads))
+        options["alibi_slopes"] = torch.rand(shape, generator=generator)
+    if pick(False, False, True):
+        options["sinks"] = torch.randn(heads, generator=generator).to(dtype)
+    if pick(False, False, True):
+        options["dropout_p"] = pick(0.1, 0.5, 1.0)
+        options["dropout_seed"] = draw(st.integers(-(2**63), 2**63 - 1))
     return Drawn(q, k, v, options)
+
+
+@st.composite
+def interval_masks(
+    draw, batch: int, heads: int, seqlen_q: int, seqlen_k: int
+) -> masks.IntervalMask:
+    """Random intervals for one or two dimensions of masks; or, for a square, any builder's."""
+    pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    batch, heads = pick(1, batch), pick(1, heads)
+    builders = ["random", "random", "hidden", "combined"]
+    if seqlen_q == seqlen_k:
+        builders += ["documents", "prefix", "blocks", "chunks", "tree", "global", "both ways"]
+    builder, size = pick(*builders), seqlen_k
+    count = pick(1, 2) if builder == "random" else 1
+    ends = torch.randint(0, seqlen_q + 1, (batch, heads, 2 * count, size), generator=generator)
+    drawn = masks.IntervalMask(ends, seqlen_q, hidden=builder == "hidden")
+    ids = torch.randint(0, 2, (batch, size), generator=generator).cumsum(dim=1)
+    if builder == "documents":
+        return masks.documents(ids - pick(0, 1))
+    if builder == "prefix":
+        return masks.prefix_lm(
+            torch.randint(0, size + 1, (batch,), generator=generator), seqlen=size
+        )
+    if builder == "blocks":
+        return masks.blocks_bidirectional(torch.where(ids % 3 == 0, 0, ids))
+    if builder == "chunks":
+        return masks.chunks(pick(1, 5, 16, 100), seqlen=size)
+    if builder == "tree":
+        return masks.tree(random_tree(size, generator))
+    if builder == "global":
+        return masks.global_and_window(pick(0, 1, 5), pick(0, 3, 40), seqlen=size)
+    if builder == "both ways":
+        return masks.global_and_window(pick(0, 1, 5), (pick(0, 3, 40), pick(0, 2)), seqlen=size)
+    if builder == "combined":
+        starts = torch.zeros_like(ends)
+        starts[:, :, 1] = seqlen_q // 2 + 1
+        return drawn & masks.IntervalMask(starts, seqlen_q)
+    return drawn
+
+
+def random_tree(seqlen: int, generator: torch.Generator) -> Tensor:
+    """Parents of ``seqlen`` tokens in depth-first order."""
+    parents, path = [], []
+    for token in range(seqlen):
+        path = path[: int(torch.randint(0, len(path) + 1, (), generator=generator))]
+        parents.append(path[-1] if path else -1)
+        path.append(token)
+    return torch.tensor(parents)
 
 
 @st.composite

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Callable
 
@@ -16,6 +15,7 @@ from flashlayer.backends import tiled
 from flashlayer.masks import IntervalMask
 from flashlayer.spec import AttentionExtras, AttentionSpec
 from flashlayer.testing import assert_attention_close, gradcheck
+from tests.strategies import random_tree
 from tests.test_accuracy import device_for
 
 S = 37
@@ -25,28 +25,18 @@ BLOCKS = torch.tensor([0] * 5 + [1] * 10 + [2] * 7 + [0] * 15)
 BACKENDS = ("triton", "tiled", "standard")
 
 
-def random_tree(generator: random.Random) -> list[int]:
-    """Parents of S tokens in depth-first order."""
-    parents, path = [-1], [0]
-    for token in range(1, S):
-        path = path[: generator.randint(0, len(path))]
-        parents.append(path[-1] if path else -1)
-        path.append(token)
-    return parents
-
-
-def ancestors(parents: list[int]) -> Tensor:
+def ancestors(parents: Tensor) -> Tensor:
     """The definition of a tree's mask, token by token."""
     mask = torch.eye(S, dtype=torch.bool)
     for token in range(S):
-        parent = parents[token]
+        parent = int(parents[token])
         while parent >= 0:
             mask[token, parent] = True
-            parent = parents[parent]
+            parent = int(parents[parent])
     return mask
 
 
-TREE = random_tree(random.Random(0))
+TREE = random_tree(S, torch.Generator().manual_seed(0))
 SAME_DOCUMENT = (DOCUMENTS[:, None] == DOCUMENTS) & (DOCUMENTS >= 0)
 PREFIXES = torch.tensor([0, 4, S])
 BUILT: dict[str, tuple[Callable[[], IntervalMask], Tensor]] = {
@@ -68,7 +58,7 @@ BUILT: dict[str, tuple[Callable[[], IntervalMask], Tensor]] = {
         (KEY <= QUERY) | ((BLOCKS[:, None] == BLOCKS) & (BLOCKS != 0)),
     ),
     "chunks": (lambda: masks.chunks(8, seqlen=S), QUERY // 8 == KEY // 8),
-    "tree": (lambda: masks.tree(torch.tensor(TREE)), ancestors(TREE)),
+    "tree": (lambda: masks.tree(TREE), ancestors(TREE)),
     "global_and_window": (
         lambda: masks.global_and_window(3, 5, seqlen=S),
         (KEY <= QUERY) & ((KEY < 3) | (QUERY - KEY <= 5)),
@@ -106,9 +96,9 @@ def test_a_builder_means_its_formula(name: str) -> None:
 
 
 def test_any_tree_in_depth_first_order() -> None:
-    generator = random.Random(1)
-    trees = [random_tree(generator) for _ in range(20)]
-    dense = masks.tree(torch.tensor(trees)).materialize()[:, 0]
+    generator = torch.Generator().manual_seed(1)
+    trees = torch.stack([random_tree(S, generator) for _ in range(20)])
+    dense = masks.tree(trees).materialize()[:, 0]
     assert torch.equal(dense, torch.stack([ancestors(parents) for parents in trees]))
 
 

@@ -6,6 +6,8 @@ one. The number of examples is printed at the end of the run.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -24,7 +26,7 @@ def check(backend: str, problem: Drawn) -> None:
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     q, k, v = (x.to(device) for x in problem[:3])
     options = {
-        name: option.to(device) if isinstance(option, torch.Tensor) else option
+        name: option.to(device) if hasattr(option, "to") else option
         for name, option in problem.options.items()
     }
     torch.manual_seed(0)
@@ -53,8 +55,8 @@ def search(backend: str, examples: int, strategy: SearchStrategy[Drawn]) -> None
     run()
 
 
-def dense(backend: str) -> SearchStrategy[Drawn]:
-    return problems(dtypes=FLOATS, plain=backend == "aten")
+def dense(backend: str, **drawn: Any) -> SearchStrategy[Drawn]:
+    return problems(dtypes=FLOATS, plain=backend == "aten", **drawn)
 
 
 @pytest.mark.parametrize("backend", EXAMPLES)
@@ -65,6 +67,13 @@ def test_any_problem(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["tiled", "triton"])
 def test_any_packed_problem(backend: str) -> None:
     search(backend, EXAMPLES[backend] // 2, packed_problems(dtypes=FLOATS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", EXAMPLES)
+def test_any_interval_mask_at_length(backend: str) -> None:
+    examples = 500 if backend == "triton" else SLOW_EXAMPLES
+    search(backend, examples, dense(backend, mask_kinds=("intervals",)))
 
 
 @pytest.mark.slow
