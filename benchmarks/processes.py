@@ -19,7 +19,9 @@ TIME_LIMIT = 180.0
 Work = Callable[..., Any]  # (rank, device, *arguments) -> what torch.save can write
 
 
-def run_group(work: Work, ranks: int, folder: Path, *arguments: Any) -> list[Any]:
+def run_group(
+    work: Work, ranks: int, folder: Path, *arguments: Any, start_method: str = "spawn"
+) -> list[Any]:
     """What ``work(rank, device, *arguments)`` returned on each of ``ranks`` processes, by rank.
 
     With NCCL where there is a GPU for every rank, else with gloo on the CPU. An exception in one
@@ -30,13 +32,19 @@ def run_group(work: Work, ranks: int, folder: Path, *arguments: Any) -> list[Any
         ranks: number of processes.
         folder: an empty folder; the ranks meet in a file there.
         *arguments: passed on to ``work``.
+        start_method: of ``multiprocessing``, ``"spawn"`` or ``"forkserver"``. A forked process
+            starts with its server's modules and memory: sooner, but its peak memory isn't its own.
 
     Raises:
         TimeoutError: the processes have not ended after ``TIME_LIMIT`` seconds.
     """
     on_gpus = torch.cuda.device_count() >= ranks
-    context: Any = mp.spawn(  # pyright: ignore[reportPrivateImportUsage]
-        _worker, args=(work, ranks, folder, on_gpus, arguments), nprocs=ranks, join=False
+    context: Any = mp.start_processes(  # pyright: ignore[reportPrivateImportUsage]
+        _worker,
+        args=(work, ranks, folder, on_gpus, arguments),
+        nprocs=ranks,
+        join=False,
+        start_method=start_method,
     )
     deadline = time.monotonic() + TIME_LIMIT
     try:

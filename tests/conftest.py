@@ -17,6 +17,10 @@ from train.measure import machine
 # Without a GPU the kernels run in Triton's interpreter, asked for before they are imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if find_spec("triton"):
+        from tests.interpreter import patch_language_once_per_launch
+
+        patch_language_once_per_launch()
 
 # Each of pytest-xdist's workers has a core of its own; more threads would only wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -22,11 +22,13 @@ B, H, HKV, SQ, SK, D = 2, 2, 1, 70, 65, 16
 BACKENDS = ("triton", "tiled")
 
 
-def qkv(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def qkv(
+    device: str = "cpu", dtype: torch.dtype = torch.float32, batch: int = B
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        torch.randn(B, H, SQ, D, dtype=dtype, device=device),
-        torch.randn(B, HKV, SK, D, dtype=dtype, device=device),
-        torch.randn(B, HKV, SK, D, dtype=dtype, device=device),
+        torch.randn(batch, H, SQ, D, dtype=dtype, device=device),
+        torch.randn(batch, HKV, SK, D, dtype=dtype, device=device),
+        torch.randn(batch, HKV, SK, D, dtype=dtype, device=device),
     )
 
 
@@ -141,6 +143,13 @@ OPTIONS = {
     },
 }
 
+# Of one batch: nothing here differs between batches, and other options are broadcast over them and
+# have gradients that are summed over them.
+OF_ONE_BATCH = {
+    *("mask_per_head", "float_mask_hides_all", "mask_and_window", "softcap"),
+    *("sink_of_minus_infinity", "dropout_of_all"),
+}
+
 
 def refused(backend: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> bool:
     return available_backends(q, k, v, **options)[backend] is not None
@@ -163,7 +172,7 @@ def to(device: str, dtype: torch.dtype, options: dict) -> dict:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_option(backend: str, name: str, dtype: torch.dtype) -> None:
     device = device_for(backend)
-    q, k, v = qkv(device, dtype)
+    q, k, v = qkv(device, dtype, 1 if name in OF_ONE_BATCH else B)
     options = to(device, dtype, OPTIONS[name])
     if not refused(backend, q, k, v, **options):
         assert_attention_close(backend, q, k, v, with_noise=True, **options)

@@ -11,7 +11,6 @@ import torch
 import transformers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from flashlayer.integrations.transformers import register
 
@@ -236,4 +235,6 @@ class Wide(TorchFunctionMode):
         def widen(value: Any) -> Any:
             return torch.float64 if value is torch.float32 else value
 
-        return func(*tree_map(widen, args), **tree_map(widen, kwargs or {}))
+        # A dtype is an argument by itself, so there is no need to search the others.
+        named = {name: widen(value) for name, value in (kwargs or {}).items()}
+        return func(*map(widen, args), **named)

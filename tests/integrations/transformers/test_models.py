@@ -115,8 +115,9 @@ def test_dropout_in_training_is_the_hosts_on_the_same_positions(
 def test_autocast_is_as_accurate_as_eager_under_autocast() -> None:
     model = build("Llama")
     inputs = model_inputs(model, "decoder", padding_mask("left padding"))
+    wide = copy.deepcopy(model).double()
     with Wide():
-        reference = train_step(copy.deepcopy(model).double(), inputs)
+        reference = train_step(wide, inputs)
     results = {}
     for name in ("eager", NAME):
         model.set_attn_implementation(name)
