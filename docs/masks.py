@@ -55,11 +55,9 @@ def draw(mask: IntervalMask) -> str:
         ends = mask.intervals[0, 0, :, key].tolist()
         for start, stop in zip(ends[::2], ends[1::2], strict=True):
             if start < stop:
-                x, y = MARGIN + key * CELL, MARGIN + start * CELL
-                shapes.append(
-                    f'<rect x="{x}" y="{y}" width="{CELL - 1}" height="{(stop - start) * CELL - 1}" '
-                    f'fill="{VISIBLE}"/>'
-                )
+                x, y, height = MARGIN + key * CELL, MARGIN + start * CELL, (stop - start) * CELL
+                place = f'x="{x}" y="{y}" width="{CELL - 1}" height="{height - 1}"'
+                shapes.append(f'<rect {place} fill="{VISIBLE}"/>')
     return "\n".join((*shapes, "</svg>\n"))
 
 
