@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashlayer import available_backends, flash_attention, flash_attention_varlen
+from flashlayer import flash_attention, flash_attention_varlen
 from flashlayer.backends import aten
 from flashlayer.backends.aten import kernel, pieces, short
 from flashlayer.backends.aten.pieces import split

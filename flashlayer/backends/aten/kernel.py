@@ -60,7 +60,7 @@ def flash_forward(
         wide_mask = None if mask is None else mask.float()
         o, lse = _FLASH(*wide, is_causal=causal, attn_mask=wide_mask, scale=scale)
         o = o.to(q.dtype)
-    if q.dtype in _HALF and not lse.max().item() < math.inf:
+    if q.dtype in _HALF and not math.isfinite(lse.sum().item()):
         # The kernel's exp for half precision turns the NaN of inf - inf into 0.
         o.masked_fill_((lse == torch.inf).unsqueeze(-1), torch.nan)
         lse.masked_fill_(lse == torch.inf, torch.nan)
@@ -169,7 +169,7 @@ def flash_backward(
         k, v, mask = _first_keys(seqlen_q, k, v, piece.mask)
         piece, seqlen_k = piece._replace(mask=mask), seqlen_q
     may_be_empty = piece.shares_rows or piece.mask is not None or seqlen_k < VECTOR_KEYS
-    if may_be_empty and not lse.min().item() > -math.inf:
+    if may_be_empty and not math.isfinite(lse.sum().item()):
         # In a row whose scores are all -inf, exp(-inf - -inf) is NaN but exp(-inf - inf) is 0.
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     if not piece.shares_rows and piece.mask is None and is_short(q, k):

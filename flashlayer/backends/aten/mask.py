@@ -8,6 +8,7 @@ of queries at a time (:data:`NUMBERS_AT_ONCE`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from flashlayer.spec import AttentionExtras, AttentionSpec, accumulation_dtype
 
-# Numbers of additive mask made at once, and the fewest queries of a block: 8 MB in fp32.
-NUMBERS_AT_ONCE = 2**21
+# Numbers of additive mask made at once, and the fewest queries of a block: 16 MB in fp32.
+NUMBERS_AT_ONCE = 2**22
 BLOCK_MIN = 128
 
 # Of each dtype: integers of its size, and the lowest bit of its exponent. -inf has the sign and all
@@ -56,6 +57,13 @@ def mask_dtype(mask: Tensor | None, dtype: torch.dtype) -> torch.dtype:
     return accumulation_dtype(dtype)
 
 
+def as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask of queries in ``dtype`` as the kernel takes it."""
+    if mask.dtype == torch.bool:
+        return additive(mask, dtype)
+    return mask.to(mask_dtype(mask, dtype))
+
+
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where True, -inf where False, contiguous.
 
@@ -76,28 +84,24 @@ def added(
     block, else made anew.
     """
     mask, edges = extras.attn_mask, _edges(block, spec)
-    if mask is None and not edges:
-        return None
-    dtype = mask_dtype(mask, dtype)
+    if not edges:
+        return None if mask is None else as_added(block.of(mask), dtype)
     cpu = torch.device("cpu")  # whatever torch's default device is
     if mask is None:
         own = torch.ones((1, 1, *block.size()), dtype=torch.bool, device=cpu)
     else:
         own = block.of(mask)
-        if edges:
-            own = own.expand(*own.shape[:2], *block.size()).clone()
-    is_float = own.is_floating_point()
-    own = own.to(dtype) if is_float else own
+        own = own.expand(*own.shape[:2], *block.size()).clone()
     for start, stop in edges:
         visible = spec.visible(
             block.q_rows.start, block.q_rows.stop, start, stop, *block.lengths, cpu
         )
         columns = own[..., start - block.k_rows.start : stop - block.k_rows.start]
-        if is_float:
-            columns.masked_fill_(~visible, -torch.inf)
-        else:
+        if own.dtype == torch.bool:
             columns &= visible
-    return own if is_float else additive(own, dtype)
+        else:
+            columns.masked_fill_(~visible, -torch.inf)
+    return as_added(own, dtype)
 
 
 def _edges(block: Block, spec: AttentionSpec) -> list[tuple[int, int]]:
@@ -131,10 +135,18 @@ def blocks(
 
 
 def hides_an_end(mask: Tensor) -> bool:
-    """Whether every query lacks the first key, or every query the last one."""
-    ends = mask[..., :: max(1, mask.shape[-1] - 1)]
-    visible = ends if ends.dtype == torch.bool else ends != -torch.inf
-    return not all(visible.flatten(0, 2).any(dim=0).tolist())
+    """Whether the first or the last key is hidden from all queries.
+
+    Two numbers are looked at before the two columns, which are slow to read: the last key of the
+    first query and the first key of the last one, which causal, windows and padding hide.
+    """
+    if mask.dtype == torch.bool:
+        if mask[0, 0, 0, -1].item() and mask[-1, -1, -1, 0].item():
+            return False
+        return not mask[..., :: max(1, mask.shape[-1] - 1)].flatten(0, 2).any(dim=0).all().item()
+    if mask[0, 0, 0, -1].item() > -math.inf and mask[-1, -1, -1, 0].item() > -math.inf:
+        return False
+    return hides_an_end(mask[..., :: max(1, mask.shape[-1] - 1)] != -torch.inf)
 
 
 def _trimmed(block: Block, mask: Tensor) -> slice:
@@ -156,7 +168,7 @@ def _trimmed(block: Block, mask: Tensor) -> slice:
 def without_hidden_keys(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple[Tensor, Tensor]:
-    """``k`` and ``v`` with 0 for the keys that no query sees: they may hold NaN, and 0 * NaN is NaN."""
+    """``k`` and ``v`` with 0 for the keys that no query sees: 0 * NaN is NaN."""
     mask = extras.attn_mask
     assert mask is not None
     seen = torch.zeros((*mask.shape[:2], 1, k.shape[2]), dtype=torch.bool, device=k.device)

@@ -18,7 +18,6 @@ Pieces of the same queries are merged by their LSE. A key that no piece holds co
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +28,7 @@ from flashlayer.backends.aten.mask import (
     NUMBERS_AT_ONCE,
     Block,
     added,
+    as_added,
     blocks,
     hides_an_end,
     mask_dtype,
@@ -43,6 +43,9 @@ TRIANGLE_ROWS = 4096
 # Queries a masked block, a quarter of the window's width within these limits: a larger block
 # computes more hidden scores, smaller ones are more calls (benchmarks/NOTES.md).
 MASKED_BLOCK_MIN, MASKED_BLOCK_MAX = 128, 512
+
+# From so many queries on, blocks of them are searched for keys that a mask hides from all.
+TRIMMED_MIN = 1024
 
 # From so many numbers in the product of the scores' sizes and D on, the visible keys of a padded
 # batch are sliced, a call for each batch entry; below, one call with an additive mask is faster.
@@ -108,10 +111,7 @@ def whole(q: Tensor, k: Tensor, spec: AttentionSpec, extras: AttentionExtras) ->
         return uncut
     if _slices(q, k, spec, mask) or _at_once(q, k, spec, mask) != (q.shape[2], q.shape[0]):
         return None
-    without_edges = replace(spec, window_right=None)
-    lengths = q.shape[2], k.shape[2]
-    block = Block(slice(0, q.shape[0]), slice(0, lengths[0]), slice(0, lengths[1]), lengths)
-    return uncut._replace(mask=added(block, without_edges, extras, q.dtype))
+    return uncut._replace(mask=as_added(mask, q.dtype))
 
 
 def _uncut(spec: AttentionSpec, is_top_left: bool) -> Piece | None:
@@ -186,7 +186,7 @@ def _at_once(q: Tensor, k: Tensor, spec: AttentionSpec, mask: Tensor) -> tuple[i
         rows = min(rows, max(seqlen_k // 8, BLOCK_MIN))
     elif uncut is None:
         rows = min(rows, _block_rows(spec, seqlen_k))
-    elif not uncut.causal and rows > BLOCK_MIN and hides_an_end(mask[:, :, :BLOCK_MIN]):
+    elif not uncut.causal and rows >= TRIMMED_MIN and hides_an_end(mask[:, :, :BLOCK_MIN]):
         rows = min(rows, max(seqlen_q // 8, BLOCK_MIN))
     return min(rows, seqlen_q), entries
 
