@@ -170,15 +170,16 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("sliced", [False, True])
+@pytest.mark.parametrize("is_sliced", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", MASKS)
 def test_padding(
-    name: str, causal: bool, dtype: torch.dtype, sliced: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, causal: bool, dtype: torch.dtype, is_sliced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hidden keys are NaN, so reading one shows."""
-    monkeypatch.setattr(pieces, "SLICED_MIN", 0 if sliced else 2**62)
+    for limit in ("SLICED_MIN", "SLICED_MIN_CAUSAL"):
+        monkeypatch.setattr(pieces, limit, 0 if is_sliced else 2**62)
     q, k, v = qkv(2, 4, 2, 70, dtype)
     mask = MASKS[name]
     for x in (k, v):
@@ -189,11 +190,8 @@ def test_padding(
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_padding_with_holes_is_gathered_but_not_under_causal(
-    causal: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_padding_with_holes_is_gathered_but_not_under_causal(causal: bool, sliced: None) -> None:
     """Without its hidden keys, a key behind them would move to another place on the diagonal."""
-    monkeypatch.setattr(pieces, "SLICED_MIN", 0)
     q, k, v = qkv(2, 2, 2, 70, torch.float32)
     mask = torch.rand(2, 1, 1, 70) < 0.5
     k.masked_fill_(~mask.mT, torch.nan)
@@ -247,7 +245,7 @@ def test_auto_computes_one_row_of_bf16_by_the_formula() -> None:
 
 
 def test_auto_takes_the_kernel_for_windows_padding_and_packed(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, sliced: None
 ) -> None:
     calls = []
     call = aten.flash_forward
@@ -256,7 +254,6 @@ def test_auto_takes_the_kernel_for_windows_padding_and_packed(
     flash_attention(q, k, v, causal=True, window_size=(9, 0))
     assert [tuple(args[1].shape) for args in calls] == [(2, 2, 40, 16)]
     calls.clear()
-    monkeypatch.setattr(pieces, "SLICED_MIN", 0)
     flash_attention(q, k, v, attn_mask=padding(40, (0, 40), (0, 7)))
     assert [args[1].shape[2] for args in calls] == [40, 7]
     calls.clear()
@@ -279,6 +276,13 @@ def test_a_gradient_of_lse_past_the_range_of_fp16() -> None:
     _, lse = flash_attention(q, q, q, return_lse=True, backend="aten", scale=1e-3)
     (gradient,) = torch.autograd.grad(lse.sum() * 70000, q)
     assert gradient.isfinite().all()
+
+
+@pytest.fixture
+def sliced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded batches are sliced however small they are."""
+    monkeypatch.setattr(pieces, "SLICED_MIN", 0)
+    monkeypatch.setattr(pieces, "SLICED_MIN_CAUSAL", 0)
 
 
 @pytest.fixture
@@ -337,11 +341,8 @@ def test_short_gradients_of_large_scores_are_as_accurate_as_the_kernels(
         assert (short_grad - exact).abs().max() <= 1.5 * (kernel_grad - exact).abs().max()
 
 
-def test_which_short_gradients_are_products(
-    shortest: list[Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_which_short_gradients_are_products(shortest: list[Tensor], sliced: None) -> None:
     """Those of pieces that share no rows; the pieces of a window do."""
-    monkeypatch.setattr(pieces, "SLICED_MIN", 0)
     q = torch.randn(1, 2, 150, 16, dtype=torch.bfloat16, requires_grad=True)
     flash_attention(q, q, q, window_size=(40, 0)).sum().backward()
     assert not shortest

@@ -47,9 +47,10 @@ MASKED_BLOCK_MIN, MASKED_BLOCK_MAX = 128, 512
 # From so many queries on, blocks of them are searched for keys that a mask hides from all.
 TRIMMED_MIN = 1024
 
-# From so many numbers in the product of the scores' sizes and D on, the visible keys of a padded
-# batch are sliced, a call for each batch entry; below, one call with an additive mask is faster.
-SLICED_MIN = 2**21
+# From so many hidden scores times D in a batch entry on, the visible keys of a padded batch are
+# sliced, a call for each entry; below, one call with an additive mask is faster. Under causal a
+# slice also leaves out the queries before its keys.
+SLICED_MIN, SLICED_MIN_CAUSAL = 2**24, 2**20
 
 
 class Piece(NamedTuple):
@@ -158,7 +159,13 @@ def _slices(q: Tensor, k: Tensor, spec: AttentionSpec, mask: Tensor) -> bool:
     if mask.dtype != torch.bool or mask.shape[1] > 1 or mask.shape[2] > 1 or mask.shape[3] == 1:
         return False
     uncut = _uncut(spec, spec.diagonal == "top_left")
-    if uncut is None or q[0].numel() * k.shape[2] < SLICED_MIN:
+    if uncut is None:
+        return False
+    numbers, least = q[0].numel(), SLICED_MIN_CAUSAL if uncut.causal else SLICED_MIN
+    if numbers * k.shape[2] < least:
+        return False
+    hidden = mask.numel() - int(mask.count_nonzero())
+    if numbers * hidden < least * len(mask):
         return False
     if not uncut.causal:
         return True
