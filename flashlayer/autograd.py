@@ -78,7 +78,9 @@ class FlashAttentionFunction(torch.autograd.Function):
         if do is None:
             do = torch.zeros_like(o)
         call = ctx.call
-        grads = call.backend.backward(do, dlse, q, k, v, o, lse, call.spec, as_extras(extras))
+        # A mode such as sdpa.override would be entered by every operation of the backend.
+        with torch._C.DisableTorchFunction():
+            grads = call.backend.backward(do, dlse, q, k, v, o, lse, call.spec, as_extras(extras))
         return None, *in_input_order(grads, extras)
 
 

@@ -18,7 +18,7 @@ from flashlayer.problem import (
     check_dropout,
     stand_ins,
 )
-from flashlayer.spec import NO_EXTRAS, Diagonal, Problem, WindowSize
+from flashlayer.spec import NO_EXTRAS, AttentionExtras, Diagonal, Problem, WindowSize
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -134,15 +134,18 @@ def flash_attention(
     """
     signature = None
     if (
-        attn_mask is alibi_slopes is sinks is dropout_seed is None
+        alibi_slopes is sinks is dropout_seed is None
         and window_size == (None, None)
         and type(dropout_p) is float
         and dropout_p == 0.0
     ):
-        signature = plans.signature(query, key, value, causal, diagonal, scale, softcap, backend)
+        signature = plans.signature(
+            query, key, value, causal, diagonal, scale, softcap, backend, attn_mask
+        )
         plan = None if signature is None else plans.PLANS.get(signature)
         if plan is not None:
-            problem = Problem(query, key, value, plan.spec, NO_EXTRAS)
+            extras = NO_EXTRAS if attn_mask is None else AttentionExtras(attn_mask)
+            problem = Problem(query, key, value, plan.spec, extras)
             return _compute(plan.backend, problem, return_lse)
     options: dict[str, Any] = {
         "attn_mask": attn_mask,

@@ -1,7 +1,7 @@
 """Checked calls, remembered: a short call of a known signature takes half the time.
 
 A call of 16 tokens took 18 us with its plan, 34 us without, and 9 us in SDPA (benchmarks/NOTES.md).
-Only calls without optional tensors have plans.
+Only calls without optional tensors but a mask have plans.
 """
 
 from __future__ import annotations
@@ -45,8 +45,11 @@ def signature(
     scale: float | None,
     softcap: float | None,
     backend: str,
+    attn_mask: Tensor | None,
 ) -> tuple | None:
     """All that the checks of a call and the choice of its backend depend on; None for no plan.
+
+    A mask must have the form in which backends get it: 4-D, without dimensions of stride 0.
 
     Under ``torch.compile`` there is none: it would guard on a dict. ``True == 1.0`` would hit the
     entry of a float and skip the type error, so numbers must be exactly float.
@@ -76,9 +79,21 @@ def signature(
     autocast = torch._C._is_any_autocast_enabled() and (
         torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
     )
-    tracked = torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad
-    )
+    tracked = query.requires_grad or key.requires_grad or value.requires_grad
+    mask = None
+    if attn_mask is not None:
+        if (
+            type(attn_mask) is not Tensor
+            or attn_mask.is_nested
+            or attn_mask.layout is not torch.strided
+            or attn_mask.ndim != 4
+            or 0 in attn_mask.stride()
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return None
+        tracked = tracked or attn_mask.requires_grad
+        mask = attn_mask.shape, attn_mask.dtype, attn_mask.device, attn_mask.requires_grad
+    tracked = tracked and torch.is_grad_enabled()
     return (
         *shapes,
         query.dtype,
@@ -90,6 +105,7 @@ def signature(
         scale,
         softcap,
         backend,
+        mask,
         autocast,
         tracked,
     )

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashlayer import available_backends, flash_attention, flash_attention_varlen
+from flashlayer import flash_attention, flash_attention_varlen
 from flashlayer.backends import aten
 from flashlayer.backends.aten import kernel, pieces, short
 from flashlayer.backends.aten.pieces import split
-from flashlayer.spec import NO_EXTRAS, AttentionSpec
+from flashlayer.spec import NO_EXTRAS, AttentionExtras, AttentionSpec
 from flashlayer.testing import assert_attention_close
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -69,7 +69,7 @@ def test_the_pieces_of_a_window_hold_every_pair_once(
         for rows, columns in zip(piece.queries(i), piece.keys(j), strict=True):
             visible = torch.ones(rows.shape[1], columns.shape[1])
             visible = visible.tril() if piece.causal else visible
-            visible = visible if piece.mask is None else visible * (piece.mask == 0)
+            visible = visible if piece.mask is None else visible * (piece.mask[0, 0] == 0)
             assert visible.any(dim=-1).all() or piece.mask is None, "a row without a key"
             count[rows.flatten()[:, None], columns.flatten()] += visible
     assert torch.equal(count > 0, spec.visible(0, queries, 0, keys, queries, keys, q.device))
@@ -78,7 +78,7 @@ def test_the_pieces_of_a_window_hold_every_pair_once(
 
 def test_a_wide_window_needs_no_mask() -> None:
     q = torch.zeros(1, 1, 1024, 1)
-    found = split(q, q, AttentionSpec(1.0, 128, 0, diagonal="top_left"), NO_EXTRAS)
+    found = list(split(q, q, AttentionSpec(1.0, 128, 0, diagonal="top_left"), NO_EXTRAS))
     assert [(piece.blocks, piece.mask) for piece in found] == [(1, None), (7, None), (7, None)]
 
 
@@ -160,14 +160,6 @@ def test_a_piece_whose_scores_are_all_minus_infinity_has_no_weight(
         torch.testing.assert_close(actual, expected)
 
 
-def test_unlike_lengths_with_a_mask_are_refused() -> None:
-    q, k = torch.randn(1, 1, 5, 16), torch.randn(1, 1, 9, 16)
-    options = {"attn_mask": padding(9, (0, 7)), "causal": True}
-    reason = available_backends(q, k, k, **options)["aten"]
-    assert reason == "it has no attn_mask together with a bottom-right diagonal of unlike lengths"
-    assert available_backends(q, k, k, diagonal="top_left", **options)["aten"] is None
-
-
 MASKS = {
     "right": padding(70, (0, 70), (0, 31)),
     "left": padding(70, (0, 70), (31, 70)),
@@ -178,11 +170,16 @@ MASKS = {
 }
 
 
+@pytest.mark.parametrize("is_sliced", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", MASKS)
-def test_padding(name: str, causal: bool, dtype: torch.dtype) -> None:
+def test_padding(
+    name: str, causal: bool, dtype: torch.dtype, is_sliced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Hidden keys are NaN, so reading one shows."""
+    for limit in ("SLICED_MIN", "SLICED_MIN_CAUSAL"):
+        monkeypatch.setattr(pieces, limit, 0 if is_sliced else 2**62)
     q, k, v = qkv(2, 4, 2, 70, dtype)
     mask = MASKS[name]
     for x in (k, v):
@@ -192,13 +189,17 @@ def test_padding(name: str, causal: bool, dtype: torch.dtype) -> None:
     assert all(not x.isnan().any() for x in results.values())
 
 
-def test_padding_with_holes_is_gathered_but_not_under_causal() -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_with_holes_is_gathered_but_not_under_causal(causal: bool, sliced: None) -> None:
+    """Without its hidden keys, a key behind them would move to another place on the diagonal."""
     q, k, v = qkv(2, 2, 2, 70, torch.float32)
     mask = torch.rand(2, 1, 1, 70) < 0.5
     k.masked_fill_(~mask.mT, torch.nan)
-    assert_attention_close("aten", q, k, v, with_noise=True, attn_mask=mask)
-    reason = available_backends(q, k, v, attn_mask=mask, causal=True)["aten"]
-    assert reason == "it has no attn_mask together with causal but one that pads at the ends"
+    options = {"attn_mask": mask, "causal": causal}
+    spec = AttentionSpec(1.0, None, 0 if causal else None, diagonal="top_left")
+    found = list(split(q, k, spec, AttentionExtras(attn_mask=mask)))
+    assert [piece.mask is None for piece in found] == ([False] if causal else [True, True])
+    assert_attention_close("aten", q, k, v, with_noise=True, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -244,7 +245,7 @@ def test_auto_computes_one_row_of_bf16_by_the_formula() -> None:
 
 
 def test_auto_takes_the_kernel_for_windows_padding_and_packed(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, sliced: None
 ) -> None:
     calls = []
     call = aten.flash_forward
@@ -275,6 +276,13 @@ def test_a_gradient_of_lse_past_the_range_of_fp16() -> None:
     _, lse = flash_attention(q, q, q, return_lse=True, backend="aten", scale=1e-3)
     (gradient,) = torch.autograd.grad(lse.sum() * 70000, q)
     assert gradient.isfinite().all()
+
+
+@pytest.fixture
+def sliced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded batches are sliced however small they are."""
+    monkeypatch.setattr(pieces, "SLICED_MIN", 0)
+    monkeypatch.setattr(pieces, "SLICED_MIN_CAUSAL", 0)
 
 
 @pytest.fixture
@@ -333,7 +341,7 @@ def test_short_gradients_of_large_scores_are_as_accurate_as_the_kernels(
         assert (short_grad - exact).abs().max() <= 1.5 * (kernel_grad - exact).abs().max()
 
 
-def test_which_short_gradients_are_products(shortest: list[Tensor]) -> None:
+def test_which_short_gradients_are_products(shortest: list[Tensor], sliced: None) -> None:
     """Those of pieces that share no rows; the pieces of a window do."""
     q = torch.randn(1, 2, 150, 16, dtype=torch.bfloat16, requires_grad=True)
     flash_attention(q, q, q, window_size=(40, 0)).sum().backward()

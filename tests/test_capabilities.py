@@ -31,6 +31,7 @@ SUITES = (
     "tests/test_capabilities.py",
     "tests/test_accuracy.py",
     "tests/test_aten.py",
+    "tests/test_aten_masks.py",
     "tests/test_nan.py",
     "tests/test_property.py",
     "tests/integrations/flash_attn",

@@ -47,7 +47,7 @@ def check_name(name: str) -> None:
 
 
 def _by_speed(problem: Problem) -> tuple[str, ...]:
-    q, k, v, spec, _ = problem
+    q, k, v, spec, extras = problem
     if q.device.type != "cpu":
         return ("triton", "tiled", "standard")
     # On the CPU Triton is its interpreter: right, but thousands of times slower than the rest. The
@@ -59,8 +59,10 @@ def _by_speed(problem: Problem) -> tuple[str, ...]:
         return ("tiled", "standard")  # ATen's fp16 backward takes several times as long
     # A bf16 product of one row is the slowest thing ATen's kernel does; the formula's scores are as
     # few as the keys then: 5 times as fast at 16k keys (attention.md in the folder above that one).
-    # A group of heads gives the kernel more rows.
-    one_row = q.shape[2] == 1 and q.shape[1] == problem.key.shape[1]
-    if one_row and q.dtype == torch.bfloat16 and problem.extras.cu_seqlens_q is None:
+    # A group of heads gives the kernel more rows. With a mask the formula copies keys and values,
+    # which takes as long again several times over.
+    one_row = q.shape[2] == 1 and q.shape[1] == k.shape[1]
+    is_plain = extras.cu_seqlens_q is None and extras.attn_mask is None
+    if one_row and q.dtype == torch.bfloat16 and is_plain:
         return ("standard",)
     return ("aten", "tiled", "standard")

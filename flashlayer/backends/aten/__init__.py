@@ -19,15 +19,18 @@ or 3.9e-3; in fp64 it is exact. The backward pass recomputes the probabilities f
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from flashlayer import online_softmax
 from flashlayer.backends.aten.kernel import flash_backward, flash_forward
-from flashlayer.backends.aten.pieces import split, whole
-from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, accumulation_dtype, is_observed
+from flashlayer.backends.aten.mask import without_hidden_keys
+from flashlayer.backends.aten.mask_gradient import masked_backward
+from flashlayer.backends.aten.pieces import Piece, split, whole
+from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, accumulation_dtype
 
 name = "aten"
 
@@ -47,30 +50,6 @@ def refuses(problem: Problem) -> str | None:
     has_window = spec.window_left is not None or spec.window_right is not None
     if has_window and spec.scale <= 0:
         return f"with causal or a window it needs a positive scale, got {spec.scale}"
-    if extras.attn_mask is not None:
-        return _refuses_mask(problem, has_window)
-    return None
-
-
-def _refuses_mask(problem: Problem, has_window: bool) -> str | None:
-    q, k, _, spec, extras = problem
-    mask: Any = extras.attn_mask
-    if mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] != 1:
-        return "it has no attn_mask but a bool one of shape (B or 1, 1, 1, Sk)"
-    if not has_window:
-        return None
-    if spec.window_left is not None or spec.window_right != 0:
-        return "it has no attn_mask together with a window"
-    if q.shape[2] != k.shape[2] and spec.diagonal != "top_left":
-        return "it has no attn_mask together with a bottom-right diagonal of unlike lengths"
-    # Removing hidden keys keeps the causal positions of the others only if they are at the ends.
-    # That depends on the mask's values, and a traced mask has none.
-    if is_observed(mask) or torch._C._are_functorch_transforms_active():
-        return "it has no attn_mask together with causal in a traced call"
-    edges = mask[:, 0, 0].long().diff(dim=-1).ne_(0).sum(dim=-1)
-    starts_hidden = ~mask[:, 0, 0, 0]
-    if bool((edges > starts_hidden + 1).any()):
-        return "it has no attn_mask together with causal but one that pads at the ends"
     return None
 
 
@@ -78,6 +57,15 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple[Tensor, Tensor]:
     """See :class:`flashlayer.spec.Backend`."""
+    o, lse = _forward(q, k, v, spec, extras)
+    if extras.attn_mask is not None and not math.isfinite(o.sum().item()):
+        return _forward(q, *without_hidden_keys(q, k, v, spec, extras), spec, extras)
+    return o, lse
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
+) -> tuple[Tensor, Tensor]:
     piece = whole(q, k, spec, extras)
     if piece is not None:
         return flash_forward(q, k, v, spec.scale, piece)
@@ -106,18 +94,38 @@ def backward(
     lse: Tensor,
     spec: AttentionSpec,
     extras: AttentionExtras,
-) -> tuple[Tensor, Tensor, Tensor, None, None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
     """See :class:`flashlayer.spec.Backend`."""
+    call = masked_backward if extras.wants_mask_gradient(spec) else _backward
+    grads = call(do, dlse, q, k, v, o, lse, spec, extras)
+    # dS of a row is NaN if a key that it doesn't see has NaN, and with it all of its dQ.
+    if extras.attn_mask is not None and not math.isfinite(grads[0].sum().item()):
+        k, v = without_hidden_keys(q, k, v, spec, extras)
+        grads = call(do, dlse, q, k, v, o, lse, spec, extras)
+    return *grads, None
+
+
+def _backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    extras: AttentionExtras,
+) -> tuple[Tensor, Tensor, Tensor, None]:
     piece = whole(q, k, spec, extras)
     if piece is not None:
-        dq, dk, dv = flash_backward(do, dlse, q, k, v, o, lse, spec.scale, piece)
-        return dq, dk, dv, None, None
+        return *flash_backward(do, dlse, q, k, v, o, lse, spec.scale, piece), None
     pieces = split(q, k, spec, extras)
+    first = next(pieces, Piece())
     dtype = k.dtype
-    if any(piece.shares_rows for piece in pieces):  # sum their gradients in at least fp32
+    if first.shares_rows:  # as all pieces of a call: sum their gradients in at least fp32
         dtype = torch.promote_types(dtype, torch.float32)
     dq, dk, dv = (_empty(x, dtype).zero_() for x in (q, k, v))
-    for piece in pieces:
+    for piece in chain((first,), pieces):
         grads = flash_backward(
             piece.queries(do),
             None if dlse is None else piece.queries(dlse),
@@ -132,7 +140,7 @@ def backward(
         rows = (piece.q_rows, piece.k_rows, piece.k_rows)
         for total, index, grad in zip((dq, dk, dv), rows, grads, strict=True):
             total[piece.batch][:, :, index] += piece.restore(grad)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
 
 def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:

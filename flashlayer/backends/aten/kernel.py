@@ -41,8 +41,9 @@ def flash_forward(
     _, kv_heads, seqlen_k, _ = k.shape
     if causal and seqlen_k > seqlen_q:
         # The kernel multiplies hidden keys by a probability of 0, and 0 * NaN is NaN.
-        k, v, seqlen_k = k[:, :, :seqlen_q], v[:, :, :seqlen_q], seqlen_q
-    if heads != kv_heads and not causal and mask is None and folds(q, k):
+        k, v, mask = _first_keys(seqlen_q, k, v, mask)
+        piece, seqlen_k = piece._replace(mask=mask), seqlen_q
+    if heads != kv_heads and not causal and _is_of_keys(mask) and folds(q, k):
         rows = q.reshape(*k.shape[:2], -1, q.shape[3])
         o, lse = flash_forward(rows, k, v, scale, piece)
         # With one kv head reshape returns a view, which forward-mode AD rejects as an output.
@@ -50,20 +51,20 @@ def flash_forward(
         return reshape(o, q.shape), reshape(lse, q.shape[:3])
     if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
-    own_mask = None if mask is None else mask.to(q.dtype)
     try:
-        o, lse = _FLASH(q, k, v, is_causal=causal, attn_mask=own_mask, scale=scale)
+        o, lse = _FLASH(q, k, v, is_causal=causal, attn_mask=mask, scale=scale)
     except RuntimeError:
         if q.dtype not in _HALF or not _lacks_packing(q.dtype):
             raise
         wide = (x.float() for x in (q, k, v))
-        o, lse = _FLASH(*wide, is_causal=causal, attn_mask=mask, scale=scale)
+        wide_mask = None if mask is None else mask.float()
+        o, lse = _FLASH(*wide, is_causal=causal, attn_mask=wide_mask, scale=scale)
         o = o.to(q.dtype)
-    if q.dtype in _HALF and not lse.max().item() < math.inf:
+    if q.dtype in _HALF and not math.isfinite(lse.sum().item()):
         # The kernel's exp for half precision turns the NaN of inf - inf into 0.
         o.masked_fill_((lse == torch.inf).unsqueeze(-1), torch.nan)
         lse.masked_fill_(lse == torch.inf, torch.nan)
-    may_be_wrong = piece.shares_rows or seqlen_k < VECTOR_KEYS
+    may_be_wrong = piece.shares_rows or mask is not None or seqlen_k < VECTOR_KEYS
     if may_be_wrong and lse.count_nonzero().item() < lse.numel():
         _correct_rows_of_lse_0(q, k, o, lse, scale, piece)
     return o, lse
@@ -86,29 +87,56 @@ def _correct_rows_of_lse_0(
 ) -> None:
     """Set ``o`` and ``lse`` of rows that the kernel treats as having no visible key.
 
-    It returns o = 0 and lse = 0 for a row whose running maximum stays -inf. Two kinds of rows get
-    there although they have visible keys. All scores are -inf, as products that overflow: lse must
-    be -inf, or a merge would weigh the row like one key of score 0. Or all are NaN, and fewer than
-    a vector register holds: the scalar maximum ignores NaN, and both results must be NaN. Any other
-    row of lse 0 is right. To tell them apart, the scores of all rows of lse 0 are recomputed.
+    It returns o = 0 and lse = 0 for a row whose running maximum stays -inf. Three kinds of rows get
+    there. The mask hides all keys: lse must be -inf. All scores are -inf, as products that
+    overflow: lse must be -inf too, or a merge would weigh the row like one key of score 0. Or all
+    are NaN, and fewer than a vector register holds: the scalar maximum ignores NaN, and both
+    results must be NaN. Any other row of lse 0 is right. To tell them apart, the scores of the rows
+    of lse 0 that have a key are recomputed.
     """
     group_size, keys = q.shape[1] // k.shape[1], k.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)  # what the kernel sums in
+    key = torch.arange(keys, device=q.device)
+    suspects = (lse == 0).nonzero()  # [n, 3]
+    if piece.mask is not None:
+        with_keys = [suspects[:0]]
+        mask = piece.mask.expand(q.shape[0], q.shape[1], q.shape[2], keys)
+        for rows in suspects.split(max(1, GATHERED_AT_ONCE // keys)):
+            visible = mask[rows.unbind(1)] != -torch.inf  # [n, Sk]
+            if piece.causal:
+                visible &= key <= rows[:, 2:]
+            has_keys = visible.any(dim=-1)
+            lse[rows[~has_keys].unbind(1)] = -torch.inf
+            with_keys.append(rows[has_keys])
+        suspects = torch.cat(with_keys)
     at_once = max(1, GATHERED_AT_ONCE // k[0, 0].numel())
-    for rows in (lse == 0).nonzero().split(at_once):  # [n, 3]
+    for rows in suspects.split(at_once):
         batch, head, row = index = rows.unbind(1)
         row_keys = k[batch, head // group_size].to(wide)  # [n, Sk, D]
         scores = (row_keys @ q[index].to(wide).unsqueeze(-1)).squeeze(-1) * scale  # [n, Sk]
         if piece.causal:
-            key = torch.arange(keys, device=q.device)
             scores = scores.masked_fill(key > row.unsqueeze(-1), -torch.inf)
         if piece.mask is not None:
-            scores = scores.masked_fill(piece.mask[row] == -torch.inf, -torch.inf)
+            scores = scores.masked_fill(mask[index] == -torch.inf, -torch.inf)
         largest = scores.amax(dim=-1)  # [n]
         is_nan = largest.isnan()
         lse[index] = lse[index].masked_fill(largest == -torch.inf, -torch.inf)
         lse[index] = lse[index].masked_fill(is_nan, torch.nan)
         o[index] = o[index].masked_fill(is_nan.unsqueeze(-1), torch.nan)
+
+
+def _first_keys(
+    count: int, k: Tensor, v: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The first ``count`` keys, values and columns of the mask."""
+    if mask is not None and mask.shape[3] > 1:
+        mask = mask[..., :count]
+    return k[:, :, :count], v[:, :, :count], mask
+
+
+def _is_of_keys(mask: Tensor | None) -> bool:
+    """Whether all heads and queries of a batch entry have one mask."""
+    return mask is None or mask.shape[1] == mask.shape[2] == 1
 
 
 def folds(q: Tensor, k: Tensor) -> bool:
@@ -131,16 +159,20 @@ def flash_backward(
     """``dq, dk, dv`` of a piece; the tensors are arranged as the piece says."""
     if dlse is not None and do.dtype == torch.float16:  # dlse may exceed the range of fp16
         do, q, k, v, o = (x.float() for x in (do, q, k, v, o))
+        if piece.mask is not None:
+            piece = piece._replace(mask=piece.mask.float())
         dq, dk, dv = flash_backward(do, dlse, q, k, v, o, lse, scale, piece)
         return dq.half(), dk.half(), dv.half()
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     hidden_keys = max(seqlen_k - seqlen_q, 0) if piece.causal else 0
     if hidden_keys:
-        k, v, seqlen_k = k[:, :, :seqlen_q], v[:, :, :seqlen_q], seqlen_q
-    if (piece.shares_rows or seqlen_k < VECTOR_KEYS) and not lse.min().item() > -math.inf:
+        k, v, mask = _first_keys(seqlen_q, k, v, piece.mask)
+        piece, seqlen_k = piece._replace(mask=mask), seqlen_q
+    may_be_empty = piece.shares_rows or piece.mask is not None or seqlen_k < VECTOR_KEYS
+    if may_be_empty and not math.isfinite(lse.sum().item()):
         # In a row whose scores are all -inf, exp(-inf - -inf) is NaN but exp(-inf - inf) is 0.
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    if not piece.shares_rows and is_short(q, k):
+    if not piece.shares_rows and piece.mask is None and is_short(q, k):
         dq, dk, dv = short_backward(do, dlse, q, k, v, scale, piece.causal)
     else:
         if dlse is not None:
@@ -155,7 +187,7 @@ def flash_backward(
             lse,
             0.0,
             piece.causal,
-            attn_mask=None if piece.mask is None else piece.mask.to(q.dtype),
+            attn_mask=piece.mask,
             scale=scale,
         )
         if dlse is not None:  # drop the column; keep the kernel's layout (B, S, H, D)
