@@ -179,8 +179,14 @@ def visible_pairs(intervals: Tensor, rows: Tensor) -> Tensor:
         rows: ``(M,)``, positions of queries.
     """
     i = rows[:, None]
-    starts, stops = intervals[:, :, ::2, None], intervals[:, :, 1::2, None]  # [B, H, n, 1, N]
-    return ((starts <= i) & (i < stops)).any(dim=2)
+    visible = None
+    for start, stop in zip(
+        intervals[:, :, ::2, None].unbind(2), intervals[:, :, 1::2, None].unbind(2), strict=True
+    ):  # [B, H, 1, N]
+        within = (start <= i) & (i < stop)
+        visible = within if visible is None else visible | within
+    assert visible is not None
+    return visible
 
 
 def tile_bounds(intervals: Tensor, size: int) -> Tensor:

@@ -20,12 +20,14 @@ or 3.9e-3; in fp64 it is exact. The backward pass recomputes the probabilities f
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from flashlayer import online_softmax
+from flashlayer.backends.aten.intervals import interval_pieces
 from flashlayer.backends.aten.kernel import flash_backward, flash_forward
 from flashlayer.backends.aten.mask import without_hidden_keys
 from flashlayer.backends.aten.mask_gradient import masked_backward
@@ -42,7 +44,7 @@ def refuses(problem: Problem) -> str | None:
         return f"ATen's flash kernel is wrapped for the CPU only, the tensors are on {q.device}"
     if v.shape[-1] != q.shape[-1]:
         return f"it needs value's head dimension to be query's, got {v.shape[-1]} and {q.shape[-1]}"
-    for option in ("alibi_slopes", "sinks", "dropout_seed", "intervals"):
+    for option in ("alibi_slopes", "sinks", "dropout_seed"):
         if getattr(extras, option) is not None:
             return f"it has no {option}"
     if spec.softcap is not None:
@@ -58,9 +60,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See :class:`flashlayer.spec.Backend`."""
     o, lse = _forward(q, k, v, spec, extras)
-    if extras.attn_mask is not None and not math.isfinite(o.sum().item()):
+    if _hides_keys(extras) and not math.isfinite(o.sum().item()):
         return _forward(q, *without_hidden_keys(q, k, v, spec, extras), spec, extras)
     return o, lse
+
+
+def _hides_keys(extras: AttentionExtras) -> bool:
+    return extras.attn_mask is not None or extras.intervals is not None
 
 
 def _forward(
@@ -72,7 +78,7 @@ def _forward(
     o, lse = empty_results(q, v)
     o.zero_()
     lse.fill_(-torch.inf)
-    for piece in split(q, k, spec, extras):
+    for piece in _pieces(q, k, spec, extras):
         results = flash_forward(piece.queries(q), piece.keys(k), piece.keys(v), spec.scale, piece)
         piece_o, piece_lse = (piece.restore(x) for x in results)
         rows = piece.batch, slice(None), piece.q_rows
@@ -82,6 +88,12 @@ def _forward(
             piece_o, piece_lse = online_softmax.finalize(state), online_softmax.lse(state)
         o[rows], lse[rows] = piece_o, piece_lse
     return o, lse
+
+
+def _pieces(q: Tensor, k: Tensor, spec: AttentionSpec, extras: AttentionExtras) -> Iterator[Piece]:
+    if extras.intervals is None or q.numel() == 0 or k.numel() == 0:
+        return split(q, k, spec, extras)
+    return interval_pieces(q, extras.intervals, spec)
 
 
 def backward(
@@ -99,7 +111,7 @@ def backward(
     call = masked_backward if extras.wants_mask_gradient(spec) else _backward
     grads = call(do, dlse, q, k, v, o, lse, spec, extras)
     # dS of a row is NaN if a key that it doesn't see has NaN, and with it all of its dQ.
-    if extras.attn_mask is not None and not math.isfinite(grads[0].sum().item()):
+    if _hides_keys(extras) and not math.isfinite(grads[0].sum().item()):
         k, v = without_hidden_keys(q, k, v, spec, extras)
         grads = call(do, dlse, q, k, v, o, lse, spec, extras)
     return *grads, None
@@ -119,13 +131,13 @@ def _backward(
     piece = whole(q, k, spec, extras)
     if piece is not None:
         return *flash_backward(do, dlse, q, k, v, o, lse, spec.scale, piece), None
-    pieces = split(q, k, spec, extras)
-    first = next(pieces, Piece())
+    pieces = _pieces(q, k, spec, extras)
+    first = next(pieces, None)
     dtype = k.dtype
-    if first.shares_rows:  # as all pieces of a call: sum their gradients in at least fp32
+    if first is not None and first.shares_rows:  # as all pieces of a call: sum their gradients in at least fp32
         dtype = torch.promote_types(dtype, torch.float32)
     dq, dk, dv = (_empty(x, dtype).zero_() for x in (q, k, v))
-    for piece in chain((first,), pieces):
+    for piece in chain(() if first is None else (first,), pieces):
         grads = flash_backward(
             piece.queries(do),
             None if dlse is None else piece.queries(dlse),

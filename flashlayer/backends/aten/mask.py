@@ -165,18 +165,44 @@ def _trimmed(block: Block, mask: Tensor) -> slice:
     return slice(start + int(keys[0]), start + int(keys[-1]) + 1)
 
 
+def visible_intervals(
+    intervals: Tensor, spec: AttentionSpec, seqlen_q: int
+) -> tuple[Tensor, Tensor]:
+    """Starts and stops ``(B or 1, H or 1, n, Sk)`` of the intervals within the window."""
+    starts, stops = intervals[:, :, ::2], intervals[:, :, 1::2]
+    seqlen_k = intervals.shape[3]
+    # Query i is at position i + offset: key j's window is that of queries around j - offset.
+    at = torch.arange(seqlen_k, device=intervals.device, dtype=intervals.dtype)
+    at -= spec.offset(seqlen_q, seqlen_k)
+    if spec.window_right is not None:
+        starts = torch.maximum(starts, at - spec.window_right)
+    if spec.window_left is not None:
+        stops = torch.minimum(stops, at + (spec.window_left + 1))
+    return starts, stops
+
+
 def without_hidden_keys(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple[Tensor, Tensor]:
-    """``k`` and ``v`` with 0 for the keys that no query sees: 0 * NaN is NaN."""
+    """``k`` and ``v`` with 0 for the keys that are visible to no query: 0 * NaN is NaN."""
+    if extras.intervals is not None:
+        starts, stops = visible_intervals(extras.intervals, spec, q.shape[2])
+        visible = (starts < stops).any(dim=2, keepdim=True)
+    else:
+        visible = _keys_of_mask(q, k, spec, extras)
+    if visible.shape[1] > 1:
+        visible = visible.unflatten(1, (k.shape[1], -1)).any(dim=2)
+    visible = visible.transpose(2, 3)  # [B or 1, Hkv or 1, Sk, 1]
+    return torch.where(visible, k, 0), torch.where(visible, v, 0)
+
+
+def _keys_of_mask(q: Tensor, k: Tensor, spec: AttentionSpec, extras: AttentionExtras) -> Tensor:
+    """Bool ``(B or 1, H or 1, 1, Sk)``: whether a key is visible to some query."""
     mask = extras.attn_mask
     assert mask is not None
-    seen = torch.zeros((*mask.shape[:2], 1, k.shape[2]), dtype=torch.bool, device=k.device)
+    visible = torch.zeros((*mask.shape[:2], 1, k.shape[2]), dtype=torch.bool, device=k.device)
     for block in blocks(q, k, spec, extras, BLOCK_MIN, q.shape[0]):
         own = added(block, spec, extras, q.dtype)
         assert own is not None
-        seen[..., block.k_rows] |= (own != -torch.inf).any(dim=2, keepdim=True)
-    if mask.shape[1] > 1:
-        seen = seen.unflatten(1, (k.shape[1], -1)).any(dim=2)
-    seen = seen.transpose(2, 3)  # [B or 1, Hkv or 1, Sk, 1]
-    return torch.where(seen, k, 0), torch.where(seen, v, 0)
+        visible[..., block.k_rows] |= (own != -torch.inf).any(dim=2, keepdim=True)
+    return visible

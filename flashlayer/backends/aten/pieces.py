@@ -102,7 +102,7 @@ FULL, CAUSAL = Piece(), Piece(causal=True)
 
 def whole(q: Tensor, k: Tensor, spec: AttentionSpec, extras: AttentionExtras) -> Piece | None:
     """The whole call as one piece, or None if it has to be cut."""
-    if extras.cu_seqlens_q is not None:
+    if extras.cu_seqlens_q is not None or extras.intervals is not None:
         return None
     if q.numel() == 0 or k.numel() == 0:  # the kernel would divide by 0 and end the process
         return None
@@ -146,7 +146,7 @@ def split(q: Tensor, k: Tensor, spec: AttentionSpec, extras: AttentionExtras) ->
         pieces = _sequences(base, extras.cu_seqlens_q.tolist(), extras.cu_seqlens_k.tolist())
     else:
         pieces = iter((base._replace(q_rows=slice(0, seqlen_q), k_rows=slice(0, seqlen_k)),))
-    cut = _causal if spec.window_left is None and spec.window_right == 0 else _window
+    cut = _causal if spec.window_left is None and spec.window_right == 0 else window_pieces
     for piece in pieces:
         if uncut is not None:
             yield piece
@@ -232,7 +232,7 @@ def _causal(piece: Piece, spec: AttentionSpec, _: torch.dtype) -> Iterator[Piece
     yield piece.cut(first_query, queries, first_key, keys, causal=True, merges=offset > 0)
 
 
-def _window(piece: Piece, spec: AttentionSpec, dtype: torch.dtype) -> Iterator[Piece]:
+def window_pieces(piece: Piece, spec: AttentionSpec, dtype: torch.dtype) -> Iterator[Piece]:
     r"""Triangles, and blocks with a mask at both ends; or blocks alone.
 
     With as many keys as queries, the keys visible to ``n = left + right`` queries from ``start`` on
