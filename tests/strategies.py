@@ -34,7 +34,7 @@ def problems(
 ) -> Drawn:
     """A dense problem with any combination of options; reproducible from the drawn seed.
 
-    ``plain`` draws shapes, layouts, magnitudes, causal and scale only, Dv = D.
+    ``plain`` draws shapes, layouts, magnitudes, causal, windows, scale and masks only, Dv = D.
     """
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -69,19 +69,17 @@ def problems(
         options["causal"] = True
     if pick(False, False, True):
         options["scale"] = pick(1.0, -0.5, 0.0)
-    if plain:
-        return Drawn(q, k, v, options)
     if pick(False, False, True):
         edges = st.sampled_from((None, 0, 1, 7, 40))
         options["window_size"] = (draw(edges), draw(edges))
-    if pick(False, False, True):
+    if not plain and pick(False, False, True):
         options["softcap"] = pick(0.5, 30.0)
-    if pick(False, False, True):
+    if not plain and pick(False, False, True):
         shape = pick((heads,), (batch, heads))
         options["alibi_slopes"] = torch.rand(shape, generator=generator)
-    if pick(False, False, True):
+    if not plain and pick(False, False, True):
         options["sinks"] = torch.randn(heads, generator=generator).to(dtype)
-    if pick(False, False, True):
+    if not plain and pick(False, False, True):
         options["dropout_p"] = pick(0.1, 0.5, 1.0)
         options["dropout_seed"] = draw(st.integers(-(2**63), 2**63 - 1))
     mask = pick(None, None, "bool", "float", "padding")

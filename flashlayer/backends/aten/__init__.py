@@ -97,12 +97,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
     """See :class:`flashlayer.spec.Backend`."""
     call = masked_backward if extras.wants_mask_gradient(spec) else _backward
-    grads = call(do, dlse, q, k, v, o, lse, spec, extras)
+    dq, dk, dv, d_mask = call(do, dlse, q, k, v, o, lse, spec, extras)
     # dS of a row is NaN if a key that it doesn't see has NaN, and with it all of its dQ.
-    if extras.attn_mask is not None and not math.isfinite(grads[0].sum().item()):
+    if extras.attn_mask is not None and not math.isfinite(dq.sum().item()):
         k, v = without_hidden_keys(q, k, v, spec, extras)
-        grads = call(do, dlse, q, k, v, o, lse, spec, extras)
-    return *grads, None
+        dq, dk, dv, d_mask = call(do, dlse, q, k, v, o, lse, spec, extras)
+    return dq, dk, dv, d_mask, None
 
 
 def _backward(
