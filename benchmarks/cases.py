@@ -38,6 +38,8 @@ class Case:
         lengths: of each batch entry; None is all of full length.
         packed: whether the lengths are packed without padding for us (peers get them padded), or
             given as a mask of keys to all.
+        mask: "bool" or "float", a dense mask (1, 1, Sq, Sk) that hides a tenth of the pairs at
+            random, so that no block can be skipped; None is no such mask.
         backward: whether the backward pass is measured too.
     """
 
@@ -53,6 +55,7 @@ class Case:
     window: int | None = None
     lengths: tuple[int, ...] | None = None
     packed: bool = False
+    mask: str | None = None
     backward: bool = True
 
     @property
@@ -72,6 +75,7 @@ class Case:
             words.append(f"window {self.window}")
         elif self.seqlen > 1:
             words.append("causal" if self.causal else "full")
+        words += [f"{self.mask} mask"] if self.mask is not None else []
         if self.seqlen > 1 and not self.backward:
             words.append("no gradients")
         return " ".join(words)
@@ -109,6 +113,7 @@ class Inputs(NamedTuple):
     v: Tensor  # (B, Hkv, Sk, D)
     do: Tensor  # (B, H, Sq, D), 0 at padded queries
     shown: Tensor | None  # bool (B, Sk): False at padding; None where there is none
+    mask: Tensor | None  # (1, 1, Sq, Sk), bool or in q's dtype; None where there is none
 
 
 def draw(case: Case, device: torch.device) -> Inputs:
@@ -128,7 +133,12 @@ def draw(case: Case, device: torch.device) -> Inputs:
         shown = torch.arange(case.keys, device=device) < lengths[:, None]
         if case.packed:
             do = do * shown[:, None, :, None]
-    return Inputs(q, k, v, do, shown)
+    mask = None
+    if case.mask is not None:
+        mask = (torch.rand((1, 1, case.seqlen, case.keys), generator=generator) < 0.9).to(device)
+        if case.mask == "float":
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    return Inputs(q, k, v, do, shown, mask)
 
 
 def quick() -> Iterator[Case]:
@@ -143,6 +153,7 @@ def quick() -> Iterator[Case]:
     yield replace(plain, group="host overhead", seqlen=128, heads=1)
     yield replace(plain, group="window", seqlen=8192, heads=2, window=256)
     yield from _skewed(plain, longest=2048, heads=2)
+    yield from _masked(replace(plain, heads=4), (512, 1024, 2048, 4096))
     for keys in (1024, 16384, 131072):
         yield _decode(plain, keys, heads=8, kv_heads=2)
     yield _decode(plain, 16384, heads=8, kv_heads=None)
@@ -194,6 +205,7 @@ def smoke() -> Iterator[Case]:
     yield replace(plain, group="GQA", kv_heads=1)
     yield replace(plain, group="window", window=4)
     yield from _skewed(plain, longest=40, heads=2)
+    yield from _masked(plain, (40,))
     yield _decode(plain, 64, heads=2, kv_heads=1)
 
 
@@ -202,6 +214,12 @@ def _skewed(plain: Case, longest: int, heads: int) -> Iterator[Case]:
     sizes: dict[str, Any] = {"batch": len(lengths), "heads": heads, "seqlen": longest}
     yield replace(plain, group="varlen", lengths=lengths, packed=True, **sizes)
     yield replace(plain, group="padding mask", lengths=lengths, causal=False, **sizes)
+
+
+def _masked(plain: Case, lengths: tuple[int, ...]) -> Iterator[Case]:
+    for seqlen in lengths:
+        for mask in ("bool", "float"):
+            yield replace(plain, group="dense mask", seqlen=seqlen, causal=False, mask=mask)
 
 
 def _decode(plain: Case, keys: int, heads: int, kv_heads: int | None) -> Case:

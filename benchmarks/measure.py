@@ -149,6 +149,7 @@ class Judge:
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self.case = case
+        self.mask = inputs.mask
         self.group = case.heads // (case.kv_heads or case.heads)
         self.entry = 0 if case.lengths is None else 1
         q_rows, k_rows = case.seqlen, case.keys
@@ -183,7 +184,8 @@ class Judge:
         return _run(Runner(attend, leaves, do), self.case.backward)
 
     def _options(self) -> dict[str, Any]:
-        return {"causal": self.case.causal, "window_size": (self.case.window, None)}
+        options = {"causal": self.case.causal, "window_size": (self.case.window, None)}
+        return options if self.mask is None else options | {"attn_mask": self.mask}
 
     def error(self, name: str, *tensors: Tensor) -> float:
         """The largest error of o, dq, dk, dv over what the rule allows; right up to 1."""

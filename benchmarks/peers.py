@@ -89,7 +89,7 @@ def prepare(peer: str, case: Case, inputs: Inputs, memory_limit: int) -> Runner:
     needed = SCORES_HELD * case.score_bytes
     if peer in QUADRATIC and needed > memory_limit:
         raise Refused(f"its scores need about {needed / 2**30:.1f} GiB")
-    q, k, v, do, _ = inputs
+    q, k, v, do = inputs[:4]
     if peer == "sdpa-math" and q.device.type == "cpu" and case.keys > MATH_LENGTH_ON_CPU:
         raise Refused(f"measured up to {MATH_LENGTH_ON_CPU:,} keys on the CPU")
     if peer in OF_FLASHLAYER and case.packed:
@@ -129,6 +129,8 @@ def _flashlayer(backend: str, case: Case, inputs: Inputs) -> Attend:
         return lambda q, k, v: flash_attention_varlen(q, k, v, **options)
     if inputs.shown is not None and not case.packed:
         options["attn_mask"] = inputs.shown[:, None, None]
+    if inputs.mask is not None:
+        options["attn_mask"] = inputs.mask
     return lambda q, k, v: flash_attention(q, k, v, **options)
 
 
@@ -142,6 +144,8 @@ def _sdpa(backend: SDPBackend | None, case: Case, inputs: Inputs) -> Attend:
         options["attn_mask"] = (distance >= 0) & (distance <= case.window)
     elif inputs.shown is not None and not case.packed:
         options["attn_mask"] = inputs.shown[:, None, None]
+    elif inputs.mask is not None:
+        options["attn_mask"] = inputs.mask
     elif case.seqlen > 1:
         options["is_causal"] = case.causal
 
@@ -154,7 +158,7 @@ def _sdpa(backend: SDPBackend | None, case: Case, inputs: Inputs) -> Attend:
 
 def _flex(case: Case) -> Attend:
     usual = case.seqlen in FLEX_LENGTHS and case.head_dim in FLEX_HEAD_DIMS and case.causal
-    if case.lengths is not None or not usual:
+    if case.lengths is not None or case.mask is not None or not usual:
         raise Refused("it is compiled for a few shapes only, which takes its time")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -170,8 +174,8 @@ def _flex(case: Case) -> Attend:
 
 def _flash_attn(case: Case) -> Attend:
     """It takes ``(B, S, H, D)``: a view of what the others get."""
-    if case.lengths is not None:
-        raise Refused("not measured on sequences of unlike lengths")
+    if case.lengths is not None or case.mask is not None:
+        raise Refused("not measured with a mask or on sequences of unlike lengths")
     flash_attn_func = importlib.import_module("flash_attn").flash_attn_func
     window = (-1, -1) if case.window is None else (case.window, 0)
 

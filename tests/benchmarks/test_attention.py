@@ -84,8 +84,10 @@ def test_suites_have_no_case_twice(suite: str) -> None:
         replace(PLAIN, window=3),
         replace(PLAIN, lengths=(40, 10), packed=True),
         replace(PLAIN, lengths=(40, 10), causal=False),
+        replace(PLAIN, causal=False, mask="bool"),
+        replace(PLAIN, causal=False, mask="float"),
     ],
-    ids=["plain", "window", "packed", "padded"],
+    ids=["plain", "window", "packed", "padded", "bool_mask", "float_mask"],
 )
 def test_a_wrong_result_is_seen(case: Case) -> None:
     """Off by a hundredth in one gradient of one visible key."""

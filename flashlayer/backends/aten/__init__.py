@@ -109,12 +109,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
     """See :class:`flashlayer.spec.Backend`."""
     call = masked_backward if extras.wants_mask_gradient(spec) else _backward
-    grads = call(do, dlse, q, k, v, o, lse, spec, extras)
+    dq, dk, dv, d_mask = call(do, dlse, q, k, v, o, lse, spec, extras)
     # dS of a row is NaN if a key that it doesn't see has NaN, and with it all of its dQ.
-    if _hides_keys(extras) and not math.isfinite(grads[0].sum().item()):
+    if _hides_keys(extras) and not math.isfinite(dq.sum().item()):
         k, v = without_hidden_keys(q, k, v, spec, extras)
-        grads = call(do, dlse, q, k, v, o, lse, spec, extras)
-    return *grads, None
+        dq, dk, dv, d_mask = call(do, dlse, q, k, v, o, lse, spec, extras)
+    return dq, dk, dv, d_mask, None
 
 
 def _backward(
@@ -134,7 +134,9 @@ def _backward(
     pieces = _pieces(q, k, spec, extras)
     first = next(pieces, None)
     dtype = k.dtype
-    if first is not None and first.shares_rows:  # as all pieces of a call: sum their gradients in at least fp32
+    if (
+        first is not None and first.shares_rows
+    ):  # as all pieces of a call: sum their gradients in at least fp32
         dtype = torch.promote_types(dtype, torch.float32)
     dq, dk, dv = (_empty(x, dtype).zero_() for x in (q, k, v))
     for piece in chain(() if first is None else (first,), pieces):
