@@ -196,6 +196,7 @@ def test_outside_the_package_only_public_names_are_used(folder: str) -> None:
     public |= {"flashlayer", "flashlayer.online_softmax"}
     public |= {f"flashlayer.online_softmax.{name}" for name in ONLINE_SOFTMAX}
     public |= {f"flashlayer.distributed.{name}" for name in DISTRIBUTED}
+    public |= {f"flashlayer.masks.{name}" for name in flashlayer.masks.__all__}
     public |= {f"flashlayer.testing.{name}" for name in flashlayer.testing.__all__}
     for path, source in python_in(ROOT / folder):
         used = {name for name in imported(source) if name.split(".")[0] == "flashlayer"}

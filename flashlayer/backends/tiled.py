@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flashlayer import online_softmax, philox
-from flashlayer.masks import tile_bounds, visible_pairs
+from flashlayer.masks.intervals import tile_bounds, visible_pairs
 from flashlayer.online_softmax import SoftmaxState
 from flashlayer.spec import AttentionExtras, AttentionSpec, KeyBounds, Problem, accumulation_dtype
 

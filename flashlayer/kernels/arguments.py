@@ -72,7 +72,7 @@ class Intervals(NamedTuple):
 
     ``ptr`` int32 ``(B or 1, heads or 1, 2 COUNT, Sk)`` and ``bounds_ptr`` int32
     ``(B or 1, heads or 1, tiles, COUNT, 4)``, both contiguous; see
-    :func:`flashlayer.masks.tile_bounds`.
+    :func:`flashlayer.masks.intervals.tile_bounds`.
     """
 
     ptr: Any

@@ -23,7 +23,7 @@ from flashlayer.masks.builders import (
     tree,
 )
 from flashlayer.masks.conversion import from_block_mask, from_dense
-from flashlayer.masks.intervals import IntervalMask, joined, tile_bounds, visible_pairs
+from flashlayer.masks.intervals import IntervalMask
 
 __all__ = [
     "IntervalMask",
@@ -33,9 +33,6 @@ __all__ = [
     "from_block_mask",
     "from_dense",
     "global_and_window",
-    "joined",
     "prefix_lm",
-    "tile_bounds",
     "tree",
-    "visible_pairs",
 ]

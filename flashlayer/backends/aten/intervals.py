@@ -28,7 +28,7 @@ from torch import Tensor
 
 from flashlayer.backends.aten.mask import additive, visible_intervals
 from flashlayer.backends.aten.pieces import Piece, window_pieces
-from flashlayer.masks import joined, visible_pairs
+from flashlayer.masks.intervals import joined, visible_pairs
 from flashlayer.spec import AttentionSpec
 
 # Stretches are computed one by one if their queries are at most so many times the call's, and if
@@ -111,7 +111,7 @@ def _column_stretches(start: Tensor, stop: Tensor) -> list[Stretch] | None:
         return None
     spans, key = [], 0
     firsts, kinds = edges.tolist(), step[edges].tolist()
-    for after, kind in zip([*firsts[1:], keys - 1], kinds, strict=True):
+    for after, kind in zip([*firsts[1:], *([keys - 1] if firsts else [])], kinds, strict=True):
         # The steps of this kind end at key `after`, which may begin the next stretch.
         if kind == NEITHER:
             spans += [(single, single + 1, 0) for single in range(key, after)]

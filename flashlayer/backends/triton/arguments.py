@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flashlayer import philox
 from flashlayer.backends.triton.tiling import input_precision
-from flashlayer.masks import tile_bounds
+from flashlayer.masks.intervals import tile_bounds
 from flashlayer.spec import AttentionExtras, AttentionSpec
 
 
