@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flashlayer import masks
+from flashlayer.masks import IntervalMask
+
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -18,6 +21,20 @@ DTYPES = {
 
 # Most sequences of a batch are short and one is long, as in a batch of documents or of chats.
 SKEWED = (1.0, 0.4, 0.25, 0.2, 0.12, 0.1, 0.06, 0.05)
+
+
+def _documents(seqlen: int) -> IntervalMask:
+    shares = torch.tensor((0.0, *SKEWED), dtype=torch.float64).cumsum(0)
+    return masks.documents(cu_seqlens=(shares / shares[-1] * seqlen).round().long(), seqlen=seqlen)
+
+
+# Interval masks of one interval a key, by length.
+INTERVALS: dict[str | None, Callable[[int], IntervalMask]] = {
+    "documents": _documents,
+    "prefix-LM": lambda seqlen: masks.prefix_lm(seqlen // 2, seqlen=seqlen),
+    "chunks of 512": lambda seqlen: masks.chunks(512, seqlen=seqlen),
+    "64 global, window 512": lambda seqlen: masks.global_and_window(64, 512, seqlen=seqlen),
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +56,8 @@ class Case:
         packed: whether the lengths are packed without padding for us (peers get them padded), or
             given as a mask of keys to all.
         mask: "bool" or "float", a dense mask (1, 1, Sq, Sk) that hides a tenth of the pairs at
-            random, so that no block can be skipped; None is no such mask.
+            random, so that no block can be skipped; or an interval mask of :data:`INTERVALS`, which
+            peers get as a dense one; None is no such mask.
         backward: whether the backward pass is measured too.
     """
 
@@ -75,7 +93,8 @@ class Case:
             words.append(f"window {self.window}")
         elif self.seqlen > 1:
             words.append("causal" if self.causal else "full")
-        words += [f"{self.mask} mask"] if self.mask is not None else []
+        if self.mask is not None:
+            words.append(self.mask if self.mask in INTERVALS else f"{self.mask} mask")
         if self.seqlen > 1 and not self.backward:
             words.append("no gradients")
         return " ".join(words)
@@ -83,6 +102,11 @@ class Case:
     @property
     def pairs(self) -> float:
         """Pairs of query and key that are counted as work; causal hides half of a square."""
+        if self.mask in INTERVALS:
+            starts, stops = INTERVALS[self.mask](self.seqlen).intervals[0, 0]
+            if self.causal:
+                starts = torch.maximum(starts, torch.arange(self.seqlen))
+            return self.batch * float((stops - starts).clamp(min=0).sum())
         if self.window is not None:
             return self.batch * self.seqlen * min(self.window + 1, self.keys)
         if self.lengths is not None:
@@ -113,7 +137,7 @@ class Inputs(NamedTuple):
     v: Tensor  # (B, Hkv, Sk, D)
     do: Tensor  # (B, H, Sq, D), 0 at padded queries
     shown: Tensor | None  # bool (B, Sk): False at padding; None where there is none
-    mask: Tensor | None  # (1, 1, Sq, Sk), bool or in q's dtype; None where there is none
+    mask: Tensor | IntervalMask | None  # (1, 1, Sq, Sk), bool or in q's dtype
 
 
 def draw(case: Case, device: torch.device) -> Inputs:
@@ -134,7 +158,9 @@ def draw(case: Case, device: torch.device) -> Inputs:
         if case.packed:
             do = do * shown[:, None, :, None]
     mask = None
-    if case.mask is not None:
+    if case.mask in INTERVALS:
+        mask = INTERVALS[case.mask](case.seqlen).to(device)
+    elif case.mask is not None:
         mask = (torch.rand((1, 1, case.seqlen, case.keys), generator=generator) < 0.9).to(device)
         if case.mask == "float":
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
@@ -154,6 +180,7 @@ def quick() -> Iterator[Case]:
     yield replace(plain, group="window", seqlen=8192, heads=2, window=256)
     yield from _skewed(plain, longest=2048, heads=2)
     yield from _masked(replace(plain, heads=4), (512, 1024, 2048, 4096))
+    yield from _intervals(replace(plain, heads=4))
     for keys in (1024, 16384, 131072):
         yield _decode(plain, keys, heads=8, kv_heads=2)
     yield _decode(plain, 16384, heads=8, kv_heads=None)
@@ -206,6 +233,7 @@ def smoke() -> Iterator[Case]:
     yield replace(plain, group="window", window=4)
     yield from _skewed(plain, longest=40, heads=2)
     yield from _masked(plain, (40,))
+    yield replace(plain, group="interval mask", seqlen=40, mask="documents")
     yield _decode(plain, 64, heads=2, kv_heads=1)
 
 
@@ -220,6 +248,17 @@ def _masked(plain: Case, lengths: tuple[int, ...]) -> Iterator[Case]:
     for seqlen in lengths:
         for mask in ("bool", "float"):
             yield replace(plain, group="dense mask", seqlen=seqlen, causal=False, mask=mask)
+
+
+def _intervals(plain: Case) -> Iterator[Case]:
+    """Documents as long as the packed sequences; the rest where a dense mask still has room."""
+    packed = sum(next(_skewed(plain, longest=2048, heads=2)).lengths or ())
+    yield replace(plain, group="interval mask", heads=2, seqlen=packed, mask="documents")
+    for seqlen in (2048, 4096):
+        yield replace(plain, group="interval mask", seqlen=seqlen, causal=False, mask="prefix-LM")
+    yield replace(plain, group="interval mask", seqlen=8192, heads=2, mask="chunks of 512")
+    mask = "64 global, window 512"
+    yield replace(plain, group="interval mask", seqlen=4096, causal=False, mask=mask)
 
 
 def _decode(plain: Case, keys: int, heads: int, kv_heads: int | None) -> Case:

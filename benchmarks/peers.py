@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cases import Case, Inputs
 from flashlayer import flash_attention, flash_attention_varlen
+from flashlayer.masks import IntervalMask
 
 # (q, k, v) -> out, all of them dense (B, H, S, D), or all packed (T, H, D).
 Attend = Callable[[Tensor, Tensor, Tensor], Any]
@@ -144,6 +145,9 @@ def _sdpa(backend: SDPBackend | None, case: Case, inputs: Inputs) -> Attend:
         options["attn_mask"] = (distance >= 0) & (distance <= case.window)
     elif inputs.shown is not None and not case.packed:
         options["attn_mask"] = inputs.shown[:, None, None]
+    elif isinstance(inputs.mask, IntervalMask):
+        dense = inputs.mask.materialize()
+        options["attn_mask"] = dense.tril_() if case.causal else dense
     elif inputs.mask is not None:
         options["attn_mask"] = inputs.mask
     elif case.seqlen > 1:

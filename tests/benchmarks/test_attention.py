@@ -86,8 +86,9 @@ def test_suites_have_no_case_twice(suite: str) -> None:
         replace(PLAIN, lengths=(40, 10), causal=False),
         replace(PLAIN, causal=False, mask="bool"),
         replace(PLAIN, causal=False, mask="float"),
+        replace(PLAIN, mask="documents"),
     ],
-    ids=["plain", "window", "packed", "padded", "bool_mask", "float_mask"],
+    ids=["plain", "window", "packed", "padded", "bool_mask", "float_mask", "documents"],
 )
 def test_a_wrong_result_is_seen(case: Case) -> None:
     """Off by a hundredth in one gradient of one visible key."""
