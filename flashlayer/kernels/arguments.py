@@ -115,6 +115,7 @@ class Flags(NamedTuple):
         SOFTCAP: whether there is a softcap.
         SCALE_SIGN: 1, -1 or 0; in the forward kernel the factor ``scale`` itself is positive.
         GROUP: query heads for each kv head; in dK/dV only.
+        INTERVAL_HEADS: of them those whose interval masks differ, GROUP or 1; in dK/dV only.
         EDGE_STAGES: tiles in flight in the edge ranges, None for the launch's ``num_stages``.
         ROW_COPIES: see ``load_rows`` of the backward kernels.
     """
@@ -123,6 +124,7 @@ class Flags(NamedTuple):
     SOFTCAP: bool
     SCALE_SIGN: int = 1
     GROUP: int = 1
+    INTERVAL_HEADS: int = 1
     EDGE_STAGES: int | None = None
     ROW_COPIES: int = 1
 

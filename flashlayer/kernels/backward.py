@@ -208,42 +208,28 @@ def dkdv_kernel(
     k_start = block * BLOCK_N
     k_stop = tl.minimum(k_start + BLOCK_N, k_length)
     columns = k_start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    ranges = query_tile_ranges(query_bounds(k_start, k_stop, window, q_length))
     # A key that no query may attend to counts as 0: its p is 0, and 0 * NaN would be NaN.
     bounds = key_bounds(0, q_length, window, k_length)
-    visible_keys = (columns >= bounds[0]) & (columns < bounds[3])
+    first_head = kv_head * FLAGS.GROUP
     intervals = block_intervals(
-        extras.intervals,
-        batch,
-        kv_head * FLAGS.GROUP,
-        heads,
-        window,
-        0,
-        q_length,
-        q_length,
-        k_length,
+        extras.intervals, batch, first_head, heads, window, 0, q_length, q_length, k_length
     )
     pairs = key_intervals(intervals, columns)
-    PER_HEAD: tl.constexpr = intervals is not None and extras.intervals.PER_HEAD
-    HEADS: tl.constexpr = FLAGS.GROUP if PER_HEAD else 1
-    spans = None
-    if intervals is not None:
-        visible_keys, spans = query_spans(intervals, pairs, columns, HEADS)
+    visible_keys, spans = query_spans(intervals, pairs, columns, bounds, FLAGS.INTERVAL_HEADS)
     k_tile = load_tiles(k_ptr, k, columns, visible_keys)  # [BLOCK_N, head_dim]
     v_tile = load_tiles(v_ptr, v, columns, visible_keys)  # [BLOCK_N, value_dim]
 
     dk_acc = zero_tiles(BLOCK_N, k.columns, ACC_DTYPE)
     dv_acc = zero_tiles(BLOCK_N, v.columns, ACC_DTYPE)
+    ranges = query_tile_ranges(query_bounds(k_start, k_stop, window, q_length))
     for RANGE in tl.static_range(RIGHT_EDGE, LEFT_EDGE - 1, -1):
         # An edge is at most BLOCK_N queries long. Its tiles are counted at compile time: with a
-        # dynamic count ptxas serializes the wgmma of the loop that follows. For the same reason an
-        # interval mask, whose edges may be long, has one range: FULL, with a mask.
-        span = ((ranges[RANGE]),) if spans is None else spans
+        # dynamic count ptxas serializes the wgmma of the loop that follows. So an interval mask,
+        # whose edges may be long, has one range: FULL, with a mask.
+        span = (ranges[RANGE],) if spans is None else spans
         num_tiles = tl.cdiv(BLOCK_N, BLOCK_M) if RANGE != FULL else span_tiles(span, BLOCK_M)
-        # The window has no edge on a side that is unbounded.
-        if RANGE == FULL or (
-            spans is None and (window_left if RANGE == LEFT_EDGE else window_right) is not None
-        ):
+        side = window_left if RANGE == LEFT_EDGE else window_right  # None has no edge
+        if RANGE == FULL or (side is not None and spans is None):
             for step in tl.range(
                 0, num_tiles * FLAGS.GROUP, num_stages=None if RANGE == FULL else FLAGS.EDGE_STAGES
             ):
@@ -253,11 +239,10 @@ def dkdv_kernel(
                 rows = q_start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
                 valid = tl.arange(0, BLOCK_M) < stop - q_start
                 i, j = rows[None, :], columns[:, None]
-                visible = None
-                if RANGE != FULL or spans is not None:
-                    if HEADS != 1:
-                        pairs = key_intervals(intervals, columns, head - kv_head * FLAGS.GROUP)
-                    visible = visible_pairs(j, i, exchanged, q_length, pairs, 0)
+                if FLAGS.INTERVAL_HEADS != 1:
+                    pairs = key_intervals(intervals, columns, head - first_head)
+                masked = RANGE != FULL or spans is not None
+                visible = visible_pairs(j, i, exchanged, q_length, pairs, 0) if masked else None
                 slope = load_slope(extras.slopes, batch, head, heads, ACC_DTYPE)
                 mask_ptr = mask_pointer(extras.mask, batch, head)
                 bias = load_bias(mask_ptr, extras.mask, i, j, valid[None, :], k_length, ACC_DTYPE)
@@ -354,43 +339,37 @@ def dq_kernel(
     intervals = block_intervals(
         extras.intervals, batch, head, heads, window, q_start, q_stop, q_length, k_length
     )
+    FIRST: tl.constexpr = LEFT_EDGE if window_left is not None and intervals is None else FULL
     for scan in tl.range(0, num_scans(intervals, bounds, BLOCK_N)):
         scanned = scanned_ranges(ranges, intervals, scan, bounds, BLOCK_N)
-        for RANGE in tl.static_range(LEFT_EDGE, RIGHT_EDGE + 1):
-            if RANGE != LEFT_EDGE or (window_left is not None and intervals is None):
-                start, stop = scanned[RANGE]
-                for step in tl.range(
-                    start, stop, BLOCK_N, num_stages=None if RANGE == FULL else FLAGS.EDGE_STAGES
-                ):
-                    k_start = edge_start(step, scanned[FULL], intervals, RANGE)
-                    columns = k_start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-                    i, j = rows[:, None], columns[None, :]
-                    keys = None
-                    visible = None
-                    if RANGE != FULL:
-                        pairs = key_intervals(intervals, columns)
-                        keys = keys_of_block(columns, bounds, pairs, q_start, q_stop)
-                        visible = visible_pairs(i, j, window, k_length, pairs, 1)
-                    bias = load_bias(
-                        mask_ptr, extras.mask, i, j, valid[:, None], k_length, ACC_DTYPE
-                    )
-                    keys = unmasked_keys(bias, keys)
-                    kept = keep_factor(dropout, batch, head, i, j, ACC_DTYPE)
-                    k_tile = load_stream(
-                        k_ptr, k, k_descriptor, k_at, k_start, columns, keys, RANGE
-                    )
-                    scores = dot_rows(q_tile, k_tile, INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
-                    distance = i + window.offset - j
-                    p, tanh_score = probabilities(
-                        scores, scale, softcap, slope, bias, distance, visible, lse[:, None]
-                    )
-                    v_tile = load_stream(
-                        v_ptr, v, v_descriptor, k_at, k_start, columns, keys, RANGE
-                    )
-                    dp = dot_rows(do_tile, v_tile, INPUT_PRECISION)
-                    ds = score_gradient(p, dp, delta[:, None], bias, kept)
-                    if FLAGS.SOFTCAP:
-                        ds *= softcap_grad(tanh_score)
-                    dq_acc = dot_into(dq_acc, ds.to(k_tile[0].dtype), k_tile, INPUT_PRECISION)
+        for RANGE in tl.static_range(FIRST, RIGHT_EDGE + 1):
+            start, stop = scanned[RANGE]
+            for step in tl.range(
+                start, stop, BLOCK_N, num_stages=None if RANGE == FULL else FLAGS.EDGE_STAGES
+            ):
+                k_start = edge_start(step, scanned[FULL], intervals, RANGE)
+                columns = k_start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+                i, j = rows[:, None], columns[None, :]
+                keys = None
+                visible = None
+                if RANGE != FULL:
+                    pairs = key_intervals(intervals, columns)
+                    keys = keys_of_block(columns, bounds, pairs, q_start, q_stop)
+                    visible = visible_pairs(i, j, window, k_length, pairs, 1)
+                bias = load_bias(mask_ptr, extras.mask, i, j, valid[:, None], k_length, ACC_DTYPE)
+                keys = unmasked_keys(bias, keys)
+                kept = keep_factor(dropout, batch, head, i, j, ACC_DTYPE)
+                k_tile = load_stream(k_ptr, k, k_descriptor, k_at, k_start, columns, keys, RANGE)
+                scores = dot_rows(q_tile, k_tile, INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
+                distance = i + window.offset - j
+                p, tanh_score = probabilities(
+                    scores, scale, softcap, slope, bias, distance, visible, lse[:, None]
+                )
+                v_tile = load_stream(v_ptr, v, v_descriptor, k_at, k_start, columns, keys, RANGE)
+                dp = dot_rows(do_tile, v_tile, INPUT_PRECISION)
+                ds = score_gradient(p, dp, delta[:, None], bias, kept)
+                if FLAGS.SOFTCAP:
+                    ds *= softcap_grad(tanh_score)
+                dq_acc = dot_into(dq_acc, ds.to(k_tile[0].dtype), k_tile, INPUT_PRECISION)
 
     store_tiles(dq_ptr, dq, rows, valid, scaled(dq_acc, scale))

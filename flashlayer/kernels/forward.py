@@ -155,41 +155,35 @@ def forward_kernel(
     intervals = block_intervals(
         extras.intervals, batch, head, heads, window, q_start, q_stop, q_length, k_length
     )
+    FIRST: tl.constexpr = LEFT_EDGE if window_left is not None and intervals is None else FULL
     for scan in tl.range(0, num_scans(intervals, bounds, BLOCK_N)):
         scanned = scanned_ranges(ranges, intervals, scan, bounds, BLOCK_N)
-        for RANGE in tl.static_range(LEFT_EDGE, RIGHT_EDGE + 1):
-            if RANGE != LEFT_EDGE or (window_left is not None and intervals is None):
-                start, stop = scanned[RANGE]
-                for step in tl.range(
-                    start, stop, BLOCK_N, num_stages=None if RANGE == FULL else FLAGS.EDGE_STAGES
-                ):
-                    k_start = edge_start(step, scanned[FULL], intervals, RANGE)
-                    columns = k_start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-                    i, j = rows[:, None], columns[None, :]
-                    pairs = None if RANGE == FULL else key_intervals(intervals, columns)
-                    keys = None
-                    if RANGE != FULL:
-                        keys = keys_of_block(columns, bounds, pairs, q_start, q_stop)
-                    bias = load_bias(
-                        mask_ptr, extras.mask, i, j, valid[:, None], k_length, ACC_DTYPE
-                    )
-                    keys = unmasked_keys(bias, keys)
-                    k_tile = load_stream(
-                        k_ptr, k, k_descriptor, k_at, k_start, columns, keys, RANGE
-                    )
-                    scores = dot_rows(q_tile, k_tile, INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
-                    distance = i + window.offset - j
-                    x, _ = modify_scores(scores, scale, softcap, slope, bias, distance)
-                    if RANGE != FULL:
-                        visible = visible_pairs(i, j, window, k_length, pairs, 1)
-                        x = tl.where(visible, x, float("-inf"))
-                    v_tile = load_stream(
-                        v_ptr, v, v_descriptor, k_at, k_start, columns, keys, RANGE
-                    )
-                    kept = keep_factor(dropout, batch, head, i, j, ACC_DTYPE)
-                    m_i, l_i, acc = online_softmax_update(
-                        m_i, l_i, acc, x, scale, v_tile, kept, MODIFIED, INPUT_PRECISION
-                    )
+        for RANGE in tl.static_range(FIRST, RIGHT_EDGE + 1):
+            start, stop = scanned[RANGE]
+            for step in tl.range(
+                start, stop, BLOCK_N, num_stages=None if RANGE == FULL else FLAGS.EDGE_STAGES
+            ):
+                k_start = edge_start(step, scanned[FULL], intervals, RANGE)
+                columns = k_start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+                i, j = rows[:, None], columns[None, :]
+                pairs = None if RANGE == FULL else key_intervals(intervals, columns)
+                keys = None
+                if RANGE != FULL:
+                    keys = keys_of_block(columns, bounds, pairs, q_start, q_stop)
+                bias = load_bias(mask_ptr, extras.mask, i, j, valid[:, None], k_length, ACC_DTYPE)
+                keys = unmasked_keys(bias, keys)
+                k_tile = load_stream(k_ptr, k, k_descriptor, k_at, k_start, columns, keys, RANGE)
+                scores = dot_rows(q_tile, k_tile, INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
+                distance = i + window.offset - j
+                x, _ = modify_scores(scores, scale, softcap, slope, bias, distance)
+                if RANGE != FULL:
+                    visible = visible_pairs(i, j, window, k_length, pairs, 1)
+                    x = tl.where(visible, x, float("-inf"))
+                v_tile = load_stream(v_ptr, v, v_descriptor, k_at, k_start, columns, keys, RANGE)
+                kept = keep_factor(dropout, batch, head, i, j, ACC_DTYPE)
+                m_i, l_i, acc = online_softmax_update(
+                    m_i, l_i, acc, x, scale, v_tile, kept, MODIFIED, INPUT_PRECISION
+                )
 
     # A row without a visible key has m_i = -inf and l_i = 0: o = 0 / 1, lse = -inf + log(1).
     l_i = tl.where(l_i == 0.0, 1.0, l_i)

@@ -121,33 +121,38 @@ def key_intervals(intervals, columns, head=0):
 
 
 @triton.jit
-def query_spans(intervals, pairs, columns, HEADS: tl.constexpr):
-    """The queries that may attend to some key of a block, for any of ``HEADS`` query heads.
+def query_spans(intervals, pairs, columns, bounds, HEADS: tl.constexpr):
+    """Which keys of a block are visible to some query, and the queries that may attend to one.
 
-    Returns the keys that have such queries, and for each interval of a key a span
-    ``(start, stop)``. The spans are disjoint. ``pairs`` are the first head's.
+    ``bounds`` are the window's keys. Without an interval mask the queries are None. With one, a
+    span ``(start, stop)`` for each interval of a key, disjoint, for any of ``HEADS`` query heads;
+    ``pairs`` are the first one's.
     """
-    keys = columns < 0
-    ends = ()
-    for n in tl.static_range(len(pairs)):
-        start = intervals.q_length
-        stop = 0
-        for head in tl.static_range(HEADS):
-            of_head = pairs if head == 0 else key_intervals(intervals, columns, head)
-            exist = of_head[n][0] < of_head[n][1]
-            keys |= exist
-            start = tl.minimum(start, tl.min(tl.where(exist, of_head[n][0], start), 0))
-            stop = tl.maximum(stop, tl.max(tl.where(exist, of_head[n][1], 0), 0))
-        ends += ((start, stop),)
-    start, stop = ends[0]
-    if len(pairs) == 2:
-        # The window may have left a key the second interval only, before the first of other keys.
-        start = tl.minimum(start, ends[1][0])
-    stop = tl.maximum(start, stop)
-    spans = ((start, stop),)
-    if len(pairs) == 2:
-        second = tl.maximum(stop, ends[1][0])
-        spans += ((second, tl.maximum(second, ends[1][1])),)
+    spans = None
+    if pairs is None:
+        keys = (columns >= bounds[0]) & (columns < bounds[3])
+    else:
+        keys = columns < 0
+        ends = ()
+        for n in tl.static_range(len(pairs)):
+            start = intervals.q_length
+            stop = 0
+            for head in tl.static_range(HEADS):
+                of_head = pairs if head == 0 else key_intervals(intervals, columns, head)
+                exist = of_head[n][0] < of_head[n][1]
+                keys |= exist
+                start = tl.minimum(start, tl.min(tl.where(exist, of_head[n][0], start), 0))
+                stop = tl.maximum(stop, tl.max(tl.where(exist, of_head[n][1], 0), 0))
+            ends += ((start, stop),)
+        start, stop = ends[0]
+        if len(pairs) == 2:
+            # The window may have left a key its second interval only, before the first of others.
+            start = tl.minimum(start, ends[1][0])
+        stop = tl.maximum(start, stop)
+        spans = ((start, stop),)
+        if len(pairs) == 2:
+            second = tl.maximum(stop, ends[1][0])
+            spans += ((second, tl.maximum(second, ends[1][1])),)
     return keys, spans
 
 

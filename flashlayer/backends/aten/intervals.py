@@ -62,8 +62,9 @@ def interval_pieces(q: Tensor, intervals: Tensor, spec: AttentionSpec) -> Iterat
     """The pieces of a call with at least one query and one key; each visible pair is in one."""
     starts, stops = visible_intervals(intervals, spec, q.shape[2])
     entries = [(starts[n : n + 1], stops[n : n + 1]) for n in range(len(intervals))]
-    of_all_heads = intervals.shape[1] == 1
-    cut = [_stretches(*entry, q.shape[2]) if of_all_heads else None for entry in entries]
+    # Causal pieces need a positive scale.
+    uncut = intervals.shape[1] > 1 or spec.scale <= 0
+    cut = [None if uncut else _stretches(*entry, q.shape[2]) for entry in entries]
     shares = any(stretches is None or _overlap(stretches) for stretches in cut)
     for index, (entry, stretches) in enumerate(zip(entries, cut, strict=True)):
         batch = slice(index, index + 1) if len(entries) > 1 else slice(None)

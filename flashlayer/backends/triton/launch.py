@@ -139,6 +139,8 @@ def _launch_dkdv(call: _BackwardCall, dk: Tensor, dv: Tensor) -> None:
     streams = {"q_descriptor": q, "do_descriptor": do}
     stages, edge_stages = tiling.pipeline("dkdv", tiles, tiles.BLOCK_M, extras, streams, not packed)
     copies = tiling.row_copies(tiles)
+    of_heads = extras.intervals is not None and extras.intervals.shape[1] > 1
+    constants = {"GROUP": group, "INTERVAL_HEADS": group if of_heads else 1}
     launch: Any = dkdv_kernel[(num_blocks * kv_heads * _sequences(q, extras),)]
     launch(
         **arguments,
@@ -146,7 +148,7 @@ def _launch_dkdv(call: _BackwardCall, dk: Tensor, dv: Tensor) -> None:
         dv=strided(dv, packed),
         kv_heads=kv_heads,
         num_blocks=num_blocks,
-        FLAGS=flags(q, spec, GROUP=group, EDGE_STAGES=edge_stages, ROW_COPIES=copies),
+        FLAGS=flags(q, spec, EDGE_STAGES=edge_stages, ROW_COPIES=copies, **constants),
         **stages,
     )
 
