@@ -143,6 +143,13 @@ def test_rows_without_keys(kind: str) -> None:
     assert all(x.isfinite().all() for x in grads)
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_mask_that_hides_all(options: dict[str, Any]) -> None:
+    q, k, v = qkv(20, 30, torch.float32)
+    for mask in (torch.zeros(1, 1, dtype=torch.bool), torch.full((20, 30), -torch.inf)):
+        assert_attention_close("aten", q, k, v, with_noise=True, attn_mask=mask, **options)
+
+
 def test_a_score_of_0_with_an_lse_of_0_is_a_row_with_a_key() -> None:
     """The kernel's lse of a row without keys."""
     q = torch.zeros(1, 1, 3, 20)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from flashlayer.backends.aten.intervals import interval_pieces
 from flashlayer.backends.aten.kernel import flash_backward, flash_forward
 from flashlayer.backends.aten.mask import without_hidden_keys
 from flashlayer.backends.aten.mask_gradient import masked_backward
-from flashlayer.backends.aten.pieces import Piece, split, whole
+from flashlayer.backends.aten.pieces import split, whole
 from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, accumulation_dtype
 
 name = "aten"
@@ -132,14 +132,12 @@ def _backward(
     if piece is not None:
         return *flash_backward(do, dlse, q, k, v, o, lse, spec.scale, piece), None
     pieces = _pieces(q, k, spec, extras)
-    first = next(pieces, None)
+    first = list(islice(pieces, 1))
     dtype = k.dtype
-    if (
-        first is not None and first.shares_rows
-    ):  # as all pieces of a call: sum their gradients in at least fp32
+    if first and first[0].shares_rows:  # as all pieces: sum their gradients in at least fp32
         dtype = torch.promote_types(dtype, torch.float32)
     dq, dk, dv = (_empty(x, dtype).zero_() for x in (q, k, v))
-    for piece in chain(() if first is None else (first,), pieces):
+    for piece in chain(first, pieces):
         grads = flash_backward(
             piece.queries(do),
             None if dlse is None else piece.queries(dlse),
