@@ -203,7 +203,6 @@ def test_the_blocks_of_a_mask_hold_every_visible_pair_once(
     count = torch.zeros(queries, keys)
     for block in masks.blocks(q, k, spec, extras, 32, 1):
         added = masks.added(block, spec, extras, torch.float32)
-        assert added is not None
         assert set(added.unique().tolist()) <= {0, -torch.inf}
         count[block.q_rows, block.k_rows] += added[0, 0] == 0
     visible = spec.visible(0, queries, 0, keys, queries, keys, q.device) & mask[0, 0]

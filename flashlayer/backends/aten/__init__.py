@@ -108,10 +108,12 @@ def backward(
     extras: AttentionExtras,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
     """See :class:`flashlayer.spec.Backend`."""
+    if not _hides_keys(extras):
+        return *_backward(do, dlse, q, k, v, o, lse, spec, extras), None
     call = masked_backward if extras.wants_mask_gradient(spec) else _backward
     dq, dk, dv, d_mask = call(do, dlse, q, k, v, o, lse, spec, extras)
     # dS of a row is NaN if a key that it doesn't see has NaN, and with it all of its dQ.
-    if _hides_keys(extras) and not math.isfinite(dq.sum().item()):
+    if not math.isfinite(dq.sum().item()):
         k, v = without_hidden_keys(q, k, v, spec, extras)
         dq, dk, dv, d_mask = call(do, dlse, q, k, v, o, lse, spec, extras)
     return dq, dk, dv, d_mask, None
