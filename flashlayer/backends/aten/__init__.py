@@ -31,7 +31,7 @@ from flashlayer.backends.aten.intervals import interval_pieces
 from flashlayer.backends.aten.kernel import flash_backward, flash_forward
 from flashlayer.backends.aten.mask import without_hidden_keys
 from flashlayer.backends.aten.mask_gradient import masked_backward
-from flashlayer.backends.aten.pieces import split, whole
+from flashlayer.backends.aten.pieces import Piece, split, whole
 from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, accumulation_dtype
 
 name = "aten"
