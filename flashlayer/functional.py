@@ -144,7 +144,8 @@ def flash_attention(
         )
         plan = None if signature is None else plans.PLANS.get(signature)
         if plan is not None:
-            extras = NO_EXTRAS if attn_mask is None else AttentionExtras(attn_mask)
+            # No call with an IntervalMask has a plan.
+            extras = AttentionExtras(attn_mask) if isinstance(attn_mask, Tensor) else NO_EXTRAS
             problem = Problem(query, key, value, plan.spec, extras)
             return _compute(plan.backend, problem, return_lse)
     options: dict[str, Any] = {

@@ -143,6 +143,13 @@ def test_rows_without_keys(kind: str) -> None:
     assert all(x.isfinite().all() for x in grads)
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_mask_that_hides_all(options: dict[str, Any]) -> None:
+    q, k, v = qkv(20, 30, torch.float32)
+    for mask in (torch.zeros(1, 1, dtype=torch.bool), torch.full((20, 30), -torch.inf)):
+        assert_attention_close("aten", q, k, v, with_noise=True, attn_mask=mask, **options)
+
+
 def test_a_score_of_0_with_an_lse_of_0_is_a_row_with_a_key() -> None:
     """The kernel's lse of a row without keys."""
     q = torch.zeros(1, 1, 3, 20)
@@ -196,7 +203,6 @@ def test_the_blocks_of_a_mask_hold_every_visible_pair_once(
     count = torch.zeros(queries, keys)
     for block in masks.blocks(q, k, spec, extras, 32, 1):
         added = masks.added(block, spec, extras, torch.float32)
-        assert added is not None
         assert set(added.unique().tolist()) <= {0, -torch.inf}
         count[block.q_rows, block.k_rows] += added[0, 0] == 0
     visible = spec.visible(0, queries, 0, keys, queries, keys, q.device) & mask[0, 0]

@@ -30,6 +30,22 @@ def test_the_second_call_is_not_checked(
     )
 
 
+def test_a_masked_call_has_a_plan_for_masks_of_one_form(no_plans: dict[Any, Any]) -> None:
+    """A mask to be reshaped, or expanded by its caller, is checked at every call."""
+    q = torch.randn(2, 2, 9, 8)
+    for shape in ((2, 1, 1, 9), (1, 1, 9, 9), (2, 2, 9, 9)):
+        for mask in (torch.rand(shape) < 0.5, torch.randn(shape), torch.randn(shape)):
+            for _ in range(2):
+                out = torch.as_tensor(flash_attention(q, q, q, attn_mask=mask))
+                exact = flash_attention(q, q, q, attn_mask=mask, backend="standard")
+                torch.testing.assert_close(out, torch.as_tensor(exact))
+    assert len({key for key in no_plans if "auto" in key}) == 6
+    no_plans.clear()
+    for mask in (torch.randn(9, 9), torch.randn(1, 1, 9, 9).expand(2, -1, -1, -1)):
+        flash_attention(q, q, q, attn_mask=mask)
+    assert not no_plans
+
+
 @pytest.mark.parametrize(
     "change",
     [

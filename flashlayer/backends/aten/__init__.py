@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -108,10 +108,12 @@ def backward(
     extras: AttentionExtras,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
     """See :class:`flashlayer.spec.Backend`."""
+    if not _hides_keys(extras):
+        return *_backward(do, dlse, q, k, v, o, lse, spec, extras), None
     call = masked_backward if extras.wants_mask_gradient(spec) else _backward
     dq, dk, dv, d_mask = call(do, dlse, q, k, v, o, lse, spec, extras)
     # dS of a row is NaN if a key that it doesn't see has NaN, and with it all of its dQ.
-    if _hides_keys(extras) and not math.isfinite(dq.sum().item()):
+    if not math.isfinite(dq.sum().item()):
         k, v = without_hidden_keys(q, k, v, spec, extras)
         dq, dk, dv, d_mask = call(do, dlse, q, k, v, o, lse, spec, extras)
     return dq, dk, dv, d_mask, None
@@ -132,14 +134,12 @@ def _backward(
     if piece is not None:
         return *flash_backward(do, dlse, q, k, v, o, lse, spec.scale, piece), None
     pieces = _pieces(q, k, spec, extras)
-    first = next(pieces, None)
+    first = list(islice(pieces, 1))
     dtype = k.dtype
-    if (
-        first is not None and first.shares_rows
-    ):  # as all pieces of a call: sum their gradients in at least fp32
+    if first and first[0].shares_rows:  # as all pieces: sum their gradients in at least fp32
         dtype = torch.promote_types(dtype, torch.float32)
     dq, dk, dv = (_empty(x, dtype).zero_() for x in (q, k, v))
-    for piece in chain(() if first is None else (first,), pieces):
+    for piece in chain(first, pieces):
         grads = flash_backward(
             piece.queries(do),
             None if dlse is None else piece.queries(dlse),

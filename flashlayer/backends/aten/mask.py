@@ -50,9 +50,9 @@ class Block(NamedTuple):
         return x[..., self.k_rows] if x.shape[3] > 1 else x
 
 
-def mask_dtype(mask: Tensor | None, dtype: torch.dtype) -> torch.dtype:
+def mask_dtype(mask: Tensor, dtype: torch.dtype) -> torch.dtype:
     """In which dtype the kernel gets the mask of queries in ``dtype``."""
-    if mask is None or mask.dtype == torch.bool or mask.dtype == dtype:
+    if mask.dtype == torch.bool or mask.dtype == dtype:
         return dtype
     return accumulation_dtype(dtype)
 
@@ -75,27 +75,22 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.add(minus_bit, bits, alpha=bit, out=bits).view(dtype)
 
 
-def added(
-    block: Block, spec: AttentionSpec, extras: AttentionExtras, dtype: torch.dtype
-) -> Tensor | None:
-    """What is added to the scores of a block, (B or 1, H or 1, M or 1, N or 1); None if nothing.
+def added(block: Block, spec: AttentionSpec, extras: AttentionExtras, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of a block, (B or 1, H or 1, M or 1, N or 1).
 
     A view of the user's mask where it has the kernel's dtype and no edge of a window cuts the
     block, else made anew.
     """
     mask, edges = extras.attn_mask, _edges(block, spec)
+    assert mask is not None
     if not edges:
-        return None if mask is None else as_added(block.of(mask), dtype)
+        return as_added(block.of(mask), dtype)
     cpu = torch.device("cpu")  # whatever torch's default device is
-    if mask is None:
-        own = torch.ones((1, 1, *block.size()), dtype=torch.bool, device=cpu)
-    else:
-        own = block.of(mask)
-        own = own.expand(*own.shape[:2], *block.size()).clone()
+    q_start, q_stop = block.q_rows.start, block.q_rows.stop
+    own = block.of(mask)
+    own = own.expand(*own.shape[:2], *block.size()).clone()
     for start, stop in edges:
-        visible = spec.visible(
-            block.q_rows.start, block.q_rows.stop, start, stop, *block.lengths, cpu
-        )
+        visible = spec.visible(q_start, q_stop, start, stop, *block.lengths, cpu)
         columns = own[..., start - block.k_rows.start : stop - block.k_rows.start]
         if own.dtype == torch.bool:
             columns &= visible
@@ -203,6 +198,5 @@ def _keys_of_mask(q: Tensor, k: Tensor, spec: AttentionSpec, extras: AttentionEx
     visible = torch.zeros((*mask.shape[:2], 1, k.shape[2]), dtype=torch.bool, device=k.device)
     for block in blocks(q, k, spec, extras, BLOCK_MIN, q.shape[0]):
         own = added(block, spec, extras, q.dtype)
-        assert own is not None
         visible[..., block.k_rows] |= (own != -torch.inf).any(dim=2, keepdim=True)
     return visible

@@ -51,7 +51,6 @@ def masked_backward(
     heads_at_once = max(1, SCORES_AT_ONCE // (group * min(rows, q.shape[2]) * seqlen_k))
     for block in blocks(q, k, spec, extras, rows, 1):
         own = added(block, spec, extras, q.dtype)
-        assert own is not None
         for first in range(0, kv_heads, heads_at_once):
             kv = slice(first, min(first + heads_at_once, kv_heads))
             heads = slice(kv.start * group, kv.stop * group)

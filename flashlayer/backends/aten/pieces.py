@@ -26,14 +26,13 @@ from torch import Tensor
 from flashlayer.backends.aten.mask import (
     BLOCK_MIN,
     NUMBERS_AT_ONCE,
-    Block,
     added,
     as_added,
     blocks,
     hides_an_end,
     mask_dtype,
 )
-from flashlayer.spec import NO_EXTRAS, AttentionExtras, AttentionSpec
+from flashlayer.spec import AttentionExtras, AttentionSpec
 
 # Windows at least this wide become triangles of their width: the kernel is slow on smaller ones.
 TRIANGLE_MIN = 32
@@ -275,7 +274,7 @@ def _masked(
     """The queries ``[first, end)`` in blocks, each with the keys its windows reach."""
     lengths = piece.lengths()
     size = _block_rows(spec, lengths[1])
-    masks: dict[tuple[int, int, int], Tensor | None] = {}  # inner blocks share theirs
+    masks: dict[tuple[int, int, int], Tensor] = {}  # inner blocks share theirs
     for start in range(first, end, size):
         stop = min(start + size, end)
         bounds = spec.key_bounds(start, stop, *lengths)
@@ -284,8 +283,10 @@ def _masked(
         if bounds.all_start > k_start or bounds.all_stop < k_stop:
             shape = (stop - start, k_start - start, k_stop - start)
             if shape not in masks:
-                block = Block(slice(0, 1), slice(start, stop), slice(k_start, k_stop), lengths)
-                masks[shape] = added(block, spec, NO_EXTRAS, dtype)
+                cpu = torch.device("cpu")  # whatever torch's default device is
+                visible = spec.visible(start, stop, k_start, k_stop, *lengths, cpu)
+                mask = torch.zeros((1, 1, *visible.shape), dtype=dtype, device=cpu)
+                masks[shape] = mask.masked_fill_(~visible, -torch.inf)
             mask = masks[shape]
         yield piece.cut(start, stop, k_start, k_stop, mask=mask)
 
