@@ -310,7 +310,8 @@ def matrix(args: argparse.Namespace) -> Iterator[Case]:
             wanted = args.full or case.options == "none"
             if case.mask == "causal" and case.head_dim in OPTIONS_HEAD_DIMS:
                 wanted |= (case.target, case.dtype) == (OPTIONS_TARGET, OPTIONS_DTYPE)
-                wanted |= case.options == "packed" and case.dtype == OPTIONS_DTYPE
+                everywhere = case.options in ("packed", "intervals")
+                wanted |= everywhere and case.dtype == OPTIONS_DTYPE
         if wanted:
             yield case
 
@@ -342,7 +343,8 @@ def main(argv: list[str] | None = None) -> int:
         "--options",
         nargs="+",
         choices=OPTIONS,
-        help="these everywhere (default: none everywhere; packed in bf16 at 64 and 128; each "
+        help="these everywhere (default: none everywhere; packed and intervals in bf16 at 64 and "
+        "128; each "
         "option on its own, and all of them, on sm_90 in bf16 at 64 and 128, causal)",
     )
     parser.add_argument("--full", action="store_true", help="every option everywhere")

@@ -226,10 +226,10 @@ def dkdv_kernel(
         # An edge is at most BLOCK_N queries long. Its tiles are counted at compile time: with a
         # dynamic count ptxas serializes the wgmma of the loop that follows. So an interval mask,
         # whose edges may be long, has one range: FULL, with a mask.
-        span = (ranges[RANGE],) if spans is None else spans
+        span = (ranges[RANGE],) if len(spans) == 0 else spans
         num_tiles = tl.cdiv(BLOCK_N, BLOCK_M) if RANGE != FULL else span_tiles(span, BLOCK_M)
         side = window_left if RANGE == LEFT_EDGE else window_right  # None has no edge
-        if RANGE == FULL or (side is not None and spans is None):
+        if RANGE == FULL or (side is not None and len(spans) == 0):
             for step in tl.range(
                 0, num_tiles * FLAGS.GROUP, num_stages=None if RANGE == FULL else FLAGS.EDGE_STAGES
             ):
@@ -241,8 +241,8 @@ def dkdv_kernel(
                 i, j = rows[None, :], columns[:, None]
                 if FLAGS.INTERVAL_HEADS != 1:
                     pairs = key_intervals(intervals, columns, head - first_head)
-                masked = RANGE != FULL or spans is not None
-                visible = visible_pairs(j, i, exchanged, q_length, pairs, 0) if masked else None
+                MASKED: tl.constexpr = RANGE != FULL or len(spans) != 0
+                visible = visible_pairs(j, i, exchanged, q_length, pairs, 0) if MASKED else None
                 slope = load_slope(extras.slopes, batch, head, heads, ACC_DTYPE)
                 mask_ptr = mask_pointer(extras.mask, batch, head)
                 bias = load_bias(mask_ptr, extras.mask, i, j, valid[None, :], k_length, ACC_DTYPE)

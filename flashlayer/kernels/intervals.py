@@ -124,11 +124,11 @@ def key_intervals(intervals, columns, head=0):
 def query_spans(intervals, pairs, columns, bounds, HEADS: tl.constexpr):
     """Which keys of a block are visible to some query, and the queries that may attend to one.
 
-    ``bounds`` are the window's keys. Without an interval mask the queries are None. With one, a
+    ``bounds`` are the window's keys. Without an interval mask there are no spans. With one, a
     span ``(start, stop)`` for each interval of a key, disjoint, for any of ``HEADS`` query heads;
     ``pairs`` are the first one's.
     """
-    spans = None
+    spans = ()
     if pairs is None:
         keys = (columns >= bounds[0]) & (columns < bounds[3])
     else:
