@@ -144,7 +144,10 @@ def flash_attention(
         )
         plan = None if signature is None else plans.PLANS.get(signature)
         if plan is not None:
-            extras = NO_EXTRAS if attn_mask is None else AttentionExtras(attn_mask)
+            extras = NO_EXTRAS
+            if attn_mask is not None:
+                assert isinstance(attn_mask, Tensor)  # no call with an IntervalMask has a plan
+                extras = AttentionExtras(attn_mask)
             problem = Problem(query, key, value, plan.spec, extras)
             return _compute(plan.backend, problem, return_lse)
     options: dict[str, Any] = {

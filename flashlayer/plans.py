@@ -45,11 +45,11 @@ def signature(
     scale: float | None,
     softcap: float | None,
     backend: str,
-    attn_mask: Tensor | None,
+    attn_mask: Any,
 ) -> tuple | None:
     """All that the checks of a call and the choice of its backend depend on; None for no plan.
 
-    A mask must have the form in which backends get it: 4-D, without dimensions of stride 0.
+    A mask must be a tensor in the form that backends get: 4-D, without dimensions of stride 0.
 
     Under ``torch.compile`` there is none: it would guard on a dict. ``True == 1.0`` would hit the
     entry of a float and skip the type error, so numbers must be exactly float.
