@@ -267,11 +267,11 @@ def _visible_ranges(
     mask: IntervalMask, layout: Layout, left: int | None, right: int | None
 ) -> frozenset[tuple[range, range]]:
     """The pairs of the layout's ranges that mask and window leave, exactly: O(S log N)."""
-    ranges = sorted(itertools.chain(*layout), key=lambda r: (r.start, r.stop))
+    ranges = sorted(filter(len, itertools.chain(*layout)), key=lambda r: r.start)
     edges = torch.tensor([r.start for r in ranges], device=mask.device)
 
     def range_of(position: Tensor) -> Tensor:
-        return torch.searchsorted(edges, position, right=True) - 1  # not an empty one
+        return torch.searchsorted(edges, position, right=True) - 1
 
     key = torch.arange(mask.seqlen_k, device=mask.device)
     starts, stops = mask.intervals[:, :, ::2].long(), mask.intervals[:, :, 1::2].long()
@@ -288,7 +288,8 @@ def _visible_ranges(
         torch.bincount((row + range_of(position))[is_interval] + behind, minlength=cells)
         for position, behind in ((starts, 0), (stops - 1, 1))
     )
-    reached = (begins - ends).view(len(ranges), -1).cumsum(dim=1) > 0  # [keys, queries]
+    by_key = (begins - ends).view(len(ranges), len(ranges) + 1)
+    reached = by_key.cumsum(dim=1) > 0  # [keys, queries]
     return frozenset((ranges[q], ranges[k]) for k, q in reached.nonzero().tolist())
 
 

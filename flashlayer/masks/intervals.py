@@ -54,7 +54,10 @@ class IntervalMask:
     seqlen_q: int
     _kind: str
 
-    def __init__(self, intervals: Tensor, seqlen_q: int, *, hidden: bool = False) -> None:
+    # torch.fx and dataclasses.replace make a mask of its fields: `_kind` is an argument too.
+    def __init__(
+        self, intervals: Tensor, seqlen_q: int, *, hidden: bool = False, _kind: str = "intervals"
+    ) -> None:
         if not isinstance(intervals, Tensor) or intervals.dtype not in (torch.int32, torch.int64):
             kind = intervals.dtype if isinstance(intervals, Tensor) else type(intervals).__name__
             raise TypeError(f"intervals must be an int32 or int64 tensor, got {kind}")
@@ -75,7 +78,7 @@ class IntervalMask:
         starts, stops = canonical(intervals[:, :, ::2], intervals[:, :, 1::2])
         if hidden:
             starts, stops = canonical(*_complement(starts, stops, seqlen_q))
-        self._set(joined(*two_at_most(starts, stops)), seqlen_q, "intervals")
+        self._set(joined(*two_at_most(starts, stops)), seqlen_q, _kind)
 
     @classmethod
     def made(cls, intervals: Tensor, seqlen_q: int, kind: str) -> IntervalMask:
