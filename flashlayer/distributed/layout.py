@@ -7,7 +7,7 @@ import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
@@ -154,6 +154,21 @@ def agreed_layout(
         sizes = [q.shape[2], q.shape[0], q.shape[1], k.shape[1], k.shape[3], v.shape[3]]
         return make_layout(_gather_sizes(sizes, q.device, group), placement)
     return make_layout(_check_own_length(q.shape[2], group, lengths), placement)
+
+
+_met: WeakSet[dist.ProcessGroup] = WeakSet()
+
+
+def meet(group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """One collective call on the group, the first time.
+
+    NCCL makes a communicator in a group's first call, which all its ranks must join: a rank whose
+    first messages are all skipped would not.
+    """
+    group = dist.group.WORLD if group is None else group
+    if group is not None and group not in _met:
+        dist.all_reduce(torch.zeros((), device=device), group=group)
+        _met.add(group)
 
 
 def _check_own_length(

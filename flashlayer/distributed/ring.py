@@ -21,6 +21,7 @@ from flashlayer.distributed.layout import (
     check_mask,
     check_shards,
     graph_break,
+    meet,
     plan_route,
     rectangles,
 )
@@ -82,7 +83,8 @@ def ring_attention(
         placement: which positions a shard holds, see :func:`shard_sequence`. ``"zigzag"`` balances
             causal attention.
         lengths: the shards' lengths ``S`` by rank. If None they are gathered and the other sizes
-            compared: one small exchange, for which a GPU is synchronized.
+            compared: one small exchange, for which a GPU is synchronized. If given, one exchange in
+            the first call of a group.
         attn_mask: an :class:`flashlayer.masks.IntervalMask` of the whole sequence, in its positions
             for every placement, the same on every rank. Documents of a packed sequence:
             ``masks.documents(cu_seqlens=...)``. Its intervals are read on the host once for each
@@ -117,6 +119,8 @@ def ring_attention(
     problem = check_shards(query, key, value, sinks=sinks, **options)
     layout = agreed_layout(problem, group, placement, lengths)
     mask = check_mask(attn_mask, layout, problem)
+    if lengths is not None:  # else the exchange of the lengths was such a call
+        meet(group, query.device)
     left, right = window_size[0], 0 if causal else window_size[1]
     ring = Ring(
         group=group,

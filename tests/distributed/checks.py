@@ -56,6 +56,7 @@ def check_layouts_and_errors(rank: int, device: torch.device) -> None:
     with pytest.raises(ValueError, match=f"needs a sequence that {2 * ranks} divides"):
         shard_sequence(torch.zeros(1, 2 * ranks + 1), placement="zigzag")
     check_wrong_masks(ranks, device)
+    check_all_ranks_join_a_group(ranks, device)
     q.requires_grad_()
     out = ring_attention(q, q, q)
     with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -96,6 +97,23 @@ def check_wrong_masks(ranks: int, device: torch.device) -> None:
             attend(q, q, q, attn_mask=whole.to("meta"))
         with pytest.raises(TypeError, match="must be an IntervalMask of the whole sequence, got T"):
             attend(q, q, q, attn_mask=whole.materialize())
+
+
+def check_all_ranks_join_a_group(ranks: int, device: torch.device) -> None:
+    """In its first call, though the mask lets nobody send anything."""
+    group, original, calls = dist.new_group(list(range(ranks))), dist.all_reduce, []
+    q = torch.randn(1, 1, 8, 4, device=device)
+    mask = masks.chunks(8, seqlen=8 * ranks, device=device)
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        calls.append(options["group"])
+        return original(*arguments, **options)
+
+    dist.all_reduce = spy
+    for _ in range(2):
+        ring_attention(q, q, q, attn_mask=mask, lengths=[8] * ranks, group=group)
+    dist.all_reduce = original
+    assert calls == [group]
 
 
 def check_documents_leave_each_other_alone(rank: int, device: torch.device) -> None:
