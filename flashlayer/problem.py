@@ -86,7 +86,8 @@ def build_problem(
         left, right = (None if x is None or x >= tokens else x for x in (left, right))
     mask = intervals = None
     if isinstance(attn_mask, IntervalMask):
-        intervals = _resolve_intervals(attn_mask, query, key)
+        check_intervals(attn_mask, query, query.shape[2], key.shape[2])
+        intervals = attn_mask.intervals
     else:
         mask = _resolve_mask(attn_mask, query, key)
     extras = AttentionExtras(
@@ -317,10 +318,10 @@ def _resolve_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> Tenso
     return attn_mask
 
 
-def _resolve_intervals(mask: IntervalMask, query: Tensor, key: Tensor) -> Tensor:
-    """The intervals of a mask that fits the problem."""
+def check_intervals(mask: IntervalMask, query: Tensor, seqlen_q: int, seqlen_k: int) -> None:
+    """Raise unless the mask is one of these lengths, and of query's device, batch and heads."""
     _check_device("attn_mask", mask.intervals, query)
-    batch, heads, seqlen_q, seqlen_k = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
+    batch, heads = query.shape[0], query.shape[1]
     of_batch, of_heads, _, _ = mask.intervals.shape
     lengths = (mask.seqlen_q, mask.seqlen_k)
     if lengths != (seqlen_q, seqlen_k):
@@ -333,7 +334,6 @@ def _resolve_intervals(mask: IntervalMask, query: Tensor, key: Tensor) -> Tensor
             f"attn_mask must be an IntervalMask of batch={batch} or 1 and heads={heads} or 1, "
             f"got one of batch={of_batch} and heads={of_heads}"
         )
-    return mask.intervals
 
 
 def _resolve_slopes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from functools import partial
@@ -110,6 +111,10 @@ def test_intervals_are_what_they_say(seed: int) -> None:
     assert torch.equal(masks.from_dense(dense).materialize(), dense)
     queries, keys = slice(5, 30), slice(2, 20)
     assert torch.equal(mask.crop(queries, keys).materialize(), dense[:, :, queries, keys])
+    cropped = mask.crop([slice(2, 9), slice(9, 9), slice(30, S)], [slice(4), slice(20, None)])
+    rows, columns = [*range(2, 9), *range(30, S)], [*range(4), *range(20, 29)]
+    assert torch.equal(cropped.materialize(), dense[:, :, rows][..., columns])
+    assert torch.equal(mask.narrow_heads(1, 2).materialize(), dense[:, 1:])
     one, one_dense = random_mask(1, 1, S, 29, 1, seed + 100)
     hidden = IntervalMask(one.intervals, S, hidden=True)
     assert torch.equal(hidden.materialize(), ~one_dense)
@@ -145,6 +150,9 @@ def test_a_mask_moves_and_stays_as_it_is() -> None:
     assert moved.intervals.shape == mask.intervals.shape
     with pytest.raises(AttributeError):
         mask.seqlen_q = 3  # type: ignore[misc]
+    remade = dataclasses.replace(mask, intervals=mask.intervals[..., :8])
+    assert torch.equal(remade.materialize(), mask.materialize()[..., :8])
+    assert "chunks of 8" in repr(remade)
 
 
 def test_memory_is_linear_in_the_length() -> None:
@@ -192,6 +200,14 @@ def test_memory_is_linear_in_the_length() -> None:
         (
             lambda: masks.chunks(2, seqlen=5).crop(slice(0, 9), slice(0, 2)),
             "queries must be a slice",
+        ),
+        (
+            lambda: masks.chunks(2, seqlen=5).crop(slice(5), [slice(2, 4), slice(0, 1)]),
+            "keys must be a slice within 0 to 5, or several that ascend, got [slice(2, 4",
+        ),
+        (
+            lambda: masks.chunks(2, seqlen=5).crop([], slice(5)),
+            "queries must be at least one slice",
         ),
     ],
 )

@@ -7,18 +7,23 @@ import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashlayer.problem import build_problem
+from flashlayer.masks import IntervalMask
+from flashlayer.problem import build_problem, check_intervals
 from flashlayer.spec import AttentionSpec, Problem, WindowSize
 
 Placement = Literal["contiguous", "zigzag"]
 
 # By rank: the positions of its shard, as one or two ranges in the order of the shard.
 Layout = tuple[tuple[range, ...], ...]
+
+# Ranges of queries and of keys with a visible pair between them; None without a mask: any may have.
+VisibleRanges = frozenset[tuple[range, range]] | None
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -151,6 +156,21 @@ def agreed_layout(
     return make_layout(_check_own_length(q.shape[2], group, lengths), placement)
 
 
+_met: WeakSet[dist.ProcessGroup] = WeakSet()
+
+
+def meet(group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """One collective call on the group, the first time.
+
+    NCCL makes a communicator in a group's first call, which all its ranks must join: a rank whose
+    first messages are all skipped would not.
+    """
+    group = dist.group.WORLD if group is None else group
+    if group is not None and group not in _met:
+        dist.all_reduce(torch.zeros((), device=device), group=group)
+        _met.add(group)
+
+
 def _check_own_length(
     length: int, group: dist.ProcessGroup | None, lengths: Sequence[int] | None
 ) -> tuple[int, ...]:
@@ -209,12 +229,88 @@ def layout_positions(layout: Layout, device: torch.device | str | None) -> Tenso
     return torch.cat([torch.arange(r.start, r.stop, device=device) for r in ranges])
 
 
+def check_mask(mask: object, layout: Layout, problem: Problem) -> IntervalMask | None:
+    """The mask of the whole sequence, or an error."""
+    if mask is None:
+        return None
+    if not isinstance(mask, IntervalMask):
+        raise TypeError(
+            f"attn_mask must be an IntervalMask of the whole sequence, got {type(mask).__name__}: "
+            "of a dense mask each rank would have to hold its queries' rows for all keys"
+        )
+    total = sum(len(r) for ranges in layout for r in ranges)
+    check_intervals(mask, problem.query, total, total)
+    return mask
+
+
+class Route(NamedTuple):
+    """How far keys travel; the same on every rank, so that all of them send and receive alike."""
+
+    hops: tuple[int, ...]  # the steps: 0, and every number of hops after which a rank needs keys
+    last: tuple[int, ...]  # by rank the step in which its keys are needed for the last time
+    visible: VisibleRanges = None
+
+
+# By mask, then by layout and window: reading a mask waits for its device, and the layers of a model
+# share it.
+_ROUTES: WeakKeyDictionary[IntervalMask, dict[tuple, Route]] = WeakKeyDictionary()
+
+
+def plan_route(
+    mask: IntervalMask | None, layout: Layout, left: int | None, right: int | None
+) -> Route:
+    """The steps of a ring; without a mask all keys travel equally far."""
+    if mask is None:
+        hops = visited_hops(layout, left, right)
+        return Route(hops, (hops[-1],) * len(layout))
+    routes = _ROUTES.setdefault(mask, {})
+    arguments = layout, left, right
+    if arguments not in routes:
+        visible = _visible_ranges(mask, *arguments)
+        rank_of = {r: rank for rank, ranges in enumerate(layout) for r in ranges}
+        last, hops = [0] * len(layout), {0}
+        for queries, keys in visible:
+            source = rank_of[keys]
+            step = (rank_of[queries] - source) % len(layout)
+            last[source] = max(last[source], step)
+            hops.add(step)
+        routes[arguments] = Route(tuple(sorted(hops)), tuple(last), visible)
+    return routes[arguments]
+
+
+def _visible_ranges(
+    mask: IntervalMask, layout: Layout, left: int | None, right: int | None
+) -> frozenset[tuple[range, range]]:
+    """The pairs of the layout's ranges that mask and window leave, exactly: O(S log N)."""
+    ranges = sorted(filter(len, itertools.chain(*layout)), key=lambda r: r.start)
+    edges = torch.tensor([r.start for r in ranges], device=mask.device)
+
+    def range_of(position: Tensor) -> Tensor:
+        return torch.searchsorted(edges, position, right=True) - 1
+
+    key = torch.arange(mask.seqlen_k, device=mask.device)
+    starts, stops = mask.intervals[:, :, ::2].long(), mask.intervals[:, :, 1::2].long()
+    if right is not None:
+        starts = starts.maximum(key - right)
+    if left is not None:
+        stops = stops.minimum(key + left + 1)
+    # Count at the first range that an interval reaches, and back behind the last: the running sum
+    # over the ranges of queries is the number of intervals that reach each.
+    row = range_of(key) * (len(ranges) + 1)
+    is_interval = starts < stops
+    cells = len(ranges) * (len(ranges) + 1)
+    begins, ends = (
+        torch.bincount((row + range_of(position))[is_interval] + behind, minlength=cells)
+        for position, behind in ((starts, 0), (stops - 1, 1))
+    )
+    by_key = (begins - ends).view(len(ranges), len(ranges) + 1)
+    reached = by_key.cumsum(dim=1) > 0  # [keys, queries]
+    return frozenset((ranges[q], ranges[k]) for k, q in reached.nonzero().tolist())
+
+
 @functools.lru_cache(maxsize=64)
 def visited_hops(layout: Layout, left: int | None, right: int | None) -> tuple[int, ...]:
-    """0, and every number of hops after which a key is visible to some rank's queries.
-
-    The same on every rank, so that all of them send and receive alike.
-    """
+    """0, and every number of hops after which a key is visible to some rank's queries."""
     ranks = range(len(layout))
     return tuple(
         hops
@@ -233,21 +329,33 @@ class Rectangle(NamedTuple):
 
 
 def rectangles(
-    queries: tuple[range, ...], keys: tuple[range, ...], left: int | None, right: int | None
+    queries: tuple[range, ...],
+    keys: tuple[range, ...],
+    left: int | None,
+    right: int | None,
+    visible: VisibleRanges = None,
 ) -> list[Rectangle]:
-    """Rectangles that hold every visible pair of two shards' positions exactly once."""
+    """Rectangles that hold every visible pair of two shards' positions exactly once.
+
+    Those of ranges that are not ``visible`` to each other are left out.
+    """
+
+    def may_see(pair: tuple[range, range]) -> bool:
+        return visible is None or pair in visible
+
     if queries == keys and left is None and right == 0:
         # A shard's ranges ascend, so causal within the shard is causal in the sequence.
         whole = slice(0, sum(map(len, queries)))
-        return [Rectangle(whole, whole, (None, 0))] if whole.stop else []
+        needed = whole.stop > 0 and any(map(may_see, itertools.product(queries, keys)))
+        return [Rectangle(whole, whole, (None, 0))] if needed else []
     found: list[Rectangle] = []
     q_edges, k_edges = ([0, *itertools.accumulate(map(len, ranges))] for ranges in (queries, keys))
     for q_range, q_start in zip(queries, q_edges, strict=False):
         row: list[Rectangle] = []
         for k_range, k_start in zip(keys, k_edges, strict=False):
-            visible = _visible_rectangle(q_range, k_range, left, right)
-            if visible is not None:
-                q_rows, k_rows, window_size = visible
+            found_here = _visible_rectangle(q_range, k_range, left, right)
+            if found_here is not None and may_see((q_range, k_range)):
+                q_rows, k_rows, window_size = found_here
                 q_rows, k_rows = _shifted(q_rows, q_start), _shifted(k_rows, k_start)
                 row.append(Rectangle(q_rows, k_rows, window_size))
         found = _joined(found + _joined(row))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -16,12 +16,16 @@ from flashlayer.distributed.layout import (
     Layout,
     Placement,
     Rectangle,
+    Route,
     agreed_layout,
+    check_mask,
     check_shards,
     graph_break,
+    meet,
+    plan_route,
     rectangles,
-    visited_hops,
 )
+from flashlayer.masks import IntervalMask
 from flashlayer.online_softmax import SoftmaxState
 from flashlayer.problem import build_problem
 from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, WindowSize, accumulation_dtype
@@ -36,6 +40,7 @@ def ring_attention(
     group: dist.ProcessGroup | None = None,
     placement: Placement = "contiguous",
     lengths: Sequence[int] | None = None,
+    attn_mask: IntervalMask | None = None,
     causal: bool = False,
     window_size: WindowSize = (None, None),
     scale: float | None = None,
@@ -49,9 +54,11 @@ def ring_attention(
     Each rank attends from its own queries to one rank's keys at a time, while the next keys
     arrive. The partial outputs merge by their LSE (:mod:`flashlayer.online_softmax`). In the
     backward pass keys and values travel once more, followed by the sums of their gradients, which
-    end at the keys' own rank. Hops that no rank needs, because the window ends before them, are
-    skipped: nothing is sent. Memory per rank is that of its shard, of the keys of two hops and, in
-    the backward pass, of their gradients: O(S / N).
+    end at the keys' own rank. Hops that no rank needs, because of the window or the mask, are
+    skipped: nothing is sent. With a mask a rank's keys also travel no farther than to the last rank
+    that needs them, and pairs of ranges without a visible pair of positions are not computed.
+    Memory per rank is that of its shard, of the keys of two hops and, in the backward pass, of
+    their gradients: O(S / N); and of the mask's intervals, O(S).
 
     Traffic: with N ranks, S positions a rank and h hops (h = N without a window) each rank sends::
 
@@ -59,8 +66,8 @@ def ring_attention(
         backward   the same, and h times B * Hkv * S * (D + Dv) elements of the gradients' sums,
                    fp32 (fp64 for fp64); nothing if h = 1
 
-    on average if the shards differ in length. Query heads don't travel: GQA divides the traffic by
-    ``H / Hkv``.
+    on average if the shards differ in length, and at most with a mask. Query heads don't travel:
+    GQA divides the traffic by ``H / Hkv``.
 
     Every rank must make the same calls in the same order, forward and backward: if one rank's loss
     did not depend on its output, the others would wait forever. The gradient of ``sinks``, which is
@@ -76,7 +83,12 @@ def ring_attention(
         placement: which positions a shard holds, see :func:`shard_sequence`. ``"zigzag"`` balances
             causal attention.
         lengths: the shards' lengths ``S`` by rank. If None they are gathered and the other sizes
-            compared: one small exchange, for which a GPU is synchronized.
+            compared: one small exchange, for which a GPU is synchronized. If given, one exchange in
+            the first call of a group.
+        attn_mask: an :class:`flashlayer.masks.IntervalMask` of the whole sequence, in its positions
+            for every placement, the same on every rank. Documents of a packed sequence:
+            ``masks.documents(cu_seqlens=...)``. Its intervals are read on the host once for each
+            mask object and layout, for which a GPU is synchronized: give all layers one object.
         causal: as in :func:`flashlayer.flash_attention`, in positions of the whole sequence.
         window_size: likewise.
         scale: likewise.
@@ -90,9 +102,10 @@ def ring_attention(
         ``(B, H, S)``. Both are differentiable, once.
 
     Raises:
-        TypeError: as :func:`flashlayer.flash_attention`.
-        ValueError: likewise; this process is not in ``group``; the shards don't fit each other or
-            the placement.
+        TypeError: as :func:`flashlayer.flash_attention`; ``attn_mask`` is a tensor, of which each
+            rank would have to hold S / N x S elements.
+        ValueError: likewise; this process is not in ``group``; the shards don't fit each other, the
+            placement or the mask.
 
     Sources: Liu, Zaharia & Abbeel, "Ring Attention with Blockwise Transformers" (arXiv 2310.01889),
     section 3; Brandon et al., "Striped Attention" (arXiv 2311.09431), for the imbalance of causal
@@ -104,14 +117,20 @@ def ring_attention(
     """
     options = {"causal": causal, "window_size": window_size, "scale": scale, "softcap": softcap}
     problem = check_shards(query, key, value, sinks=sinks, **options)
-    left, right = window_size
+    layout = agreed_layout(problem, group, placement, lengths)
+    mask = check_mask(attn_mask, layout, problem)
+    if lengths is not None:  # else the exchange of the lengths was such a call
+        meet(group, query.device)
+    left, right = window_size[0], 0 if causal else window_size[1]
     ring = Ring(
         group=group,
         rank=dist.get_rank(group),
-        layout=agreed_layout(problem, group, placement, lengths),
+        layout=layout,
         # The window as given: the problem's own drops edges that hide nothing within one shard.
-        spec=replace(problem.spec, window_left=left, window_right=0 if causal else right),
+        spec=replace(problem.spec, window_left=left, window_right=right),
         backend=backend,
+        mask=mask,
+        route=plan_route(mask, layout, left, right),
     )
     if backend != "auto":  # "auto" always finds a backend
         ring.check_backend(problem)
@@ -127,6 +146,7 @@ class Step(NamedTuple):
     key: Tensor
     value: Tensor
     rectangles: list[Rectangle]
+    mask: IntervalMask | None  # of our queries and these keys
 
 
 @dataclass(frozen=True)
@@ -138,11 +158,8 @@ class Ring:
     layout: Layout
     spec: AttentionSpec  # the window in positions of the whole sequence
     backend: str  # what computes a rectangle
-
-    @property
-    def hops(self) -> tuple[int, ...]:
-        """The steps: after t hops, rank r attends to the keys of rank r - t."""
-        return visited_hops(self.layout, self.spec.window_left, self.spec.window_right)
+    mask: IntervalMask | None  # of the whole sequence
+    route: Route
 
     def source(self, hops: int) -> int:
         """The rank whose keys are here after so many hops."""
@@ -152,19 +169,38 @@ class Ring:
         """Length of a rank's shard."""
         return sum(map(len, self.layout[rank]))
 
+    def traveling(self, rank: int, hops: int) -> int:
+        """How many of a rank's keys go so far: all or, if nobody needs them there, none."""
+        return self.length(rank) if self.route.last[rank] >= hops else 0
+
     def rectangles(self, source: int) -> list[Rectangle]:
         """The rectangles of another rank's keys that are visible to this rank's queries."""
         window = self.spec.window_left, self.spec.window_right
-        return rectangles(self.layout[self.rank], self.layout[source], *window)
+        shards = self.layout[self.rank], self.layout[source]
+        return rectangles(*shards, *window, self.route.visible)
 
-    def problem(self, rectangle: Rectangle, q: Tensor, k: Tensor, v: Tensor) -> Problem:
-        """One rectangle as a call of its own, without the sinks."""
+    def mask_of(self, source: int) -> IntervalMask | None:
+        """The mask of this rank's queries and another rank's keys."""
+        if self.mask is None:
+            return None
+        queries, keys = (
+            [slice(r.start, r.stop) for r in self.layout[rank]] for rank in (self.rank, source)
+        )
+        return self.mask.crop(queries, keys)
+
+    def problem(
+        self, rectangle: Rectangle, q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask | None
+    ) -> Problem:
+        """One rectangle of two shards as a call of its own, without the sinks."""
+        if mask is not None:
+            mask = mask.crop(rectangle.q_rows, rectangle.k_rows)
         # The inputs are already cast, and the backward pass may run under another autocast state.
         with torch.autocast(q.device.type, enabled=False):
             return build_problem(
                 q[:, :, rectangle.q_rows],
                 k[:, :, rectangle.k_rows],
                 v[:, :, rectangle.k_rows],
+                attn_mask=mask,
                 window_size=rectangle.window_size,
                 diagonal="top_left",
                 scale=self.spec.scale,
@@ -177,7 +213,7 @@ class Ring:
         While the caller computes one, the keys of the next travel. Two buffers alternate, so at
         most the keys of two steps are in memory.
         """
-        all_hops = self.hops
+        all_hops = self.route.hops
         longest = max(self.length(rank) for rank in range(len(self.layout)))
         here = arriving = k.new_empty(0)
         if len(all_hops) > 1:
@@ -187,40 +223,64 @@ class Ring:
         for hops, next_hops in itertools.zip_longest(all_hops, all_hops[1:]):
             source, works = self.source(hops), []
             if next_hops is not None:
-                sizes = (
-                    _message_size(self.length(rank), k, v)
-                    for rank in (source, self.source(next_hops))
+                sent, received = (
+                    x[: _message_size(self.traveling(rank, next_hops), k, v)]
+                    for x, rank in ((here, source), (arriving, self.source(next_hops)))
                 )
-                sent, received = (x[:n] for x, n in zip((here, arriving), sizes, strict=True))
-                works = self.shift(sent, received, next_hops - hops)
-            keys = (k, v) if hops == 0 else _unpack(here, self.length(source), k, v)
-            yield Step(hops, next_hops, *keys, self.rectangles(source))
+                by = next_hops - hops
+                works = self.post([(dist.isend, sent, by), (dist.irecv, received, -by)])
+            keys = (k, v) if hops == 0 else _unpack(here, self.traveling(source, hops), k, v)
+            found = self.rectangles(source)
+            yield Step(hops, next_hops, *keys, found, self.mask_of(source) if found else None)
             _wait(works)
             here, arriving = arriving, here
 
     def check_backend(self, problem: Problem) -> None:
         """Refuse what the backend can't compute before anything is sent."""
         q, k, v = problem[:3]
-        for hops in self.hops:
+        for hops in self.route.hops:
             source = self.source(hops)
+            mask = self.mask_of(source)
             shape = *k.shape[:2], self.length(source)
             k_like, v_like = (x.new_empty(()).expand(*shape, x.shape[3]) for x in (k, v))
             for rectangle in self.rectangles(source):
-                select_backend(self.problem(rectangle, q, k_like, v_like), self.backend)
+                select_backend(self.problem(rectangle, q, k_like, v_like, mask), self.backend)
 
-    def shift(self, send: Tensor, receive: Tensor, hops: int) -> list[dist.Work]:
-        """Post both: ``send`` goes ``hops`` ranks on, ``receive`` is filled from as many back."""
+    def post(self, operations: list[tuple[Any, Tensor, int]]) -> list[dist.Work]:
+        """Start to send or receive tensors, each to or from the rank that many hops on."""
         ranks = len(self.layout)
-        ends = (
-            (dist.isend, send, (self.rank + hops) % ranks),
-            (dist.irecv, receive, (self.rank - hops) % ranks),
-        )
-        operations = [
-            dist.P2POp(operation, tensor, group=self.group, group_peer=peer)
-            for operation, tensor, peer in ends
-            if tensor.numel() > 0
+        posted = [
+            dist.P2POp(operation, x, group=self.group, group_peer=(self.rank + hops) % ranks)
+            for operation, x, hops in operations
+            if x.numel() > 0
         ]
-        return dist.batch_isend_irecv(operations) if operations else []
+        return dist.batch_isend_irecv(posted) if posted else []
+
+    def pass_on(
+        self, step: Step, sums: Tensor, empty: Callable[[int], Tensor]
+    ) -> tuple[list[dist.Work], Tensor, Tensor]:
+        """Post a step's sums of dK and dV: on with the keys, or home after their last step.
+
+        ``empty(rank)`` makes a buffer for the sums of a rank's keys. The second result is filled
+        with the sums that the next step adds to, the third with those of this rank's own keys after
+        their last step; either has no elements if nothing arrives.
+        """
+        hops, next_hops, last = step.hops, step.next_hops, self.route.last
+        source = self.source(hops)
+        arriving = home = sums[:0]
+        operations: list[tuple[Any, Tensor, int]] = []
+        if next_hops is not None:
+            if last[source] > hops:
+                operations.append((dist.isend, sums, next_hops - hops))
+            if last[self.source(next_hops)] > hops:
+                arriving = empty(self.source(next_hops))
+                operations.append((dist.irecv, arriving, hops - next_hops))
+        if 0 < hops == last[source]:
+            operations.append((dist.isend, sums, -hops))
+        if 0 < hops == last[self.rank]:
+            home = empty(self.rank)
+            operations.append((dist.irecv, home, hops))
+        return self.post(operations), arriving, home
 
 
 class RingAttention(torch.autograd.Function):
@@ -241,7 +301,7 @@ class RingAttention(torch.autograd.Function):
             state = online_softmax.state_of(state.o, state.m.copy_(sinks[:, None]))
         for step in ring.steps(k, v):
             for rectangle in step.rectangles:
-                problem = ring.problem(rectangle, q, step.key, step.value)
+                problem = ring.problem(rectangle, q, step.key, step.value, step.mask)
                 partial = select_backend(problem, ring.backend).forward(*problem)
                 before = SoftmaxState(*(x[:, :, rectangle.q_rows] for x in state))
                 after = online_softmax.merge(before, online_softmax.state_of(*partial))
@@ -281,8 +341,12 @@ class RingGradient(torch.autograd.Function):
         do = torch.zeros_like(o) if do is None else do
         dtype = accumulation_dtype(q.dtype)
         dq = torch.zeros_like(q, dtype=dtype)
-        # Sums of dK and dV over this step, and over the earlier steps on other ranks.
-        sums = arriving = k.new_empty(0, dtype=dtype)
+
+        def empty(rank: int) -> Tensor:
+            return _empty_message(ring.length(rank), k, v, dtype)
+
+        # Sums of dK and dV over the earlier steps on other ranks; of our own keys over all steps.
+        arriving = home = k.new_empty(0, dtype=dtype)
         works: list[dist.Work] = []
         for step in ring.steps(k, v):
             length = step.key.shape[2]
@@ -290,7 +354,7 @@ class RingGradient(torch.autograd.Function):
             dk, dv = _unpack(step_sums, length, k, v)
             for rectangle in step.rectangles:
                 rows, keys = rectangle.q_rows, rectangle.k_rows
-                problem = ring.problem(rectangle, q, step.key, step.value)
+                problem = ring.problem(rectangle, q, step.key, step.value, step.mask)
                 # The probabilities are exp(score - lse) and delta is rowsum(o * do) - dlse: with o
                 # and lse over *all* keys both are those of the whole softmax, so a rectangle needs
                 # nothing of the others. The kernels read lse without strides; rows may be a slice.
@@ -306,17 +370,12 @@ class RingGradient(torch.autograd.Function):
                 for total, partial in zip(sums_here, partials[:3], strict=True):
                     total += partial
             _wait(works)
-            sums = step_sums if step.hops == 0 else step_sums.add_(arriving)
-            # On with the keys; after the last step home, round the rest of the ring.
-            by = (0 if step.next_hops is None else step.next_hops) - step.hops
-            if by != 0:
-                arriving_length = ring.length(ring.source(step.hops + by))
-                arriving = _empty_message(arriving_length, k, v, dtype)
-                works = ring.shift(sums, arriving, by)
-        if len(ring.hops) > 1:
-            _wait(works)
-            sums = arriving
-        dk, dv = _unpack(sums, k.shape[2], k, v)
+            sums = step_sums if step.hops == 0 or length == 0 else step_sums.add_(arriving)
+            works, arriving, arriving_home = ring.pass_on(step, sums, empty)
+            if step.hops == ring.route.last[ring.rank]:
+                home = sums if step.hops == 0 else arriving_home
+        _wait(works)
+        dk, dv = _unpack(home, k.shape[2], k, v)
         d_sinks = None
         if sinks is not None:
             delta = (o.to(lse.dtype) * do).sum(dim=-1)

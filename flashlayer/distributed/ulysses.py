@@ -12,11 +12,13 @@ from torch import Tensor
 from flashlayer.distributed.layout import (
     Placement,
     agreed_layout,
+    check_mask,
     check_shards,
     graph_break,
     layout_positions,
 )
 from flashlayer.functional import flash_attention
+from flashlayer.masks import IntervalMask
 from flashlayer.spec import WindowSize
 
 
@@ -29,6 +31,7 @@ def ulysses_attention(
     group: dist.ProcessGroup | None = None,
     placement: Placement = "contiguous",
     lengths: Sequence[int] | None = None,
+    attn_mask: IntervalMask | None = None,
     causal: bool = False,
     window_size: WindowSize = (None, None),
     scale: float | None = None,
@@ -68,6 +71,7 @@ def ulysses_attention(
                 f"use ring_attention"
             )
     layout = agreed_layout(problem, group, placement, lengths)
+    mask = check_mask(attn_mask, layout, problem)
     sizes = tuple(sum(map(len, ranges)) for ranges in layout)
     q, k, v = (AllToAll.apply(group, sizes, True, x) for x in problem[:3])
     # The shards arrive in the order of the ranks, which for zigzag is not that of the sequence.
@@ -75,7 +79,9 @@ def ulysses_attention(
     if placement != "contiguous":
         q, k, v = (x[:, :, position.argsort()] for x in (q, k, v))
     sinks = None if sinks is None else sinks.chunk(ranks)[rank]
-    out, lse = flash_attention(q, k, v, sinks=sinks, return_lse=True, backend=backend, **options)
+    mask = None if mask is None else mask.narrow_heads(rank * q.shape[1], q.shape[1])
+    options |= {"attn_mask": mask, "sinks": sinks, "backend": backend}
+    out, lse = flash_attention(q, k, v, return_lse=True, **options)
     if placement != "contiguous":
         out, lse = out[:, :, position], lse[:, :, position]
     out = AllToAll.apply(group, sizes, False, out)

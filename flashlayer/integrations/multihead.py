@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flashlayer import backends
 from flashlayer.functional import flash_attention
 from flashlayer.integrations.weights import attention_weights
+from flashlayer.masks import IntervalMask
 from flashlayer.modules.tracing import Leaf, check_tensor
 
 # torch's check of the shapes: returns whether there is a batch dimension.
@@ -248,6 +249,12 @@ class FlashMultiheadAttention(Leaf, nn.MultiheadAttention):
         names = ("query", "key", "value")
         for name, x in zip(names, inputs, strict=True):
             check_tensor(name, x, "module")
+        for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
+            if isinstance(mask, IntervalMask):
+                raise _AssertedDtype(
+                    f"{name} must be a tensor, as in nn.MultiheadAttention, whose True hides: got "
+                    "an IntervalMask, which says who may attend: FlashAttention takes it"
+                )
         try:
             batched = _shape_check(*inputs, key_padding_mask, attn_mask, self.num_heads)
         except AssertionError as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +54,10 @@ class IntervalMask:
     seqlen_q: int
     _kind: str
 
-    def __init__(self, intervals: Tensor, seqlen_q: int, *, hidden: bool = False) -> None:
+    # torch.fx and dataclasses.replace make a mask of its fields: `_kind` is an argument too.
+    def __init__(
+        self, intervals: Tensor, seqlen_q: int, *, hidden: bool = False, _kind: str = "intervals"
+    ) -> None:
         if not isinstance(intervals, Tensor) or intervals.dtype not in (torch.int32, torch.int64):
             kind = intervals.dtype if isinstance(intervals, Tensor) else type(intervals).__name__
             raise TypeError(f"intervals must be an int32 or int64 tensor, got {kind}")
@@ -72,7 +78,7 @@ class IntervalMask:
         starts, stops = canonical(intervals[:, :, ::2], intervals[:, :, 1::2])
         if hidden:
             starts, stops = canonical(*_complement(starts, stops, seqlen_q))
-        self._set(joined(*two_at_most(starts, stops)), seqlen_q, "intervals")
+        self._set(joined(*two_at_most(starts, stops)), seqlen_q, _kind)
 
     @classmethod
     def made(cls, intervals: Tensor, seqlen_q: int, kind: str) -> IntervalMask:
@@ -109,31 +115,32 @@ class IntervalMask:
         """The dense mask, O(Sq * Sk): bool ``(B or 1, H or 1, Sq, Sk)``, True = may attend."""
         return visible_pairs(self.intervals, torch.arange(self.seqlen_q, device=self.device))
 
-    def crop(self, queries: slice, keys: slice) -> IntervalMask:
+    def crop(self, queries: slice | Sequence[slice], keys: slice | Sequence[slice]) -> IntervalMask:
         """The mask of some queries and keys, whose positions count from the first ones again.
 
         Args:
-            queries: ``slice(start, stop)`` with ``0 <= start <= stop <= Sq``; the last steps of a
-                decoded sequence, a shard of a ring.
+            queries: ``slice(start, stop)`` with ``0 <= start <= stop <= Sq``: the last steps of a
+                decoded sequence, a shard of a ring. Or several that ascend, which are put one
+                behind the other: an interval of queries is one interval among them too.
             keys: likewise, up to ``Sk``.
 
         Raises:
-            ValueError: a slice leaves the sequence or has a step.
+            ValueError: a slice leaves the sequence or has a step, or they don't ascend.
         """
-        cuts = []
-        for name, cut, length in (
-            ("queries", queries, self.seqlen_q),
-            ("keys", keys, self.seqlen_k),
-        ):
-            start = 0 if cut.start is None else cut.start
-            stop = length if cut.stop is None else cut.stop
-            if not 0 <= start <= stop <= length or cut.step not in (None, 1):
-                raise ValueError(f"{name} must be a slice within 0 to {length}, got {cut}")
-            cuts.append((start, stop))
-        (q_start, q_stop), (k_start, k_stop) = cuts
-        cropped = (self.intervals[..., k_start:k_stop] - q_start).clamp(0, q_stop - q_start)
+        q_cuts = _cuts("queries", queries, self.seqlen_q)
+        columns = [self.intervals[..., slice(*cut)] for cut in _cuts("keys", keys, self.seqlen_k)]
+        intervals = columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
+        # For each end the number of queries before it among those that stay.
+        parts = [(intervals - start).clamp(0, stop - start) for start, stop in q_cuts]
+        cropped = functools.reduce(operator.add, parts)
         cropped = joined(*canonical(cropped[:, :, ::2], cropped[:, :, 1::2]))
-        return self.made(cropped, q_stop - q_start, self._kind)
+        return self.made(cropped, sum(stop - start for start, stop in q_cuts), self._kind)
+
+    def narrow_heads(self, first: int, count: int) -> IntervalMask:
+        """The mask of the query heads ``[first, first + count)``; one for all heads stays."""
+        if self.intervals.shape[1] == 1:
+            return self
+        return self.made(self.intervals.narrow(1, first, count), self.seqlen_q, self._kind)
 
     def __and__(self, other: IntervalMask) -> IntervalMask:
         """The mask of the pairs that both masks allow.
@@ -268,6 +275,25 @@ def canonical(starts: Tensor, stops: Tensor) -> tuple[Tensor, Tensor]:
     stops = torch.zeros_like(stops).scatter_reduce(2, group, stops, "amax")
     is_empty = starts == nowhere
     return torch.where(is_empty, 0, starts), torch.where(is_empty, 0, stops)
+
+
+def _cuts(name: str, cuts: slice | Sequence[slice], length: int) -> list[tuple[int, int]]:
+    """``(start, stop)`` of slices that ascend within a sequence."""
+    slices = [cuts] if isinstance(cuts, slice) else list(cuts)
+    edges = [
+        (0 if cut.start is None else cut.start, length if cut.stop is None else cut.stop)
+        for cut in slices
+    ]
+    last = 0
+    for (start, stop), cut in zip(edges, slices, strict=True):
+        if not last <= start <= stop <= length or cut.step not in (None, 1):
+            raise ValueError(
+                f"{name} must be a slice within 0 to {length}, or several that ascend, got {cuts}"
+            )
+        last = stop
+    if not edges:
+        raise ValueError(f"{name} must be at least one slice, got none")
+    return edges
 
 
 def _complement(starts: Tensor, stops: Tensor, seqlen_q: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flashlayer import backends, distributed
 from flashlayer.functional import flash_attention, flash_attention_varlen
+from flashlayer.masks import IntervalMask
 from flashlayer.modules.cache import KVCache
 from flashlayer.modules.heads import Heads, local_features, local_heads
 from flashlayer.modules.positions import alibi_slopes, rotate, token_positions
@@ -28,8 +29,8 @@ EXCLUSIONS = (
     ("cache", "cu_seqlens", "it holds whole batches"),
     ("attn_mask", "cu_seqlens", "a mask has no packed form"),
     ("context", "context_parallel_group", "the ring has no such option"),
-    ("attn_mask", "context_parallel_group", "the ring has no such option"),
-    ("cu_seqlens", "context_parallel_group", "the ring has no such option"),
+    ("dense attn_mask", "context_parallel_group", "a rank needs its rows of all keys"),
+    ("cu_seqlens", "context_parallel_group", "it takes masks.documents(cu_seqlens=...)"),
     ("cache", "context_parallel_group", "the ring has no such option"),
 )
 
@@ -157,7 +158,7 @@ class FlashAttention(Leaf):
         x: Tensor,
         context: Tensor | None = None,
         *,
-        attn_mask: Tensor | None = None,
+        attn_mask: Tensor | IntervalMask | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         cache: KVCache | None = None,
@@ -167,8 +168,10 @@ class FlashAttention(Leaf):
         Args:
             x: ``(B, S, E)``; with ``cu_seqlens`` packed, ``(T, E)``.
             context: ``(B, Sc, E)``, the source of keys and values (cross-attention); ``x`` if None.
-            attn_mask: bool or float, broadcastable to ``(B, H, S, Sk)``, as in
-                :func:`flash_attention`.
+            attn_mask: bool or float, broadcastable to ``(B, H, S, Sk)``, or an
+                :class:`flashlayer.masks.IntervalMask`, as in :func:`flash_attention`. With a
+                ``context_parallel_group`` only the latter, of the whole sequence and the same on
+                every rank.
             cu_seqlens: ``(N + 1,)``, boundaries of the packed sequences, as in
                 :func:`flash_attention_varlen`.
             max_seqlen: the longest packed sequence, or more.
@@ -181,6 +184,7 @@ class FlashAttention(Leaf):
             ValueError: a shape does not fit, or two arguments exclude each other.
         """
         optional = {"context": context, "attn_mask": attn_mask, "cu_seqlens": cu_seqlens}
+        optional["dense attn_mask"] = attn_mask if isinstance(attn_mask, Tensor) else None
         self._check_inputs(x, max_seqlen, optional | {"cache": cache})
         source = x if context is None else context
         q, k, v = local_features(self.q_proj(x), self.k_proj(source), self.v_proj(source))
@@ -204,8 +208,11 @@ class FlashAttention(Leaf):
         if cache is not None:
             k, v = cache.append(k, v)
         options = self._options(heads, q.device)
+        if attn_mask is not None and heads is not None:
+            attn_mask = heads.mask(attn_mask)
         if sharding is not None:
-            out: Any = distributed.ring_attention(q, k, v, **sharding, **options)
+            mask: Any = attn_mask  # no Tensor: see EXCLUSIONS
+            out: Any = distributed.ring_attention(q, k, v, attn_mask=mask, **sharding, **options)
             return self.out_proj(rearrange(out, "b h s d -> b s (h d)"))
         if cu_seqlens is not None:
             q, k, v = (rearrange(y, "h t d -> t h d") for y in (q, k, v))
@@ -213,8 +220,6 @@ class FlashAttention(Leaf):
                 q, k, v, cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen, **options
             )
             return self.out_proj(rearrange(out, "t h d -> t (h d)"))
-        if attn_mask is not None and heads is not None:
-            attn_mask = heads.mask(attn_mask)
         out = flash_attention(q, k, v, attn_mask=attn_mask, **options)
         return self.out_proj(rearrange(out, "b h s d -> b s (h d)"))
 

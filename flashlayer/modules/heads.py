@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from flashlayer.masks import IntervalMask
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
@@ -40,14 +42,18 @@ class Heads:
             x = DTensor.from_local(x, self.mesh, everywhere)
         return x.redistribute(placements=everywhere).to_local(grad_placements=summed)
 
-    def local(self, x: Tensor, dim: int, name: str) -> Tensor:
-        """This rank's heads of ``x``, which has ``total`` of them in dimension ``dim``."""
+    def known_first(self, name: str) -> int:
+        """``first``, or an error about ``name``, which is of all heads."""
         if self.first is None:
             raise ValueError(
                 f"{name} is about {self.total} heads and q_proj makes {self.count} of them, its "
                 f"weight does not say which: shard it with parallelize_module and ColwiseParallel"
             )
-        return self.share(x).narrow(dim, self.first, self.count)
+        return self.first
+
+    def local(self, x: Tensor, dim: int, name: str) -> Tensor:
+        """This rank's heads of ``x``, which has ``total`` of them in dimension ``dim``."""
+        return self.share(x).narrow(dim, self.known_first(name), self.count)
 
     def sinks(self, sinks: Tensor) -> Tensor:
         """This rank's slice of ``(H,)``; sinks that are sharded already stay."""
@@ -58,8 +64,12 @@ class Heads:
             return sinks
         return self.local(sinks, 0, "sinks")
 
-    def mask(self, attn_mask: Tensor) -> Tensor:
+    def mask(self, attn_mask: Tensor | IntervalMask) -> Tensor | IntervalMask:
         """This rank's heads of ``(B, H, S, Sk)``; a mask of its own heads or of size 1 stays."""
+        if isinstance(attn_mask, IntervalMask):
+            if attn_mask.intervals.shape[1] != self.total:
+                return attn_mask
+            return attn_mask.narrow_heads(self.known_first("attn_mask"), self.count)
         heads = attn_mask.shape[-3] if attn_mask.ndim >= 3 else 1
         if heads == self.total:
             return self.local(attn_mask, attn_mask.ndim - 3, "attn_mask")

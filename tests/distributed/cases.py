@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,12 +10,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashlayer import testing
+from flashlayer import masks, testing
 from flashlayer.distributed import ring_attention, ulysses_attention
 
 LENGTH = 96
 # Lengths that share nothing, a shard of nothing among them.
 UNEVEN = {2: (59, 37), 3: (5, 0, 91), 4: (1, 62, 0, 33)}
+
+
+def any_intervals(heads: int) -> masks.IntervalMask:
+    """Two intervals a key, of each batch entry and head others; some empty, some overlap."""
+    generator = torch.Generator().manual_seed(9)
+    ends = torch.randint(0, LENGTH + 1, (2, heads, 4, LENGTH), generator=generator)
+    return masks.IntervalMask(ends, LENGTH)
+
+
+MASKS: dict[str, Callable[[int], masks.IntervalMask]] = {
+    # Documents within shards and across them, and padding.
+    "documents": lambda heads: masks.documents(
+        cu_seqlens=torch.tensor([0, 7, 40, 41, 93]), seqlen=LENGTH
+    ),
+    "prefix": lambda heads: masks.prefix_lm(torch.tensor([30, 0]), seqlen=LENGTH),
+    "global": lambda heads: masks.global_and_window(5, (10, 3), seqlen=LENGTH),
+    "any": any_intervals,
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +48,13 @@ class Case:
     dims: tuple[int, int] = (16, 16)
     dtype: torch.dtype = torch.float32
     sinks: bool = False
+    mask: str | None = None
+
+    def call_options(self, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """The options, with the mask of the whole sequence."""
+        if self.mask is None:
+            return dict(self.options)
+        return self.options | {"attn_mask": MASKS[self.mask](self.heads[0]).to(device)}
 
     def lengths(self, ranks: int) -> tuple[int, ...]:
         return UNEVEN[ranks] if self.uneven else (LENGTH // ranks,) * ranks
@@ -98,6 +124,32 @@ CASES: dict[str, Case] = {
     ),
     "bf16": Case({"causal": True}, placement="zigzag", dtype=torch.bfloat16, heads=(4, 2)),
     "fp16": Case(dtype=torch.float16, uneven=True),
+    "documents": Case(
+        {"causal": True}, mask="documents", uneven=True, dtype=torch.float64, heads=(4, 2)
+    ),
+    "documents zigzag": Case(
+        {"causal": True},
+        mask="documents",
+        placement="zigzag",
+        dtype=torch.float64,
+        heads=(6, 2),
+        dims=(16, 24),
+    ),
+    "documents both ways": Case(mask="documents", dtype=torch.float64),
+    "documents both ways zigzag": Case(mask="documents", placement="zigzag", heads=(4, 1)),
+    "documents window": Case(
+        {"softcap": 2.0, **WINDOW}, mask="documents", placement="zigzag", sinks=True
+    ),
+    "prefix": Case(mask="prefix", uneven=True),
+    "prefix zigzag": Case(mask="prefix", placement="zigzag", dtype=torch.float64, sinks=True),
+    "global": Case(mask="global"),
+    "global zigzag": Case(mask="global", placement="zigzag", dtype=torch.float64),
+    "any": Case(mask="any", uneven=True, dtype=torch.float64, heads=(4, 2)),
+    "any zigzag": Case({"causal": True}, mask="any", placement="zigzag", dtype=torch.float64),
+    "any bf16": Case(mask="any", placement="zigzag", dtype=torch.bfloat16, heads=(4, 2)),
+    "triton mask": Case(
+        {"causal": True, "backend": "triton"}, mask="any", placement="zigzag", heads=(2, 1)
+    ),
 }
 ULYSSES = [
     "full",
@@ -107,6 +159,9 @@ ULYSSES = [
     "sinks causal zigzag",
     "softcap",
     "fp64",
+    "documents",
+    "documents zigzag",
+    "any",
 ]
 
 
@@ -121,7 +176,7 @@ def cases(ranks: int) -> dict[str, Case]:
     found = CASES | by_heads
     if ranks > 2 or torch.cuda.device_count() == 1:
         # Seconds in the interpreter; and with one GPU the ranks are on the CPU without it.
-        del found["triton"]
+        found = {n: case for n, case in found.items() if case.options.get("backend") != "triton"}
     return found
 
 
@@ -133,7 +188,7 @@ def run_shard(case: Case, rank: int, device: torch.device) -> dict[str, Tensor]:
     sinks = whole.pop("sinks").to(device)
     q, k, v, do, dlse = (x[:, :, positions].to(device) for x in whole.values())
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    options = dict(case.options)
+    options = case.call_options(device)
     if case.sinks:
         options["sinks"] = sinks.requires_grad_()
         leaves.append(sinks)
@@ -153,7 +208,8 @@ def check_case(case: Case, shards: list[dict[str, Tensor]]) -> None:
     sinks = tensors.pop("sinks")
     if not case.sinks:
         sinks = None
-    options = {name: option for name, option in case.options.items() if name != "backend"}
+    options = case.call_options()
+    options.pop("backend", None)
     same_dtype = testing.run("standard", *tensors.values(), sinks=sinks, **options)
     wide = [x.double() for x in tensors.values()]
     wide_sinks = None if sinks is None else sinks.double()

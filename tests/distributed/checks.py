@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashlayer import FlashAttention, flash_attention
+from flashlayer import FlashAttention, flash_attention, masks
 from flashlayer.distributed import (
     position_ids,
     ring_attention,
@@ -18,7 +18,7 @@ from flashlayer.distributed import (
     ulysses_attention,
     unshard_sequence,
 )
-from tests.distributed.cases import LENGTH, Case
+from tests.distributed.cases import LENGTH, MASKS, Case
 
 
 def check_layouts_and_errors(rank: int, device: torch.device) -> None:
@@ -55,6 +55,8 @@ def check_layouts_and_errors(rank: int, device: torch.device) -> None:
         ring_attention(q, q[:, :, :7], q[:, :, :7])
     with pytest.raises(ValueError, match=f"needs a sequence that {2 * ranks} divides"):
         shard_sequence(torch.zeros(1, 2 * ranks + 1), placement="zigzag")
+    check_wrong_masks(ranks, device)
+    check_all_ranks_join_a_group(ranks, device)
     q.requires_grad_()
     out = ring_attention(q, q, q)
     with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -75,6 +77,81 @@ def check_layouts_and_errors(rank: int, device: torch.device) -> None:
         assert torch.isfinite(out).all()
 
 
+def check_wrong_masks(ranks: int, device: torch.device) -> None:
+    """Refused before anything but the lengths is sent."""
+    q, total = torch.randn(2, ranks, 8, 4, device=device), 8 * ranks
+    whole = masks.chunks(4, seqlen=total, device=device)
+    wrong = [
+        (masks.chunks(4, seqlen=8), f"{total} queries and {total} keys, got one of 8 and 8"),
+        (masks.documents(torch.zeros(3, total).int()), "batch=2 or 1 .* got one of batch=3"),
+        (
+            masks.IntervalMask(torch.zeros(1, ranks + 1, 2, total).int(), total),
+            f"heads={ranks} or 1, got one of batch=1 and heads={ranks + 1}",
+        ),
+    ]
+    for attend in (ring_attention, ulysses_attention):
+        for mask, message in wrong:
+            with pytest.raises(ValueError, match=message):
+                attend(q, q, q, attn_mask=mask.to(device))
+        with pytest.raises(ValueError, match="attn_mask must be on query's device"):
+            attend(q, q, q, attn_mask=whole.to("meta"))
+        with pytest.raises(TypeError, match="must be an IntervalMask of the whole sequence, got T"):
+            attend(q, q, q, attn_mask=whole.materialize())
+
+
+def check_all_ranks_join_a_group(ranks: int, device: torch.device) -> None:
+    """In its first call, though the mask lets nobody send anything."""
+    group, original, calls = dist.new_group(list(range(ranks))), dist.all_reduce, []
+    q = torch.randn(1, 1, 8, 4, device=device)
+    mask = masks.chunks(8, seqlen=8 * ranks, device=device)
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        calls.append(options["group"])
+        return original(*arguments, **options)
+
+    dist.all_reduce = spy
+    for _ in range(2):
+        ring_attention(q, q, q, attn_mask=mask, lengths=[8] * ranks, group=group)
+    dist.all_reduce = original
+    assert calls == [group]
+
+
+def check_documents_leave_each_other_alone(rank: int, device: torch.device) -> None:
+    """Another document 1: every bit of document 2's outputs and gradients is as it was."""
+    ranks = dist.get_world_size()
+    edges = torch.tensor([0, 41, LENGTH], device=device)
+    generator = torch.Generator().manual_seed(2)
+    whole = torch.randn(4, 2, 2 * ranks, LENGTH, 8, generator=generator).to(device)
+    mask = masks.documents(cu_seqlens=edges)
+    calls = [
+        (attend, placement, causal, "auto")
+        for attend in (ring_attention, ulysses_attention)
+        for placement in ("contiguous", "zigzag")
+        for causal in (False, True)
+    ]
+    if ranks == 2:
+        calls.append((ring_attention, "zigzag", True, "triton"))
+    for attend, placement, causal, backend in calls:
+        position = Case(placement=placement, uneven=placement == "contiguous").positions(
+            rank, ranks
+        )
+        options = {"placement": placement, "causal": causal, "backend": backend}
+        results: list[list[Tensor]] = []
+        for factor in (1.0, 1.0, -3.0):
+            first = torch.ones(LENGTH, 1, device=device)
+            first[:41] = factor
+            few = slice(1 if backend == "triton" else None)  # seconds in the interpreter
+            q, k, v, do = (x[few, few, position] for x in whole * first)
+            leaves = [x.requires_grad_() for x in (q, k, v)]
+            out, lse = attend(*leaves, attn_mask=mask, return_lse=True, **options)
+            results.append([out, lse, *torch.autograd.grad(out, leaves, do)])
+        same, second = results[0], position >= 41
+        for again, other, x in zip(results[1], results[2], same, strict=True):
+            assert torch.equal(again, x)
+            assert torch.equal(other[:, :, second], x[:, :, second])
+        assert second.all() or not torch.equal(results[2][0], same[0])
+
+
 def check_second_derivative_by_ulysses(rank: int, device: torch.device) -> None:
     ranks = dist.get_world_size()
     generator = torch.Generator().manual_seed(5)
@@ -91,20 +168,23 @@ def check_second_derivative_by_ulysses(rank: int, device: torch.device) -> None:
     torch.testing.assert_close(results[1], results[0][:, :, own])
 
 
-def run_layer(rank: int, device: torch.device, placement: str) -> dict[str, Tensor]:
+def run_layer(
+    rank: int, device: torch.device, placement: str, name: str | None
+) -> dict[str, Tensor]:
     """A layer over shards: its output, and its parameters' gradients summed over the ranks."""
     case, ranks = Case(placement=placement, uneven=placement == "contiguous"), dist.get_world_size()
     layer, x = layer_and_input(dist.group.WORLD, placement)
     layer = layer.to(device)
     shard = x[:, case.positions(rank, ranks)].to(device)
-    out = layer(shard)
+    mask = None if name is None else MASKS[name](6).to(device)
+    out = layer(shard, attn_mask=mask)
     out.square().sum().backward()
     results = {"out": out.detach().cpu()}
-    if ranks == 2:  # the graph breaks at the ring and goes on behind it
-        assert torch.equal(torch.compile(layer, backend="eager")(shard), out)
-    for name, parameter in layer.named_parameters():
+    if ranks == 2 and name != "any":  # the graph breaks at the ring and goes on behind it
+        assert torch.equal(torch.compile(layer, backend="eager")(shard, attn_mask=mask), out)
+    for path, parameter in layer.named_parameters():
         dist.all_reduce(parameter.grad)
-        results[name] = parameter.grad.cpu()
+        results[path] = parameter.grad.cpu()
     with pytest.raises(ValueError, match="attn_mask can't be combined with context_parallel_group"):
         layer(shard, attn_mask=torch.ones(1, dtype=torch.bool, device=device))
     with pytest.raises(ValueError, match="context_parallel_group can't be combined with dropout"):
@@ -130,13 +210,13 @@ def layer_and_input(group: Any, placement: str) -> tuple[FlashAttention, Tensor]
     return layer, torch.randn(2, LENGTH, 24, dtype=torch.float64)
 
 
-def check_layer(placement: str, shards: list[dict[str, Tensor]]) -> None:
+def check_layer(placement: str, name: str | None, shards: list[dict[str, Tensor]]) -> None:
     case = Case(placement=placement, uneven=placement == "contiguous")
     layer, x = layer_and_input(None, placement)
-    out = layer(x)
+    out = layer(x, attn_mask=None if name is None else MASKS[name](6))
     out.square().sum().backward()
     for rank, shard in enumerate(shards):
         positions = case.positions(rank, len(shards))
         torch.testing.assert_close(shard["out"], out[:, positions].detach())
-        for name, parameter in layer.named_parameters():
-            torch.testing.assert_close(shard[name], parameter.grad, msg=name)
+        for path, parameter in layer.named_parameters():
+            torch.testing.assert_close(shard[path], parameter.grad, msg=path)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.traffic import Counted
+from flashlayer import masks
 from flashlayer.distributed import ring, ring_attention, ulysses_attention
 
 
@@ -68,6 +69,57 @@ def expected_traffic(ranks: int) -> dict[str, list[int]]:
         "own shard": by_hops[1],
         "ulysses": [exchanged, exchanged],
     }
+
+
+def skips(ranks: int) -> dict[str, tuple[list[int], dict[str, Any]]]:
+    """Documents, by quarters of a shard, that leave hops or ranges without a visible pair."""
+    quarters = range(4 * ranks)
+    own = [quarter // 4 for quarter in quarters]
+    return {
+        "one a shard": (own, {"causal": True}),
+        # The first shard and half of the second are one document.
+        "over two shards": ([0] * 6 + own[6:], {"causal": True}),
+        "one a range": ([quarter // 2 for quarter in quarters], {"placement": "zigzag"}),
+    }
+
+
+def measure_skips(rank: int, device: torch.device) -> dict[str, list[int]]:
+    """By call the rectangles computed and the bytes sent, forward and then backward."""
+    original, computed, measured = ring.Ring.problem, [], {}
+
+    def spy(*arguments: Any) -> Any:
+        computed.append(1)
+        return original(*arguments)
+
+    ring.Ring.problem = spy
+    for name, (ids, options) in skips(dist.get_world_size()).items():
+        mask = masks.documents(torch.tensor(ids, device=device).repeat_interleave(2))
+        q, k, v = (torch.randn(1, 1, 8, 4, device=device).requires_grad_() for _ in range(3))
+        computed.clear()
+        with Counted() as forward:
+            out = ring_attention(q, k, v, attn_mask=mask, **options)
+        measured[name] = [len(computed), forward.sent]
+        computed.clear()
+        with Counted() as backward:
+            out.sum().backward()
+        measured[name] += [len(computed), backward.sent]
+    ring.Ring.problem = original
+    return measured
+
+
+def expected_skips(ranks: int) -> list[dict[str, list[int]]]:
+    """By rank. A shard's keys and values are one message, the sums of their gradients another."""
+    message = 8 * 2 * 4 * 4
+    # Rank 0 sends its keys to rank 1 and, in the backward pass, its sums too, which come back.
+    over_two = {0: [1, message, 1, 2 * message], 1: [2, 0, 2, message]}
+    return [
+        {
+            "one a shard": [1, 0, 1, 0],
+            "over two shards": over_two.get(rank, [1, 0, 1, 0]),
+            "one a range": [2, 0, 2, 0],
+        }
+        for rank in range(ranks)
+    ]
 
 
 def measure_memory(rank: int, device: torch.device) -> dict[str, int]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flashlayer import FlashMultiheadAttention
+from flashlayer.masks import chunks
 from tests.integrations.multihead import E, H, L, N
 
 X = torch.zeros(L, N, E)
@@ -58,6 +59,16 @@ BAD_CALLS = {
         lambda m: m(X, X, X, attn_mask=torch.zeros(L, L, dtype=torch.uint8)),
         TypeError,
         "attn_mask must be bool or floating, got torch.uint8",
+    ),
+    "interval_mask": (
+        lambda m: m(X, X, X, attn_mask=chunks(2, seqlen=L)),
+        TypeError,
+        "attn_mask must be a tensor, .* whose True hides: got an IntervalMask",
+    ),
+    "interval_padding": (
+        lambda m: m(X, X, X, key_padding_mask=chunks(2, seqlen=L)),
+        TypeError,
+        "key_padding_mask must be a tensor, .* whose True hides: got an IntervalMask",
     ),
     "nested_gradient": (
         nested,

@@ -1,14 +1,19 @@
 """The layer against the same layer written out by hand."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from flashlayer import FlashAttention, KVCache
+from flashlayer import FlashAttention, KVCache, masks
 from flashlayer.modules import attention, rotate
 
 CONTEXT, EDGES = torch.zeros(2, 5, 16), torch.tensor([0, 10])
 MASK = torch.ones(5, 5, dtype=torch.bool)
+MODEL_MASK = masks.chunks(3, seqlen=6)
 
 
 def by_hand(layer: FlashAttention, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
@@ -165,6 +170,10 @@ def test_bad_inputs(inputs: tuple, options: dict, error: type, message: str) -> 
         ({"context": CONTEXT, "cache": KVCache()}, "context can't be combined with cache"),
         ({"cu_seqlens": EDGES, "cache": KVCache()}, "cache can't be combined with cu_seqlens"),
         ({"cu_seqlens": EDGES, "attn_mask": MASK}, "attn_mask can't be combined with cu_seqlens"),
+        (
+            {"cu_seqlens": EDGES, "attn_mask": masks.chunks(5, seqlen=10)},
+            "attn_mask can't be combined with cu_seqlens",
+        ),
     ],
 )
 def test_arguments_that_exclude_each_other(arguments: dict, message: str) -> None:
@@ -179,6 +188,50 @@ def test_packed_sequences_are_what_each_gives_alone() -> None:
     packed = layer(x, cu_seqlens=edges, max_seqlen=7)
     for start, stop in ((0, 3), (3, 10)):
         torch.testing.assert_close(packed[start:stop], layer(x[None, start:stop])[0])
+
+
+@pytest.mark.parametrize("crossed", [False, True])
+def test_an_interval_mask_is_its_dense_form(crossed: bool) -> None:
+    """In every gradient; under autocast, checkpointing and a compiler; it is no state."""
+    layer = FlashAttention(16, 4, num_kv_heads=2, alibi=True, sinks=True)
+    keys = set(layer.state_dict())
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    options = {"context": torch.randn(2, 7, 16)} if crossed else {}
+    ends = torch.randint(0, 6, (2, 4, 2, 7 if crossed else 5)).sort(dim=2).values
+    mask = masks.IntervalMask(ends, 5)
+
+    def results(call: Callable[..., Tensor], mask: Any) -> list[Tensor]:
+        out = call(x, **options, attn_mask=mask)
+        leaves = [x, *layer.parameters()]
+        return [out, *torch.autograd.grad(out.float().sin().sum(), leaves)]
+
+    def checkpointed(x: Tensor, **options: Any) -> Tensor:
+        return checkpoint(layer, x, use_reentrant=False, **options)
+
+    expected = results(layer, mask.materialize())
+    torch.testing.assert_close(results(layer, mask), expected)
+    torch.testing.assert_close(results(checkpointed, mask), expected)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(results(compiled, mask), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = results(layer, mask)
+        torch.testing.assert_close(low, results(layer, mask.materialize()), atol=0.02, rtol=0.02)
+    assert low[0].dtype == torch.bfloat16
+    assert set(layer.state_dict()) == keys
+
+
+def test_a_traced_model_takes_an_interval_mask() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = FlashAttention(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x, attn_mask=MODEL_MASK)
+
+    model, x = Model(), torch.randn(2, 6, 16)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
 
 
 def test_options_reach_the_attention() -> None:

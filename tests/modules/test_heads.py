@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from flashlayer import FlashAttention, KVCache
+from flashlayer import FlashAttention, KVCache, masks
 from tests.processes import run_group
 
 EMBED = 24
@@ -58,6 +58,11 @@ def build(name: str) -> FlashAttention:
     return layer
 
 
+def intervals(heads: int) -> masks.IntervalMask:
+    ends = torch.randint(0, 9, (2, heads, 2, 8), generator=torch.Generator().manual_seed(6))
+    return masks.IntervalMask(ends.sort(dim=2).values, 8)
+
+
 def calls(layer: FlashAttention) -> dict[str, dict[str, Any]]:
     generator = torch.Generator().manual_seed(5)
 
@@ -69,6 +74,8 @@ def calls(layer: FlashAttention) -> dict[str, dict[str, Any]]:
         "packed": {"x": draw(10, EMBED), "cu_seqlens": EDGES},
         "mask": {"x": draw(2, 5, EMBED), "attn_mask": draw(1, layer.num_heads, 5, 5)},
         "mask_of_all_heads": {"x": draw(2, 5, EMBED), "attn_mask": draw(5, 5)},
+        "intervals": {"x": draw(2, 8, EMBED), "attn_mask": intervals(layer.num_heads)},
+        "intervals_of_all_heads": {"x": draw(2, 8, EMBED), "attn_mask": intervals(1)},
         "cache": {"x": draw(2, 7, EMBED), "cache": None},
     }
     if layer.rotary_base is None:
@@ -137,14 +144,17 @@ def check_ring_of_shards_of_heads(rank: int, device: torch.device) -> None:
     )
     ring.load_state_dict(layer.state_dict())
     x = torch.randn(2, 8, EMBED, dtype=torch.float64)
-    expected = run(layer, {"x": x})
     shard = mesh["cp"].get_local_rank()
-    actual = run(parallelize(ring, mesh["tp"], *SHARDED), {"x": x.chunk(2, dim=1)[shard]})
-    for name in ("out", "dx"):
-        torch.testing.assert_close(actual[name], expected[name].chunk(2, dim=1)[shard], msg=name)
-    for name, _ in layer.named_parameters():
-        dist.all_reduce(actual[name], group=mesh["cp"].get_group())
-        torch.testing.assert_close(actual[name], expected[name], msg=name)
+    parallelize(ring, mesh["tp"], *SHARDED)
+    for mask in (None, intervals(4), intervals(1)):
+        expected = run(layer, {"x": x, "attn_mask": mask})
+        actual = run(ring, {"x": x.chunk(2, dim=1)[shard], "attn_mask": mask})
+        for name in ("out", "dx"):
+            whole = expected[name].chunk(2, dim=1)
+            torch.testing.assert_close(actual[name], whole[shard], msg=name)
+        for name, _ in layer.named_parameters():
+            dist.all_reduce(actual[name], group=mesh["cp"].get_group())
+            torch.testing.assert_close(actual[name], expected[name], msg=name)
 
 
 def check_other_ways(rank: int, mesh: DeviceMesh) -> None:
@@ -193,6 +203,13 @@ def check_other_ways(rank: int, mesh: DeviceMesh) -> None:
     gathered = {name: ColwiseParallel(output_layouts=Replicate()) for name in SHARDED[1:]}
     parallelize_module(layer, mesh, gathered)
     actual = run(parallelize(layer, mesh, "q_proj"), {"x": x})
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, msg=name)
+    # Intervals of this rank's heads.
+    layer, call = build("plain"), calls(build("plain"))["intervals"]
+    expected = run(layer, call)
+    own_mask = call["attn_mask"].narrow_heads(2 * rank, 2)
+    actual = run(parallelize(layer, mesh, *SHARDED), call | {"attn_mask": own_mask})
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, msg=name)
     # A mask of this rank's heads, whose gradient is its own.
@@ -289,6 +306,17 @@ def test_which_heads_are_here_is_not_guessed(
     layer = narrow(FlashAttention(EMBED, 4, dtype=torch.float64, **options), 0, 2, kv)
     with pytest.raises(ValueError, match=message):
         layer(torch.randn(2, 7, EMBED, dtype=torch.float64))
+
+
+def test_intervals_of_heads_need_to_know_which_are_here() -> None:
+    layer = narrow(FlashAttention(EMBED, 4, dtype=torch.float64), 0, 2, (0, 2))
+    x = torch.randn(2, 8, EMBED, dtype=torch.float64)
+    with pytest.raises(ValueError, match="attn_mask is about 4 heads and q_proj makes 2 of them"):
+        layer(x, attn_mask=intervals(4))
+    with pytest.raises(ValueError, match="heads=2 or 1, got one of batch=2 and heads=3"):
+        layer(x, attn_mask=intervals(3))
+    dense = intervals(2).materialize()
+    torch.testing.assert_close(layer(x, attn_mask=intervals(2)), layer(x, attn_mask=dense))
 
 
 @pytest.mark.parametrize("width", [9, 0, 30])
