@@ -110,7 +110,8 @@ def _column_stretches(start: Tensor, stop: Tensor) -> list[Stretch] | None:
     limit = 4 + keys // KEYS_MIN
     if len(edges) + int((step == NEITHER).sum()) > 2 * limit:
         return None
-    spans, key = [], 0
+    spans: list[tuple[int, int, int]] = []  # first key, last key + 1, step
+    key = 0
     firsts, kinds = edges.tolist(), step[edges].tolist()
     for after, kind in zip([*firsts[1:], *([keys - 1] if firsts else [])], kinds, strict=True):
         # The steps of this kind end at key `after`, which may begin the next stretch.
