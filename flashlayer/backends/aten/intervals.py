@@ -113,7 +113,8 @@ def _column_stretches(start: Tensor, stop: Tensor) -> list[Stretch] | None:
     spans: list[tuple[int, int, int]] = []  # first key, last key + 1, step
     key = 0
     firsts, kinds = edges.tolist(), step[edges].tolist()
-    for after, kind in zip([*firsts[1:], *([keys - 1] if firsts else [])], kinds, strict=True):
+    afters: list[int] = [*firsts[1:], keys - 1] if firsts else []
+    for after, kind in zip(afters, kinds, strict=True):
         # The steps of this kind end at key `after`, which may begin the next stretch.
         if kind == NEITHER:
             spans += [(single, single + 1, 0) for single in range(key, after)]
