@@ -70,14 +70,13 @@ class Slopes(NamedTuple):
 class Intervals(NamedTuple):
     """An interval mask: for each key where the intervals of its queries start and stop.
 
-    ``ptr`` int32 ``(B or 1, heads or 1, 2 COUNT, Sk)`` and ``bounds_ptr`` int32
-    ``(B or 1, heads or 1, tiles, COUNT, 4)``, both contiguous; see
+    ``ptr`` int32 ``(B or 1, heads or 1, 2 n, Sk)`` and ``bounds_ptr`` int32
+    ``(B or 1, heads or 1, tiles, n, 4)``, both contiguous; see
     :func:`flashlayer.masks.intervals.tile_bounds`.
     """
 
     ptr: Any
-    bounds_ptr: Any  # of the kernel's BLOCK_N; None in dK/dV, whose programs hold their keys
-    COUNT: Any  # constexpr: intervals a key
+    bounds_ptr: Any  # of the kernel's BLOCK_N; ignored by dK/dV, whose programs hold their keys
     PER_BATCH: Any  # constexpr: whether the first dimension is B, and the second heads
     PER_HEAD: Any  # constexpr
 
@@ -113,6 +112,7 @@ class Flags(NamedTuple):
     Attributes:
         INPUT_PRECISION: of fp32 products: ``"ieee"`` or ``"tf32"``.
         SOFTCAP: whether there is a softcap.
+        INTERVALS: intervals a key of an interval mask, 1 or 2; 0 without one.
         SCALE_SIGN: 1, -1 or 0; in the forward kernel the factor ``scale`` itself is positive.
         GROUP: query heads for each kv head; in dK/dV only.
         INTERVAL_HEADS: of them those whose interval masks differ, GROUP or 1; in dK/dV only.
@@ -122,6 +122,7 @@ class Flags(NamedTuple):
 
     INPUT_PRECISION: str
     SOFTCAP: bool
+    INTERVALS: int
     SCALE_SIGN: int = 1
     GROUP: int = 1
     INTERVAL_HEADS: int = 1
@@ -149,15 +150,11 @@ class Window(NamedTuple):
     offset: Any
 
 
-class BlockIntervals(NamedTuple):
-    """What a program needs of :class:`Intervals`, at its head. Built in a kernel."""
+class Place(NamedTuple):
+    """Which part of an interval mask a program is about. Built in a kernel."""
 
-    ptr: Any
-    bounds_ptr: Any
     row: Any  # index of the head among those of the mask
-    starts: Any  # a tuple: for each interval of a key, where the row of starts is in the head's
-    window: Any  # a key's Window: exchanged
-    q_start: Any  # the program's block of queries
+    q_start: Any  # the block of queries
     q_stop: Any
     q_length: Any
     k_length: Any

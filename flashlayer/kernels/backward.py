@@ -19,11 +19,12 @@ from flashlayer.kernels.arguments import (
     LEFT_EDGE,
     RIGHT_EDGE,
     Dropout,
+    Place,
     Window,
 )
 from flashlayer.kernels.intervals import (
-    block_intervals,
     edge_start,
+    interval_row,
     key_intervals,
     keys_of_block,
     num_scans,
@@ -211,11 +212,14 @@ def dkdv_kernel(
     # A key that no query may attend to counts as 0: its p is 0, and 0 * NaN would be NaN.
     bounds = key_bounds(0, q_length, window, k_length)
     first_head = kv_head * FLAGS.GROUP
-    intervals = block_intervals(
-        extras.intervals, batch, first_head, heads, window, 0, q_length, q_length, k_length
+    intervals = extras.intervals
+    at_head = interval_row(intervals, batch, first_head, heads)
+    COUNT: tl.constexpr = FLAGS.INTERVALS
+    place = Place(at_head, 0, q_length, q_length, k_length)
+    pairs = key_intervals(intervals, place, exchanged, columns, COUNT)
+    visible_keys, spans = query_spans(
+        intervals, place, exchanged, pairs, columns, bounds, COUNT, FLAGS.INTERVAL_HEADS
     )
-    pairs = key_intervals(intervals, columns)
-    visible_keys, spans = query_spans(intervals, pairs, columns, bounds, FLAGS.INTERVAL_HEADS)
     k_tile = load_tiles(k_ptr, k, columns, visible_keys)  # [BLOCK_N, head_dim]
     v_tile = load_tiles(v_ptr, v, columns, visible_keys)  # [BLOCK_N, value_dim]
 
@@ -240,7 +244,9 @@ def dkdv_kernel(
                 valid = tl.arange(0, BLOCK_M) < stop - q_start
                 i, j = rows[None, :], columns[:, None]
                 if FLAGS.INTERVAL_HEADS != 1:
-                    pairs = key_intervals(intervals, columns, head - first_head)
+                    pairs = key_intervals(
+                        intervals, place, exchanged, columns, COUNT, head - first_head
+                    )
                 MASKED: tl.constexpr = RANGE != FULL or len(spans) != 0
                 visible = visible_pairs(j, i, exchanged, q_length, pairs, 0) if MASKED else None
                 slope = load_slope(extras.slopes, batch, head, heads, ACC_DTYPE)
@@ -336,24 +342,26 @@ def dq_kernel(
     dq_acc = zero_tiles(BLOCK_M, q.columns, ACC_DTYPE)
     bounds = key_bounds(q_start, q_stop, window, k_length)
     ranges = key_tile_ranges(bounds, BLOCK_N)
-    intervals = block_intervals(
-        extras.intervals, batch, head, heads, window, q_start, q_stop, q_length, k_length
-    )
-    FIRST: tl.constexpr = LEFT_EDGE if window_left is not None and intervals is None else FULL
-    for scan in tl.range(0, num_scans(intervals, bounds, BLOCK_N)):
-        scanned = scanned_ranges(ranges, intervals, scan, bounds, BLOCK_N)
+    exchanged = Window(window_right, window_left, -window.offset)
+    intervals = extras.intervals
+    at_head = interval_row(intervals, batch, head, heads)
+    COUNT: tl.constexpr = FLAGS.INTERVALS
+    place = Place(at_head, q_start, q_stop, q_length, k_length)
+    FIRST: tl.constexpr = LEFT_EDGE if COUNT == 0 and window_left is not None else FULL
+    for scan in tl.range(0, num_scans(bounds, COUNT, BLOCK_N)):
+        scanned = scanned_ranges(ranges, intervals, place, scan, bounds, COUNT, BLOCK_N)
         for RANGE in tl.static_range(FIRST, RIGHT_EDGE + 1):
             start, stop = scanned[RANGE]
             for step in tl.range(
                 start, stop, BLOCK_N, num_stages=None if RANGE == FULL else FLAGS.EDGE_STAGES
             ):
-                k_start = edge_start(step, scanned[FULL], intervals, RANGE)
+                k_start = edge_start(step, scanned[FULL], COUNT, RANGE)
                 columns = k_start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
                 i, j = rows[:, None], columns[None, :]
                 keys = None
                 visible = None
                 if RANGE != FULL:
-                    pairs = key_intervals(intervals, columns)
+                    pairs = key_intervals(intervals, place, exchanged, columns, COUNT)
                     keys = keys_of_block(columns, bounds, pairs, q_start, q_stop)
                     visible = visible_pairs(i, j, window, k_length, pairs, 1)
                 bias = load_bias(mask_ptr, extras.mask, i, j, valid[:, None], k_length, ACC_DTYPE)

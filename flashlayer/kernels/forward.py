@@ -14,11 +14,12 @@ from flashlayer.kernels.arguments import (
     LEFT_EDGE,
     RIGHT_EDGE,
     Dropout,
+    Place,
     Window,
 )
 from flashlayer.kernels.intervals import (
-    block_intervals,
     edge_start,
+    interval_row,
     key_intervals,
     keys_of_block,
     num_scans,
@@ -152,23 +153,25 @@ def forward_kernel(
 
     bounds = key_bounds(q_start, q_stop, window, k_length)
     ranges = key_tile_ranges(bounds, BLOCK_N)
-    intervals = block_intervals(
-        extras.intervals, batch, head, heads, window, q_start, q_stop, q_length, k_length
-    )
-    FIRST: tl.constexpr = LEFT_EDGE if window_left is not None and intervals is None else FULL
-    for scan in tl.range(0, num_scans(intervals, bounds, BLOCK_N)):
-        scanned = scanned_ranges(ranges, intervals, scan, bounds, BLOCK_N)
+    exchanged = Window(window_right, window_left, -window.offset)
+    intervals = extras.intervals
+    at_head = interval_row(intervals, batch, head, heads)
+    COUNT: tl.constexpr = FLAGS.INTERVALS
+    place = Place(at_head, q_start, q_stop, q_length, k_length)
+    FIRST: tl.constexpr = LEFT_EDGE if COUNT == 0 and window_left is not None else FULL
+    for scan in tl.range(0, num_scans(bounds, COUNT, BLOCK_N)):
+        scanned = scanned_ranges(ranges, intervals, place, scan, bounds, COUNT, BLOCK_N)
         for RANGE in tl.static_range(FIRST, RIGHT_EDGE + 1):
             start, stop = scanned[RANGE]
             for step in tl.range(
                 start, stop, BLOCK_N, num_stages=None if RANGE == FULL else FLAGS.EDGE_STAGES
             ):
-                k_start = edge_start(step, scanned[FULL], intervals, RANGE)
+                k_start = edge_start(step, scanned[FULL], COUNT, RANGE)
                 columns = k_start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
                 i, j = rows[:, None], columns[None, :]
-                pairs = None if RANGE == FULL else key_intervals(intervals, columns)
                 keys = None
                 if RANGE != FULL:
+                    pairs = key_intervals(intervals, place, exchanged, columns, COUNT)
                     keys = keys_of_block(columns, bounds, pairs, q_start, q_stop)
                 bias = load_bias(mask_ptr, extras.mask, i, j, valid[:, None], k_length, ACC_DTYPE)
                 keys = unmasked_keys(bias, keys)

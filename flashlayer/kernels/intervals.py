@@ -2,13 +2,14 @@
 
 A loop over tiles of keys (forward, dQ) compares its block of queries with the bounds of many tiles
 at once. A loop over tiles of queries (dK/dV) has its keys' intervals at hand, and walks the queries
-between their least start and greatest stop. FlashMask, Wang et al., arXiv 2410.01359, section 4.
+between their least start and greatest stop. ``COUNT`` is the number of a key's intervals, 0 without
+a mask. FlashMask, Wang et al., arXiv 2410.01359, section 4.
 """
 
 import triton
 import triton.language as tl
 
-from flashlayer.kernels.arguments import FULL, BlockIntervals, Window
+from flashlayer.kernels.arguments import FULL
 from flashlayer.kernels.primitives import in_window, visible_interval
 
 # Tiles of keys whose bounds are compared at once. Hidden tiles between visible ones of one scan are
@@ -17,44 +18,31 @@ SCANNED_TILES = tl.constexpr(32)
 
 
 @triton.jit
-def block_intervals(intervals, batch, head, heads, window, q_start, q_stop, q_length, k_length):
-    """The interval mask at one head, for a block of queries; None without one."""
-    here = None
+def interval_row(intervals, batch, head, heads):
+    """Index of a head's row in the tensors of an :class:`Intervals`."""
+    row = tl.full((), 0, tl.int64)
     if intervals is not None:
-        row = tl.full((), 0, tl.int64)
         if intervals.PER_BATCH:
             row += batch
         if intervals.PER_HEAD:
             row = row * heads + head
-        starts = ()  # a constexpr would not stay one in a result, the length of a tuple does
-        for n in tl.static_range(intervals.COUNT):
-            starts += (2 * n * k_length,)
-        here = BlockIntervals(
-            intervals.ptr,
-            intervals.bounds_ptr,
-            row,
-            starts,
-            Window(window.right, window.left, -window.offset),
-            q_start,
-            q_stop,
-            q_length,
-            k_length,
-        )
-    return here
+    return row
 
 
 @triton.jit
-def num_scans(intervals, bounds, BLOCK_N: tl.constexpr):
+def num_scans(bounds, COUNT: tl.constexpr, BLOCK_N: tl.constexpr):
     """How many times :func:`scanned_ranges` has to be called for the keys of ``bounds``."""
     scans = 1
-    if intervals is not None:
+    if COUNT != 0:
         tiles = tl.cdiv(bounds[3], BLOCK_N) - bounds[0] // BLOCK_N
         scans = tl.cdiv(tiles, SCANNED_TILES)
     return scans
 
 
 @triton.jit
-def scanned_ranges(ranges, intervals, scan, bounds, BLOCK_N: tl.constexpr):
+def scanned_ranges(
+    ranges, intervals, place, scan, bounds, COUNT: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """Cut the keys of ``bounds`` into LEFT_EDGE, FULL and RIGHT_EDGE where there are intervals.
 
     ``ranges`` without an interval mask. With one, those of the next SCANNED_TILES tiles, from the
@@ -63,23 +51,22 @@ def scanned_ranges(ranges, intervals, scan, bounds, BLOCK_N: tl.constexpr):
     the registers of a third loop.
     """
     scanned = ranges
-    if intervals is not None:
+    if COUNT != 0:
         first = bounds[0] // BLOCK_N + scan * SCANNED_TILES
         tiles = first + tl.arange(0, SCANNED_TILES)  # [SCANNED_TILES]
         end = tl.cdiv(bounds[3], BLOCK_N)
         exist = tiles < end
         some = tiles < first
         every = tiles < first
-        COUNT: tl.constexpr = len(intervals.starts)
-        of_head = intervals.row * tl.cdiv(intervals.k_length, BLOCK_N) * (4 * COUNT)
+        of_head = place.row * tl.cdiv(place.k_length, BLOCK_N) * (4 * COUNT)
         for n in tl.static_range(COUNT):
             at = intervals.bounds_ptr + of_head + (tiles * COUNT + n) * 4
-            any_start = tl.load(at, mask=exist, other=intervals.q_stop)
-            all_start = tl.load(at + 1, mask=exist, other=intervals.q_stop)
+            any_start = tl.load(at, mask=exist, other=place.q_stop)
+            all_start = tl.load(at + 1, mask=exist, other=place.q_stop)
             all_stop = tl.load(at + 2, mask=exist, other=0)
             any_stop = tl.load(at + 3, mask=exist, other=0)
-            some |= (any_start < intervals.q_stop) & (any_stop > intervals.q_start)
-            every |= (all_start <= intervals.q_start) & (all_stop >= intervals.q_stop)
+            some |= (any_start < place.q_stop) & (any_stop > place.q_start)
+            every |= (all_start <= place.q_start) & (all_stop >= place.q_stop)
         every &= (tiles * BLOCK_N >= bounds[1]) & ((tiles + 1) * BLOCK_N <= bounds[2])
         start = tl.min(tl.where(some, tiles, end), 0)
         stop = tl.max(tl.where(some, tiles + 1, start), 0)
@@ -91,37 +78,39 @@ def scanned_ranges(ranges, intervals, scan, bounds, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def edge_start(step, full, intervals, RANGE: tl.constexpr):
+def edge_start(step, full, COUNT: tl.constexpr, RANGE: tl.constexpr):
     """First key of a tile of a loop over ``step``: in RIGHT_EDGE without the ``full`` range."""
     k_start = step
-    if RANGE != FULL and intervals is not None:
+    if RANGE != FULL and COUNT != 0:
         k_start = tl.where(step < full[0], step, step + full[1] - full[0])
     return k_start
 
 
 @triton.jit
-def key_intervals(intervals, columns, head=0):
+def key_intervals(intervals, place, window, columns, COUNT: tl.constexpr, head=0):
     """The queries that may attend to each key: one or two pairs ``(start, stop)`` of vectors.
 
-    Cut by the window, empty for keys past the last. None without an interval mask. ``head`` counts
-    from that of ``intervals``.
+    Cut by ``window``, a key's (exchanged); empty for keys past the last. None without an interval
+    mask. ``head`` counts from that of ``place``.
     """
     pairs = None
-    if intervals is not None:
-        exist = columns < intervals.k_length
-        first, last = visible_interval(columns, intervals.window, intervals.q_length)
-        row = (intervals.row + head) * (2 * len(intervals.starts)) * intervals.k_length
+    if COUNT != 0:
+        exist = columns < place.k_length
+        first, last = visible_interval(columns, window, place.q_length)
+        row = (place.row + head) * (2 * COUNT)
         pairs = ()
-        for n in tl.static_range(len(intervals.starts)):
-            at = intervals.ptr + row + intervals.starts[n] + columns
+        for n in tl.static_range(COUNT):
+            at = intervals.ptr + (row + 2 * n) * place.k_length + columns
             start = tl.load(at, mask=exist, other=0)
-            stop = tl.load(at + intervals.k_length, mask=exist, other=0)
+            stop = tl.load(at + place.k_length, mask=exist, other=0)
             pairs += ((tl.maximum(start, first), tl.minimum(stop, last)),)
     return pairs
 
 
 @triton.jit
-def query_spans(intervals, pairs, columns, bounds, HEADS: tl.constexpr):
+def query_spans(
+    intervals, place, window, pairs, columns, bounds, COUNT: tl.constexpr, HEADS: tl.constexpr
+):
     """Which keys of a block are visible to some query, and the queries that may attend to one.
 
     ``bounds`` are the window's keys. Without an interval mask there are no spans. With one, a
@@ -135,10 +124,12 @@ def query_spans(intervals, pairs, columns, bounds, HEADS: tl.constexpr):
         keys = columns < 0
         ends = ()
         for n in tl.static_range(len(pairs)):
-            start = intervals.q_length
+            start = place.q_length
             stop = 0
             for head in tl.static_range(HEADS):
-                of_head = pairs if head == 0 else key_intervals(intervals, columns, head)
+                of_head = pairs
+                if head != 0:
+                    of_head = key_intervals(intervals, place, window, columns, COUNT, head)
                 exist = of_head[n][0] < of_head[n][1]
                 keys |= exist
                 start = tl.minimum(start, tl.min(tl.where(exist, of_head[n][0], start), 0))

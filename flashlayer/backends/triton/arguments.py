@@ -53,11 +53,11 @@ def options(extras: AttentionExtras, *, sinks: bool = False, keys: int | None = 
 def _intervals(intervals: Tensor, keys: int | None) -> Any:
     from flashlayer.kernels.arguments import Intervals
 
-    batch, heads, ends, _ = intervals.shape
+    batch, heads, _, _ = intervals.shape
+    # Triton 3.6 can't compare a tuple that holds None with None: dK/dV gets bounds that it ignores.
     return Intervals(
         intervals.contiguous(),
-        None if keys is None else tile_bounds(intervals, keys),
-        _constexpr(ends // 2),
+        intervals if keys is None else tile_bounds(intervals, keys),
         _constexpr(batch > 1),
         _constexpr(heads > 1),
     )
@@ -78,11 +78,12 @@ def _mask(mask: Tensor) -> Any:
     )
 
 
-def flags(q: Tensor, spec: AttentionSpec, **more: Any) -> Any:
+def flags(q: Tensor, spec: AttentionSpec, extras: AttentionExtras, **more: Any) -> Any:
     """The constants of a kernel."""
     from flashlayer.kernels.arguments import Flags
 
-    return Flags(input_precision(q), spec.softcap is not None, **more)
+    count = 0 if extras.intervals is None else extras.intervals.shape[2] // 2
+    return Flags(input_precision(q), spec.softcap is not None, count, **more)
 
 
 def scalars(q: Tensor, k: Tensor, spec: AttentionSpec, extras: AttentionExtras) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def launch_forward(
             group=heads // kv_heads,
             num_blocks=num_blocks,
             scale=max(abs(spec.scale), 1e-30),  # with sign 0 any positive factor will do
-            FLAGS=flags(q, spec, SCALE_SIGN=sign, EDGE_STAGES=edge_stages),
+            FLAGS=flags(q, spec, extras, SCALE_SIGN=sign, EDGE_STAGES=edge_stages),
             **scalars(q, k, spec, extras),
             **stages,
         )
@@ -148,7 +148,7 @@ def _launch_dkdv(call: _BackwardCall, dk: Tensor, dv: Tensor) -> None:
         dv=strided(dv, packed),
         kv_heads=kv_heads,
         num_blocks=num_blocks,
-        FLAGS=flags(q, spec, EDGE_STAGES=edge_stages, ROW_COPIES=copies, **constants),
+        FLAGS=flags(q, spec, extras, EDGE_STAGES=edge_stages, ROW_COPIES=copies, **constants),
         **stages,
     )
 
@@ -173,7 +173,7 @@ def _launch_dq(call: _BackwardCall, dq: Tensor) -> None:
         heads=heads,
         group=heads // k.shape[1],
         num_blocks=num_blocks,
-        FLAGS=flags(q, spec, EDGE_STAGES=edge_stages),
+        FLAGS=flags(q, spec, extras, EDGE_STAGES=edge_stages),
         **stages,
     )
 
@@ -197,7 +197,7 @@ def _launch_dmask(call: _BackwardCall, d_mask: Tensor) -> None:
         heads=heads,
         group=heads // k.shape[1],
         BROADCAST=Broadcast(*(size == 1 for size in d_mask.shape)),
-        FLAGS=flags(q, spec),
+        FLAGS=flags(q, spec, extras),
         **tiles.launch_options() | stages,
     )
 
