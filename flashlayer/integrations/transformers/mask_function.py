@@ -1,16 +1,16 @@
-"""The mask function that transformers calls, and the patterns that it recognises."""
+"""The mask function that transformers calls."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flashlayer.integrations.transformers.masks import DenseMask, GuardedMask, Window, WindowMask
 from flashlayer.integrations.transformers.packing import boundaries, readable
+from flashlayer.integrations.transformers.patterns import Keys, Pattern, in_intervals, recognise
 
 
 def make_mask(
@@ -49,14 +49,15 @@ def make_mask(
 
     owner = getattr(config, "model_type", None) or "model"
     mask_function = mask_function or masking_utils.causal_mask_function
-    pattern = None if use_vmap else recognise(mask_function)
+    shape, device = (batch_size, 1, q_length, kv_length), torch.device(device)
+    keys = Keys(kv_length, kv_offset, device)
+    pattern = recognise(mask_function, keys)
     # A decoding step that may be compiled gets a dense mask, O(Sk): the numbers of a WindowMask
     # change with every token, and each change would recompile.
     if pattern is not None and q_length == 1 and pattern.right == 0 and not allow_is_causal_skip:
         pattern = None
-    shape, device = (batch_size, 1, q_length, kv_length), torch.device(device)
     if pattern is not None:
-        made = window_mask(pattern, attention_mask, shape, q_offset, kv_offset, device, owner)
+        made = window_mask(pattern, attention_mask, shape, q_offset, keys, owner)
         if made is not None:
             return made
     mask: Tensor = masking_utils.sdpa_mask(  # pyright: ignore[reportAssignmentType]
@@ -71,7 +72,7 @@ def make_mask(
         use_vmap=use_vmap,
         device=device,
     )
-    # Dynamo can't read the closure of a window, but restarting positions must still be separated.
+    # Blocks are dense while compiling, but restarting positions must still be separated.
     without_past = 1 < q_length == kv_length and not isinstance(q_offset, Tensor) and q_offset == 0
     packable = attention_mask is None and not use_vmap and without_past
     if packable and torch.compiler.is_compiling():
@@ -80,128 +81,96 @@ def make_mask(
     return DenseMask(mask, owner)
 
 
-class Pattern(NamedTuple):
-    """The window that a mask function of ``transformers.masking_utils`` describes.
-
-    ``left`` and ``right`` count keys beside the query's own, ``sequences`` ``(B, S)`` numbers the
-    packed sequences, ``remapped`` means that positions are counted within them. With a ``chunk``
-    only the keys of a query's own chunk of positions are visible (Llama 4).
-    """
-
-    left: int | None = None
-    right: int | None = None
-    sequences: Tensor | None = None
-    remapped: bool = False
-    chunk: int | None = None
-
-
-def recognise(mask_function: Callable) -> Pattern | None:
-    """Read the closures that transformers composes a mask function of; None if one is unknown.
-
-    Closures are recognised by the identity of their code, so a mask function that a later version
-    builds differently gives a dense mask: slower, but correct.
-    """
-    from transformers import masking_utils
-
-    if mask_function is masking_utils.causal_mask_function:
-        return Pattern(right=0)
-    if mask_function is masking_utils.bidirectional_mask_function:
-        return Pattern()
-    if torch.compiler.is_compiling():
-        return None  # Dynamo can't read closures
-    code = getattr(mask_function, "__code__", None)
-    reader = _readers().get(code)
-    if code is None or reader is None:
-        return None
-    cells = getattr(mask_function, "__closure__", None) or ()
-    return reader(dict(zip(code.co_freevars, (x.cell_contents for x in cells), strict=True)))
-
-
-@functools.cache
-def _readers() -> dict[Any, Callable[[dict[str, Any]], Pattern | None]]:
-    """By the code of a closure that mask functions consist of: its pattern, from its variables."""
-    from transformers import masking_utils as utils
-
-    def window(left: int, right: int | None) -> Pattern | None:
-        return Pattern(left, right) if left >= 0 else None
-
-    def remapped(closed_over: dict[str, Any]) -> Pattern | None:
-        inner = recognise(closed_over["mask_function"])
-        return None if inner is None else inner._replace(remapped=True)
-
-    empty, causal = torch.empty(0), utils.causal_mask_function
-    readers: dict[Any, Callable[[dict[str, Any]], Pattern | None]] = {
-        utils.and_masks(): lambda x: _intersection(*map(recognise, x["mask_functions"])),
-        utils.sliding_window_overlay(1): lambda x: window(x["sliding_window"] - 1, None),
-        utils.sliding_window_bidirectional_overlay(1): lambda x: window(
-            x["sliding_window"], x["sliding_window"]
-        ),
-        utils.chunked_overlay(1, empty): lambda x: Pattern(chunk=x["chunk_size"]),
-        utils.packed_sequence_mask_function(empty): lambda x: Pattern(
-            sequences=x["packed_sequence_mask"]
-        ),
-        utils.remap_positions_for_packed_sequence(causal, empty): remapped,
-    }
-    return {closure.__code__: reader for closure, reader in readers.items()}
-
-
-def _intersection(*patterns: Pattern | None) -> Pattern | None:
-    """The pattern whose keys are visible in all of them; None if one is unknown."""
-    known = [pattern for pattern in patterns if pattern is not None]
-
-    def given(field: str) -> list[Any]:
-        values = (getattr(pattern, field) for pattern in known)
-        return [value for value in values if value is not None]
-
-    sequences, chunks = given("sequences"), given("chunk")
-    if len(known) < len(patterns) or len(sequences) > 1 or len(chunks) > 1:
-        return None
-    return Pattern(
-        left=min(given("left"), default=None),
-        right=min(given("right"), default=None),
-        sequences=sequences[0] if sequences else None,
-        remapped=any(pattern.remapped for pattern in known),
-        chunk=chunks[0] if chunks else None,
-    )
-
-
 def window_mask(
     pattern: Pattern,
     attention_mask: Tensor | None,
     shape: tuple[int, int, int, int],
     q_offset: int | Tensor,
-    kv_offset: int,
-    device: torch.device,
+    keys: Keys,
     owner: str,
 ) -> WindowMask | None:
-    """The mask of a pattern; None if it is not one window for all rows and sequences."""
-    if isinstance(q_offset, Tensor) and not readable(q_offset):
+    """The mask of a pattern; None for one query that needs intervals, and where there are none.
+
+    Windows, with a row of padding, and packed sequences whose boundaries may be read are left to
+    the options of ``flash_attention`` that are made for them.
+    """
+    _, _, q_length, kv_length = shape
+    has_intervals = pattern.starts is not None or pattern.stops is not None
+    window = None
+    if not isinstance(q_offset, Tensor) or (readable(q_offset) and not has_intervals):
+        q_offset = int(q_offset)
+        window = _window(pattern, q_length, kv_length, q_offset - keys.offset)
+    if window is None and (pattern.sequences is not None or pattern.remapped):
         return None
-    offset = int(q_offset) - kv_offset
-    batch, _, q_length, kv_length = shape
-    window = _window(pattern, q_length, kv_length, offset)
-    if window is None:
-        return None
-    window = window._replace(owner=owner, packable=attention_mask is None)
+    in_use = kv_length if window is None else window.keys
+    if pattern.right == 0 and keys.offset + in_use <= pattern.idle_below:
+        pattern, has_intervals = pattern._replace(starts=None, stops=None), False
     padding = None
     if attention_mask is not None:
-        padding = attention_mask[:, kv_offset : kv_offset + window.keys]
-        padding = nn.functional.pad(padding, (0, window.keys - padding.shape[1]))
-        if readable(padding) and bool(padding.all()):
+        padding = attention_mask[:, keys.offset : keys.offset + in_use]
+        padding = nn.functional.pad(padding, (0, in_use - padding.shape[1]))
+        if not has_intervals and readable(padding) and bool(padding.all()):
             padding = None
-    sequences = pattern.sequences
-    if pattern.chunk is not None and kv_offset + window.keys > pattern.chunk:
-        # Without a past, chunks are packed sequences.
-        if offset != 0 or q_length != kv_length or sequences is not None or device.type == "meta":
-            return None
-        sequences = (torch.arange(q_length, device=device) // pattern.chunk).expand(batch, -1)
-        window = window._replace(chunked=True)
-    if sequences is None:
-        return WindowMask(shape, device, window, padding)
-    if padding is not None or not readable(sequences):
+    if window is not None:
+        packable = attention_mask is None and pattern.sequences is None
+        window = window._replace(owner=owner, packable=packable)
+        made = _without_intervals(pattern, window, padding, shape, keys)
+        if made is not None:
+            return made
+        pattern = pattern._replace(left=None, right=None)
+    if q_length == 1:  # a dense mask is O(Sk) too
         return None
-    cu_seqlens, longest = boundaries(sequences)
-    return WindowMask(shape, device, window._replace(max_seqlen=longest), cu_seqlens=cu_seqlens)
+    intervals = _intervals(pattern, padding, q_length, q_offset, keys)
+    if intervals is None:
+        return None
+    window = window or Window((None, None), "bottom_right", kv_length, owner)
+    return WindowMask(shape, keys.device, window, intervals=intervals)
+
+
+def _without_intervals(
+    pattern: Pattern, window: Window, padding: Tensor | None, shape: tuple[int, ...], keys: Keys
+) -> WindowMask | None:
+    """The mask as a window and a row of padding, or as packed sequences; None if it is neither."""
+    if pattern.starts is not None or pattern.stops is not None:
+        return None
+    if pattern.sequences is None:
+        return WindowMask(shape, keys.device, window, padding)
+    if padding is not None or not pattern.remapped or not readable(pattern.sequences):
+        return None
+    cu_seqlens, longest = boundaries(pattern.sequences)
+    window = window._replace(max_seqlen=longest, packable=False)
+    return WindowMask(shape, keys.device, window, cu_seqlens=cu_seqlens)
+
+
+def _intervals(
+    pattern: Pattern, padding: Tensor | None, q_length: int, q_offset: int | Tensor, keys: Keys
+) -> Tensor | None:
+    """Of each key in use the queries that may attend to it; None if they are not one interval.
+
+    Returns:
+        int32 ``(B or 1, 1, 2, in use)``, as :class:`flashlayer.masks.IntervalMask` has them.
+    """
+    bounds = in_intervals(pattern, keys)
+    if bounds is None:
+        return None
+    in_use = keys.length if padding is None else padding.shape[1]
+    more = [x for x in (bounds.more_before, bounds.more_after) if x is not None]
+    if more:
+        inexact = torch.stack(more).any(0)[:, :in_use]
+        # A key that is padding is hidden, whatever its id.
+        inexact = inexact if padding is None else inexact & padding
+        if not readable(inexact) or bool(inexact.any()):
+            return None
+    starts, stops = (
+        torch.full((1, keys.length), fill, device=keys.device)
+        if edge is None
+        else (edge - q_offset).clamp(0, q_length)
+        for edge, fill in ((bounds.starts, 0), (bounds.stops, q_length))
+    )
+    intervals = torch.stack(torch.broadcast_tensors(starts, stops), dim=1)[:, None, :, :in_use]
+    if padding is not None:
+        intervals = intervals.where(padding[:, None, None], 0)
+    return intervals.to(torch.int32)
 
 
 def _window(pattern: Pattern, q_length: int, kv_length: int, offset: int) -> Window | None:

@@ -20,6 +20,8 @@ from flashlayer.integrations.transformers.packing import (
     restarts,
     same_sequence,
 )
+from flashlayer.masks import visible_pairs
+from flashlayer.masks.builders import runs
 from flashlayer.problem import Packing
 from flashlayer.spec import WindowSize
 
@@ -32,7 +34,6 @@ class Window(NamedTuple):
     keys: int  # in use; in a static cache fewer than its capacity
     owner: str = "model"  # type of the model
     max_seqlen: int | None = None  # of the packed sequences
-    chunked: bool = False  # the packed sequences are chunks of longer ones
     packable: bool = False  # no attention_mask, and WindowMask.separated was not applied yet
 
     def options(self) -> dict[str, Any]:
@@ -199,6 +200,7 @@ class WindowMask(GuardedMask):
 
     padding: Tensor | None  # bool (B, window.keys), False for padding
     cu_seqlens: Tensor | None  # boundaries of the sequences packed along B * Sq; None: one a row
+    intervals: Tensor | None  # int32 (B or 1, 1, 2, window.keys): of an IntervalMask
     pattern: Tensor | None  # bool (B or 1, 1, Sq, Sk), combined with the window
 
     @staticmethod
@@ -215,12 +217,14 @@ class WindowMask(GuardedMask):
         window: Window,
         padding: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        intervals: Tensor | None = None,
         pattern: Tensor | None = None,
         anchor: Tensor | None = None,
     ) -> None:
         self.window, self.owner = window, window.owner
         self.padding = padding
         self.cu_seqlens = cu_seqlens
+        self.intervals = intervals
         self.pattern = pattern
         # Dynamo flattens the mask into the window and tensors, of which it needs at least one.
         self.anchor = torch.empty(0, device=device) if anchor is None else anchor
@@ -239,7 +243,7 @@ class WindowMask(GuardedMask):
 
     def __tensor_flatten__(self) -> tuple[list[str], Window]:
         """The inner tensors' names, and the rest of the constructor's arguments."""
-        names = ["anchor", "padding", "cu_seqlens", "pattern"]
+        names = ["anchor", "padding", "cu_seqlens", "intervals", "pattern"]
         return [name for name in names if getattr(self, name) is not None], self.window
 
     @staticmethod
@@ -249,33 +253,39 @@ class WindowMask(GuardedMask):
         """The inverse of :meth:`__tensor_flatten__`."""
         return WindowMask(size, tensors["anchor"].device, window, **tensors)
 
-    def separated(self, position_ids: Tensor | None, causal: bool) -> Tensor:
+    def separated(self, position_ids: Tensor | None, causal: bool) -> WindowMask:
         """The mask with a new sequence at each restart of the positions ``(B, S)``.
 
-        Only for causal masks without a past and without an ``attention_mask``. Positions are read
-        once per mask, which all layers share, as reading synchronizes the GPU. If they can't be
-        read (under a compiler, on meta), the mask becomes dense.
+        Only for causal masks without a past and without an ``attention_mask``. The boundaries of
+        sequences are read once per mask, which all layers share, as reading synchronizes the GPU.
+        If they can't be read (under a compiler, on meta), or the mask has intervals, the sequences
+        become intervals.
         """
         if position_ids is None or position_ids.ndim != 2 or not self.window.packable:
             return self
         batch, _, q_length, kv_length = self.shape
         window = self.window
         without_past = q_length == kv_length == window.keys == position_ids.shape[-1] > 1
-        causal = causal if self.pattern is not None else window.window_size[1] == 0
-        separated = self.cu_seqlens is not None and not window.chunked
-        if not without_past or not causal or separated:
+        of_window = self.intervals is None and self.pattern is None
+        causal = window.window_size[1] == 0 or (causal and not of_window)
+        if not without_past or not causal:
             return self
         sequences = restarts(position_ids).expand(batch, -1)
-        if not readable(sequences):
-            return self.dense() & same_sequence(sequences)
-        longest = window.max_seqlen
-        if bool(sequences.any()):
-            if self.cu_seqlens is not None:
-                # Both are non-decreasing along a row, so their sum changes where either does.
-                sequences = sequences + self._sequences(self.cu_seqlens)
-            self.cu_seqlens, longest = boundaries(sequences)
-        self.window = window._replace(max_seqlen=longest, packable=False)
-        return self
+        window = window._replace(packable=False)
+        if of_window and readable(sequences):
+            if bool(sequences.any()):
+                self.cu_seqlens, longest = boundaries(sequences)
+                window = window._replace(max_seqlen=longest)
+            self.window = window
+            return self
+        intervals = torch.stack(runs(sequences), dim=1)[:, None].to(torch.int32)
+        if self.intervals is not None:
+            both = self.intervals, intervals
+            starts, stops = torch.maximum(*both), torch.minimum(*both)
+            intervals = torch.stack((starts[:, :, 0], stops[:, :, 1]), dim=2)
+        return WindowMask(
+            self.shape, self.device, window, intervals=intervals, pattern=self.pattern
+        )
 
     def dense(self) -> Tensor:
         """The mask as a plain tensor, bool ``(B, 1, Sq, Sk)``."""
@@ -296,6 +306,9 @@ class WindowMask(GuardedMask):
             mask = mask & padding[:, None, None, :]
         if self.cu_seqlens is not None:
             mask = mask & same_sequence(self._sequences(self.cu_seqlens))
+        if self.intervals is not None:
+            visible = visible_pairs(self.intervals, query[:, 0])
+            mask = mask & nn.functional.pad(visible, (0, kv_length - window.keys))
         return mask if self.pattern is None else mask & self.pattern
 
     def _sequences(self, cu_seqlens: Tensor) -> Tensor:
