@@ -120,7 +120,7 @@ def window_mask(
         pattern = pattern._replace(left=None, right=None)
     if q_length == 1:  # a dense mask is O(Sk) too
         return None
-    intervals = _intervals(pattern, padding, q_length, q_offset, keys)
+    intervals = _intervals(pattern, padding, (q_length, in_use), q_offset, keys)
     if intervals is None:
         return None
     window = window or Window((None, None), "bottom_right", kv_length, owner)
@@ -143,7 +143,11 @@ def _without_intervals(
 
 
 def _intervals(
-    pattern: Pattern, padding: Tensor | None, q_length: int, q_offset: int | Tensor, keys: Keys
+    pattern: Pattern,
+    padding: Tensor | None,
+    sizes: tuple[int, int],
+    q_offset: int | Tensor,
+    keys: Keys,
 ) -> Tensor | None:
     """Of each key in use the queries that may attend to it; None if they are not one interval.
 
@@ -153,7 +157,7 @@ def _intervals(
     bounds = in_intervals(pattern, keys)
     if bounds is None:
         return None
-    in_use = keys.length if padding is None else padding.shape[1]
+    q_length, in_use = sizes
     more = [x for x in (bounds.more_before, bounds.more_after) if x is not None]
     if more:
         inexact = torch.stack(more).any(0)[:, :in_use]

@@ -181,7 +181,7 @@ def _elsewhere(ids: Tensor) -> tuple[Tensor, Tensor]:
     starts, stops = runs(ids)
     ordered, order = ids.sort(dim=1, stable=True)
     # In this order tokens of one id are neighbours, and rise.
-    first, last = (edge.gather(1, order) for edge in runs(ordered))
+    first, last = runs(ordered)
     first, last = order.gather(1, first), order.gather(1, last - 1)
     first, last = (torch.empty_like(order).scatter(1, order, x) for x in (first, last))
     return first < starts, last >= stops
