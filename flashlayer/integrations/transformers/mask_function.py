@@ -50,7 +50,7 @@ def make_mask(
     owner = getattr(config, "model_type", None) or "model"
     mask_function = mask_function or masking_utils.causal_mask_function
     shape, device = (batch_size, 1, q_length, kv_length), torch.device(device)
-    keys = Keys(kv_length, kv_offset, device)
+    keys = Keys(q_length, kv_length, kv_offset, device)
     pattern = recognise(mask_function, keys)
     # A decoding step that may be compiled gets a dense mask, O(Sk): the numbers of a WindowMask
     # change with every token, and each change would recompile.
@@ -120,7 +120,7 @@ def window_mask(
         pattern = pattern._replace(left=None, right=None)
     if q_length == 1:  # a dense mask is O(Sk) too
         return None
-    intervals = _intervals(pattern, padding, (q_length, in_use), q_offset, keys)
+    intervals = _intervals(pattern, padding, in_use, q_offset, keys)
     if intervals is None:
         return None
     window = window or Window((None, None), "bottom_right", kv_length, owner)
@@ -145,7 +145,7 @@ def _without_intervals(
 def _intervals(
     pattern: Pattern,
     padding: Tensor | None,
-    sizes: tuple[int, int],
+    in_use: int,
     q_offset: int | Tensor,
     keys: Keys,
 ) -> Tensor | None:
@@ -157,7 +157,6 @@ def _intervals(
     bounds = in_intervals(pattern, keys)
     if bounds is None:
         return None
-    q_length, in_use = sizes
     more = [x for x in (bounds.more_before, bounds.more_after) if x is not None]
     if more:
         inexact = torch.stack(more).any(0)[:, :in_use]
@@ -168,8 +167,8 @@ def _intervals(
     starts, stops = (
         torch.full((1, keys.length), fill, device=keys.device)
         if edge is None
-        else (edge - q_offset).clamp(0, q_length)
-        for edge, fill in ((bounds.starts, 0), (bounds.stops, q_length))
+        else (edge - q_offset).clamp(0, keys.queries)
+        for edge, fill in ((bounds.starts, 0), (bounds.stops, keys.queries))
     )
     intervals = torch.stack(torch.broadcast_tensors(starts, stops), dim=1)[:, None, :, :in_use]
     if padding is not None:

@@ -35,6 +35,7 @@ FACTORIES = (
 class Keys(NamedTuple):
     """The keys of a mask: those at positions ``offset`` to ``offset + length - 1``."""
 
+    queries: int  # how many
     length: int
     offset: int
     device: torch.device
@@ -163,7 +164,8 @@ def _read(name: str, x: dict[str, Any], keys: Keys) -> Pattern | None:
 
 def _blocks(ids: Tensor, keys: Keys) -> Pattern | None:
     """Tokens of a block ``ids >= 0`` see each other; a block may be in several places."""
-    if not readable(ids):  # whether it is in one place only
+    # Whether it is in one place must be read; and one query's dense mask is O(Sk) too.
+    if not readable(ids) or keys.queries == 1:
         return None
     if keys.table is None and ids.shape[1] < keys.offset + keys.length:
         return None
