@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from flashlayer.functional import flash_attention, flash_attention_varlen
-from flashlayer.integrations.transformers.masks import DenseMask, Window, WindowMask
+from flashlayer.integrations.transformers.masks import (
+    DenseMask,
+    Window,
+    WindowMask,
+    keys_in_use,
+)
 from flashlayer.integrations.transformers.tables import knows_is_causal
 from flashlayer.masks import IntervalMask
 from flashlayer.problem import Packing
@@ -149,7 +154,7 @@ def _window_without_mask(
     if causal and seqlen_q not in (1, seqlen_k) and packing is None:
         where = f"where {seqlen_q} queries stand among {seqlen_k} keys"
         _refuse(module, "attention_mask=None", f"is_causal, and no mask says {where}")
-    return Window((None, 0) if causal else (None, None), "bottom_right", seqlen_k)
+    return Window((None, 0) if causal else (None, None), "bottom_right")
 
 
 def _is_window_only(mask: Tensor) -> bool:
@@ -178,7 +183,7 @@ def _attend(
         if is_dense or (mask.intervals is not None and position_bias is not None):
             mask = mask.dense()
     if isinstance(mask, WindowMask):
-        keys, padding = mask.window.keys, mask.padding
+        keys, padding = keys_in_use(mask), mask.padding
         options = options | mask.window.options()
         attn_mask: Any = None if padding is None else padding[:, None, None, :]
         if mask.intervals is not None:

@@ -76,7 +76,7 @@ def make_mask(
     without_past = 1 < q_length == kv_length and not isinstance(q_offset, Tensor) and q_offset == 0
     packable = attention_mask is None and not use_vmap and without_past
     if packable and torch.compiler.is_compiling():
-        full = Window((None, None), "bottom_right", kv_length, owner, packable=True)
+        full = Window((None, None), "bottom_right", owner, packable=True)
         return WindowMask(shape, mask.device, full, pattern=mask)
     return DenseMask(mask, owner)
 
@@ -96,13 +96,12 @@ def window_mask(
     """
     _, _, q_length, kv_length = shape
     has_intervals = pattern.starts is not None or pattern.stops is not None
-    window = None
+    window, in_use = None, kv_length
     if not isinstance(q_offset, Tensor) or (readable(q_offset) and not has_intervals):
         q_offset = int(q_offset)
-        window = _window(pattern, q_length, kv_length, q_offset - keys.offset)
+        window, in_use = _window(pattern, q_length, kv_length, q_offset - keys.offset)
     if window is None and (pattern.sequences is not None or pattern.remapped):
         return None
-    in_use = kv_length if window is None else window.keys
     if pattern.right == 0 and keys.offset + in_use <= pattern.idle_below:
         pattern, has_intervals = pattern._replace(starts=None, stops=None), False
     padding = None
@@ -114,7 +113,7 @@ def window_mask(
     if window is not None:
         packable = attention_mask is None and pattern.sequences is None
         window = window._replace(owner=owner, packable=packable)
-        made = _without_intervals(pattern, window, padding, shape, keys)
+        made = _without_intervals(pattern, window, in_use, padding, shape, keys)
         if made is not None:
             return made
         pattern = pattern._replace(left=None, right=None)
@@ -123,23 +122,28 @@ def window_mask(
     intervals = _intervals(pattern, padding, in_use, q_offset, keys)
     if intervals is None:
         return None
-    window = window or Window((None, None), "bottom_right", kv_length, owner)
-    return WindowMask(shape, keys.device, window, intervals=intervals)
+    window = window or Window((None, None), "bottom_right", owner)
+    return WindowMask(shape, keys.device, window, in_use, intervals=intervals)
 
 
 def _without_intervals(
-    pattern: Pattern, window: Window, padding: Tensor | None, shape: tuple[int, ...], keys: Keys
+    pattern: Pattern,
+    window: Window,
+    in_use: int,
+    padding: Tensor | None,
+    shape: tuple[int, int, int, int],
+    keys: Keys,
 ) -> WindowMask | None:
     """The mask as a window and a row of padding, or as packed sequences; None if it is neither."""
     if pattern.starts is not None or pattern.stops is not None:
         return None
     if pattern.sequences is None:
-        return WindowMask(shape, keys.device, window, padding)
+        return WindowMask(shape, keys.device, window, in_use, padding=padding)
     if padding is not None or not pattern.remapped or not readable(pattern.sequences):
         return None
     cu_seqlens, longest = boundaries(pattern.sequences)
     window = window._replace(max_seqlen=longest, packable=False)
-    return WindowMask(shape, keys.device, window, cu_seqlens=cu_seqlens)
+    return WindowMask(shape, keys.device, window, in_use, cu_seqlens=cu_seqlens)
 
 
 def _intervals(
@@ -176,16 +180,22 @@ def _intervals(
     return intervals.to(torch.int32)
 
 
-def _window(pattern: Pattern, q_length: int, kv_length: int, offset: int) -> Window | None:
-    """The window of a pattern, query ``i`` at position ``i + offset``; None if there is none."""
+def _window(
+    pattern: Pattern, q_length: int, kv_length: int, offset: int
+) -> tuple[Window | None, int]:
+    """The window of a pattern, query ``i`` at position ``i + offset``, and how many keys it uses.
+
+    None if there is no such window.
+    """
     window_size = (pattern.left, pattern.right)
+    bottom_right = Window(window_size, "bottom_right")
     if pattern.sequences is not None or pattern.remapped:
         # Within a sequence positions rise by one: a window of positions is one of indices.
         packed = pattern.sequences is not None and offset == 0 and q_length == kv_length
-        return Window(window_size, "bottom_right", kv_length) if packed else None
+        return bottom_right if packed else None, kv_length
     if window_size == (None, None) or offset == kv_length - q_length:
-        return Window(window_size, "bottom_right", kv_length)
+        return bottom_right, kv_length
     if pattern.right == 0 and offset >= 0 and offset + q_length <= kv_length:
         # The unwritten end of a static cache lies after every query.
-        return Window(window_size, "bottom_right", offset + q_length)
-    return Window(window_size, "top_left", kv_length) if offset == 0 else None
+        return bottom_right, offset + q_length
+    return Window(window_size, "top_left") if offset == 0 else None, kv_length

@@ -30,14 +30,13 @@ class Window(NamedTuple):
     """What a mask is besides its tensors, in the terms of :func:`flashlayer.flash_attention`."""
 
     window_size: WindowSize
-    diagonal: Literal["bottom_right", "top_left"]  # of the queries and the first ``keys`` keys
-    keys: int  # in use; in a static cache fewer than its capacity
+    diagonal: Literal["bottom_right", "top_left"]  # of the queries and the keys in use
     owner: str = "model"  # type of the model
     max_seqlen: int | None = None  # of the packed sequences
     packable: bool = False  # no attention_mask, and WindowMask.separated was not applied yet
 
     def options(self) -> dict[str, Any]:
-        """As arguments; the keys past ``keys`` are to be cut off."""
+        """As arguments; the keys that are not in use are to be cut off."""
         return {"window_size": self.window_size, "diagonal": self.diagonal}
 
 
@@ -191,6 +190,14 @@ class DenseMask(GuardedMask):
         return self.visible
 
 
+def keys_in_use(mask: WindowMask) -> int:
+    """How many keys, from the first on, are in use; in a static cache fewer than its capacity.
+
+    A function, because Dynamo can't trace a property whose value varies from call to call.
+    """
+    return mask.anchor.shape[1]
+
+
 class WindowMask(GuardedMask):
     """A bool mask ``(B, 1, Sq, Sk)``, True = attend, that is materialized only when it is read.
 
@@ -198,9 +205,9 @@ class WindowMask(GuardedMask):
     so; every other allowed operation materializes it.
     """
 
-    padding: Tensor | None  # bool (B, window.keys), False for padding
+    padding: Tensor | None  # bool (B, keys in use), False for padding
     cu_seqlens: Tensor | None  # boundaries of the sequences packed along B * Sq; None: one a row
-    intervals: Tensor | None  # int32 (B or 1, 1, 2, window.keys): of an IntervalMask
+    intervals: Tensor | None  # int32 (B or 1, 1, 2, keys in use), of an IntervalMask
     pattern: Tensor | None  # bool (B or 1, 1, Sq, Sk), combined with the window
 
     @staticmethod
@@ -215,6 +222,8 @@ class WindowMask(GuardedMask):
         shape: tuple[int, ...],
         device: torch.device,
         window: Window,
+        keys: int | None = None,
+        *,
         padding: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         intervals: Tensor | None = None,
@@ -226,8 +235,10 @@ class WindowMask(GuardedMask):
         self.cu_seqlens = cu_seqlens
         self.intervals = intervals
         self.pattern = pattern
-        # Dynamo flattens the mask into the window and tensors, of which it needs at least one.
-        self.anchor = torch.empty(0, device=device) if anchor is None else anchor
+        # Dynamo flattens the mask into the window and tensors, of which it needs at least one. The
+        # number of keys in use varies from call to call, so it must be a tensor's size.
+        keys = shape[3] if keys is None else keys
+        self.anchor = torch.empty(0, keys, device=device) if anchor is None else anchor
 
     @property
     def packing(self) -> Packing | None:
@@ -265,7 +276,7 @@ class WindowMask(GuardedMask):
             return self
         batch, _, q_length, kv_length = self.shape
         window = self.window
-        without_past = q_length == kv_length == window.keys == position_ids.shape[-1] > 1
+        without_past = q_length == kv_length == keys_in_use(self) == position_ids.shape[-1] > 1
         of_window = self.intervals is None and self.pattern is None
         causal = window.window_size[1] == 0 or (causal and not of_window)
         if not without_past or not causal:
@@ -291,10 +302,11 @@ class WindowMask(GuardedMask):
         """The mask as a plain tensor, bool ``(B, 1, Sq, Sk)``."""
         batch, _, q_length, kv_length = self.shape
         window = self.window
-        offset = window.keys - q_length if window.diagonal == "bottom_right" else 0
+        keys = keys_in_use(self)
+        offset = keys - q_length if window.diagonal == "bottom_right" else 0
         query = torch.arange(q_length, device=self.device)[:, None]
         key = torch.arange(kv_length, device=self.device)
-        mask = (key < window.keys).expand(q_length, -1)
+        mask = (key < keys).expand(q_length, -1)
         left, right = window.window_size
         if left is not None:
             mask = mask & (key >= query + offset - left)
@@ -302,13 +314,13 @@ class WindowMask(GuardedMask):
             mask = mask & (key <= query + offset + right)
         mask = mask.expand(batch, 1, -1, -1)
         if self.padding is not None:
-            padding = nn.functional.pad(self.padding, (0, kv_length - window.keys))
+            padding = nn.functional.pad(self.padding, (0, kv_length - keys))
             mask = mask & padding[:, None, None, :]
         if self.cu_seqlens is not None:
             mask = mask & same_sequence(self._sequences(self.cu_seqlens))
         if self.intervals is not None:
             visible = visible_pairs(self.intervals, query[:, 0])
-            mask = mask & nn.functional.pad(visible, (0, kv_length - window.keys))
+            mask = mask & nn.functional.pad(visible, (0, kv_length - keys))
         return mask if self.pattern is None else mask & self.pattern
 
     def _sequences(self, cu_seqlens: Tensor) -> Tensor:
