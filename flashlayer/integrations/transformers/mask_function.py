@@ -95,15 +95,16 @@ def window_mask(
     the options of ``flash_attention`` that are made for them.
     """
     _, _, q_length, kv_length = shape
+    if pattern.right == 0 and keys.offset + kv_length <= pattern.idle_below:
+        pattern = pattern._replace(starts=None, stops=None)
     has_intervals = pattern.starts is not None or pattern.stops is not None
     window, in_use = None, kv_length
+    # Intervals are computed from an offset on the device, so it need not be read for them.
     if not isinstance(q_offset, Tensor) or (readable(q_offset) and not has_intervals):
         q_offset = int(q_offset)
         window, in_use = _window(pattern, q_length, kv_length, q_offset - keys.offset)
     if window is None and (pattern.sequences is not None or pattern.remapped):
         return None
-    if pattern.right == 0 and keys.offset + in_use <= pattern.idle_below:
-        pattern, has_intervals = pattern._replace(starts=None, stops=None), False
     padding = None
     if attention_mask is not None:
         padding = attention_mask[:, keys.offset : keys.offset + in_use]

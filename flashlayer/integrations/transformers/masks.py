@@ -262,7 +262,7 @@ class WindowMask(GuardedMask):
         tensors: dict[str, Tensor], window: Window, size: Any, stride: Any
     ) -> WindowMask:
         """The inverse of :meth:`__tensor_flatten__`."""
-        return WindowMask(size, tensors["anchor"].device, window, **tensors)
+        return WindowMask(size, tensors["anchor"].device, window, None, **tensors)
 
     def separated(self, position_ids: Tensor | None, causal: bool) -> WindowMask:
         """The mask with a new sequence at each restart of the positions ``(B, S)``.

@@ -82,6 +82,7 @@ def recognise(mask_function: Callable, keys: Keys) -> Pattern | None:
         return Pattern(right=0)
     if mask_function is masking_utils.bidirectional_mask_function:
         return Pattern()
+    described: tuple[str, dict[str, Any]] | None
     if torch.compiler.is_compiling():
         described = getattr(mask_function, "description", None)
     else:
