@@ -20,7 +20,7 @@ from flashlayer.integrations.transformers.packing import (
     restarts,
     same_sequence,
 )
-from flashlayer.masks import visible_pairs
+from flashlayer.masks.intervals import visible_pairs
 from flashlayer.masks.builders import runs
 from flashlayer.problem import Packing
 from flashlayer.spec import WindowSize
