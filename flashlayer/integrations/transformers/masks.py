@@ -20,8 +20,8 @@ from flashlayer.integrations.transformers.packing import (
     restarts,
     same_sequence,
 )
-from flashlayer.masks.intervals import visible_pairs
 from flashlayer.masks.builders import runs
+from flashlayer.masks.intervals import visible_pairs
 from flashlayer.problem import Packing
 from flashlayer.spec import WindowSize
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils as utils
 
 from flashlayer.integrations.transformers import WindowMask, make_mask, register
@@ -159,6 +160,39 @@ def test_a_graph_makes_no_dense_mask_of_windows_and_chunks(
     in_intervals = kind == "chunks" or isinstance(q_offset, Tensor)
     assert (mask.intervals is not None) == in_intervals
     assert torch.equal(mask.dense(), expected)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a tensor's value comes to Python."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        packet = func.overloadpacket
+        self.count += packet in (torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("q_offset", [3, torch.tensor(3)], ids=["number", "tensor"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_intervals_are_not_read_but_for_one_bool_of_blocks(padded: bool, q_offset: Any) -> None:
+    left = torch.tensor([2, 0, 0])
+    padding = torch.arange(9) >= left[:, None] if padded else None
+    functions = compositions(12, left)
+    for kind, reads in (("chunks", 0), ("images", 1), ("images in a window", 1)):
+        arguments = {"mask_function": functions[kind], "attention_mask": padding}
+        with Reads() as found:
+            mask = make_mask(BATCH, 6, 12, q_offset, 0, **arguments)
+        assert isinstance(mask, WindowMask)
+        assert mask.intervals is not None
+        assert found.count == reads
+    # One query has a row of its own, dense, and nothing is read for it.
+    arguments = {"mask_function": functions["images"], "attention_mask": padding}
+    with Reads() as found:
+        assert type(make_mask(BATCH, 1, 12, 8, 0, **arguments)) is DenseMask
+    assert found.count == 0
 
 
 def test_a_block_in_several_places_is_dense_unless_only_what_is_causal_anyway_is_missing() -> None:
