@@ -84,7 +84,7 @@ def recognise(mask_function: Callable, keys: Keys) -> Pattern | None:
         return Pattern()
     described: tuple[str, dict[str, Any]] | None
     if torch.compiler.is_compiling():
-        described = getattr(mask_function, "description", None)
+        described = getattr(mask_function, "flashlayer_made_of", None)
     else:
         described = _closure(mask_function)
     return None if described is None else _read(*described, keys)
@@ -132,7 +132,7 @@ def describe_in_graphs() -> None:
         def described(*arguments: Any, **named: Any) -> Any:
             made: Any = make(*arguments, **named)
             given = {variadic: arguments} if variadic else dict(zip(names, arguments, strict=False))
-            made.description = name, given | named
+            made.flashlayer_made_of = name, given | named
             return made
 
         torch.compiler.substitute_in_graph(original, skip_signature_check=True)(described)
