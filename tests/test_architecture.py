@@ -92,6 +92,7 @@ ALLOWED = {
     "integrations/transformers": {
         "functional",
         "integrations",
+        "masks",
         "problem",
         "spec",
         "torch",

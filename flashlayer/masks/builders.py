@@ -41,7 +41,7 @@ def documents(
         ids = torch.where(position < edges[-1], ids, -1)
     ids = _rows("ids", ids)
     is_padding = ids < 0
-    starts, stops = _runs(ids)
+    starts, stops = runs(ids)
     require(_in_one_place(ids, ~is_padding), "ids: a document must be one stretch of tokens")
     return _column("documents", starts, torch.where(is_padding, starts, stops))
 
@@ -87,7 +87,7 @@ def blocks_bidirectional(ids: Tensor) -> IntervalMask:
     in_block = ids != 0
     require(_in_one_place(ids, in_block), "ids: a block must be one stretch of tokens")
     position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    starts = torch.where(in_block, _runs(ids)[0], position)
+    starts = torch.where(in_block, runs(ids)[0], position)
     return _column("blocks_bidirectional", starts, torch.full_like(starts, ids.shape[1]))
 
 
@@ -213,7 +213,7 @@ def _rows(name: str, x: Any) -> Tensor:
     return _integers(name, x, 2).long()
 
 
-def _runs(ids: Tensor) -> tuple[Tensor, Tensor]:
+def runs(ids: Tensor) -> tuple[Tensor, Tensor]:
     """For each token of ``(B, S)`` where its stretch of equal ids starts and stops."""
     position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     changes = ids[:, 1:] != ids[:, :-1]
@@ -230,7 +230,7 @@ def _in_one_place(ids: Tensor, counted: Tensor) -> Tensor:
     """Whether each id among the ``counted`` tokens is one stretch of them: a () bool."""
     if ids.shape[1] == 0:
         return torch.ones((), dtype=torch.bool, device=ids.device)
-    starts, _ = _runs(ids)
+    starts, _ = runs(ids)
     # Sorted by id, tokens of one id are neighbours: its stretches must all start at one position.
     ordered, order = ids.sort(dim=1, stable=True)
     starts, counted = starts.gather(1, order), counted.gather(1, order)

@@ -4,10 +4,11 @@ transformers looks up two functions by the name of the attention implementation.
 gets what defines a model's mask (causal, a window, padding, packed sequences, the positions of the
 queries in the cache) and returns the mask; the *attention function* gets it with query, key and
 value. Ours returns a :class:`WindowMask`: to other code a bool tensor ``(B, 1, Sq, Sk)``, to
-our attention function a window, a padding row or packed boundaries, so nothing of size ``Sq x Sk``
-is made. Any other pattern becomes a :class:`DenseMask` with the values that SDPA would get. Both
-raise if a model interprets them as something else. The mask function never returns None, so a None
-that reaches the attention function comes from the model itself.
+our attention function a window, a padding row, packed boundaries or the intervals of an
+:class:`flashlayer.masks.IntervalMask`, so nothing of size ``Sq x Sk`` is made. Any other pattern
+becomes a :class:`DenseMask` with the values that SDPA would get. Both raise if a model interprets
+them as something else. The mask function never returns None, so a None that reaches the attention
+function comes from the model itself.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 from flashlayer.integrations.transformers.attention_function import attention
 from flashlayer.integrations.transformers.mask_function import make_mask
 from flashlayer.integrations.transformers.masks import DenseMask, WindowMask
+from flashlayer.integrations.transformers.patterns import describe_in_graphs
 from flashlayer.integrations.transformers.tables import refuse_tables
 
 __all__ = ["NAME", "DenseMask", "WindowMask", "attention", "make_mask", "register"]
@@ -48,4 +50,5 @@ def register() -> str:
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, make_mask)
     refuse_tables(NAME)
+    describe_in_graphs()
     return NAME

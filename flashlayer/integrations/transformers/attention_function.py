@@ -8,8 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from flashlayer.functional import flash_attention, flash_attention_varlen
-from flashlayer.integrations.transformers.masks import DenseMask, Window, WindowMask
+from flashlayer.integrations.transformers.masks import (
+    DenseMask,
+    Window,
+    WindowMask,
+    keys_in_use,
+)
 from flashlayer.integrations.transformers.tables import knows_is_causal
+from flashlayer.masks import IntervalMask
 from flashlayer.problem import Packing
 
 # Options that change the result and have no equivalent in flash_attention.
@@ -61,7 +67,7 @@ def attention(
         s_aux: ``(H,)``: the sinks of gpt-oss, differentiable.
         position_bias: broadcastable to ``(B, H, Sq, Sk)``, added to the scores, differentiable.
         position_ids: ``(B, Sq)``: each restart begins a new sequence, without a past and if the
-            model was given no ``attention_mask``. While compiling that makes a dense mask.
+            model was given no ``attention_mask``.
         cu_seq_lens_q: ``(N + 1,)``: boundaries of the sequences packed along ``B * Sq``.
         cu_seq_lens_k: the same of the keys; ``cu_seq_lens_q`` if None.
         max_length_q: the longest query sequence.
@@ -148,13 +154,13 @@ def _window_without_mask(
     if causal and seqlen_q not in (1, seqlen_k) and packing is None:
         where = f"where {seqlen_q} queries stand among {seqlen_k} keys"
         _refuse(module, "attention_mask=None", f"is_causal, and no mask says {where}")
-    return Window((None, 0) if causal else (None, None), "bottom_right", seqlen_k)
+    return Window((None, 0) if causal else (None, None), "bottom_right")
 
 
 def _is_window_only(mask: Tensor) -> bool:
-    if not isinstance(mask, WindowMask) or mask.window.chunked:
+    if not isinstance(mask, WindowMask):
         return False
-    return mask.padding is None and mask.pattern is None
+    return mask.padding is None and mask.intervals is None and mask.pattern is None
 
 
 def _attend(
@@ -165,22 +171,26 @@ def _attend(
     position_bias: Tensor | None,
     options: dict[str, Any],
 ) -> Tensor:
-    """Dense attention; a window mask as window_size and a padding mask of one row."""
+    """Dense attention; a window mask as window_size and O(Sk) of attn_mask."""
     if isinstance(mask, WindowMask):
         sizes = (query.shape[2], key.shape[2])
         if any(size not in (1, wanted) for size, wanted in zip(mask.shape[2:], sizes, strict=True)):
             raise ValueError(
                 f"attention_mask is for {tuple(mask.shape[2:])} queries and keys, got {sizes}"
             )
-        if mask.shape[2:] != sizes or mask.cu_seqlens is not None or mask.pattern is not None:
+        is_dense = mask.shape[2:] != sizes or mask.cu_seqlens is not None
+        is_dense |= mask.pattern is not None
+        if is_dense or (mask.intervals is not None and position_bias is not None):
             mask = mask.dense()
     if isinstance(mask, WindowMask):
-        keys, padding = mask.window.keys, mask.padding
+        keys, padding = keys_in_use(mask), mask.padding
         options = options | mask.window.options()
+        attn_mask: Any = None if padding is None else padding[:, None, None, :]
+        if mask.intervals is not None:
+            attn_mask = IntervalMask.made(mask.intervals, sizes[0], "transformers")
         if position_bias is not None and position_bias.shape[-1] > 1:
             position_bias = position_bias[..., :keys]
         key, value = key[:, :, :keys], value[:, :, :keys]
-        attn_mask = None if padding is None else padding[:, None, None, :]
     else:
         attn_mask = mask
     if position_bias is None or attn_mask is None:

@@ -20,6 +20,8 @@ from flashlayer.integrations.transformers.packing import (
     restarts,
     same_sequence,
 )
+from flashlayer.masks.builders import runs
+from flashlayer.masks.intervals import visible_pairs
 from flashlayer.problem import Packing
 from flashlayer.spec import WindowSize
 
@@ -28,15 +30,13 @@ class Window(NamedTuple):
     """What a mask is besides its tensors, in the terms of :func:`flashlayer.flash_attention`."""
 
     window_size: WindowSize
-    diagonal: Literal["bottom_right", "top_left"]  # of the queries and the first ``keys`` keys
-    keys: int  # in use; in a static cache fewer than its capacity
+    diagonal: Literal["bottom_right", "top_left"]  # of the queries and the keys in use
     owner: str = "model"  # type of the model
     max_seqlen: int | None = None  # of the packed sequences
-    chunked: bool = False  # the packed sequences are chunks of longer ones
     packable: bool = False  # no attention_mask, and WindowMask.separated was not applied yet
 
     def options(self) -> dict[str, Any]:
-        """As arguments; the keys past ``keys`` are to be cut off."""
+        """As arguments; the keys that are not in use are to be cut off."""
         return {"window_size": self.window_size, "diagonal": self.diagonal}
 
 
@@ -190,6 +190,14 @@ class DenseMask(GuardedMask):
         return self.visible
 
 
+def keys_in_use(mask: WindowMask) -> int:
+    """How many keys, from the first on, are in use; in a static cache fewer than its capacity.
+
+    A function, because Dynamo can't trace a property whose value varies from call to call.
+    """
+    return mask.anchor.shape[1]
+
+
 class WindowMask(GuardedMask):
     """A bool mask ``(B, 1, Sq, Sk)``, True = attend, that is materialized only when it is read.
 
@@ -197,8 +205,9 @@ class WindowMask(GuardedMask):
     so; every other allowed operation materializes it.
     """
 
-    padding: Tensor | None  # bool (B, window.keys), False for padding
+    padding: Tensor | None  # bool (B, keys in use), False for padding
     cu_seqlens: Tensor | None  # boundaries of the sequences packed along B * Sq; None: one a row
+    intervals: Tensor | None  # int32 (B or 1, 1, 2, keys in use), of an IntervalMask
     pattern: Tensor | None  # bool (B or 1, 1, Sq, Sk), combined with the window
 
     @staticmethod
@@ -213,17 +222,23 @@ class WindowMask(GuardedMask):
         shape: tuple[int, ...],
         device: torch.device,
         window: Window,
+        keys: int | None = None,
+        *,
         padding: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        intervals: Tensor | None = None,
         pattern: Tensor | None = None,
         anchor: Tensor | None = None,
     ) -> None:
         self.window, self.owner = window, window.owner
         self.padding = padding
         self.cu_seqlens = cu_seqlens
+        self.intervals = intervals
         self.pattern = pattern
-        # Dynamo flattens the mask into the window and tensors, of which it needs at least one.
-        self.anchor = torch.empty(0, device=device) if anchor is None else anchor
+        # Dynamo flattens the mask into the window and tensors, of which it needs at least one. The
+        # number of keys in use varies from call to call, so it must be a tensor's size.
+        keys = shape[3] if keys is None else keys
+        self.anchor = torch.empty(0, keys, device=device) if anchor is None else anchor
 
     @property
     def packing(self) -> Packing | None:
@@ -239,7 +254,7 @@ class WindowMask(GuardedMask):
 
     def __tensor_flatten__(self) -> tuple[list[str], Window]:
         """The inner tensors' names, and the rest of the constructor's arguments."""
-        names = ["anchor", "padding", "cu_seqlens", "pattern"]
+        names = ["anchor", "padding", "cu_seqlens", "intervals", "pattern"]
         return [name for name in names if getattr(self, name) is not None], self.window
 
     @staticmethod
@@ -247,44 +262,51 @@ class WindowMask(GuardedMask):
         tensors: dict[str, Tensor], window: Window, size: Any, stride: Any
     ) -> WindowMask:
         """The inverse of :meth:`__tensor_flatten__`."""
-        return WindowMask(size, tensors["anchor"].device, window, **tensors)
+        return WindowMask(size, tensors["anchor"].device, window, None, **tensors)
 
-    def separated(self, position_ids: Tensor | None, causal: bool) -> Tensor:
+    def separated(self, position_ids: Tensor | None, causal: bool) -> WindowMask:
         """The mask with a new sequence at each restart of the positions ``(B, S)``.
 
-        Only for causal masks without a past and without an ``attention_mask``. Positions are read
-        once per mask, which all layers share, as reading synchronizes the GPU. If they can't be
-        read (under a compiler, on meta), the mask becomes dense.
+        Only for causal masks without a past and without an ``attention_mask``. The boundaries of
+        sequences are read once per mask, which all layers share, as reading synchronizes the GPU.
+        If they can't be read (under a compiler, on meta), or the mask has intervals, the sequences
+        become intervals.
         """
         if position_ids is None or position_ids.ndim != 2 or not self.window.packable:
             return self
         batch, _, q_length, kv_length = self.shape
         window = self.window
-        without_past = q_length == kv_length == window.keys == position_ids.shape[-1] > 1
-        causal = causal if self.pattern is not None else window.window_size[1] == 0
-        separated = self.cu_seqlens is not None and not window.chunked
-        if not without_past or not causal or separated:
+        without_past = q_length == kv_length == keys_in_use(self) == position_ids.shape[-1] > 1
+        of_window = self.intervals is None and self.pattern is None
+        causal = window.window_size[1] == 0 or (causal and not of_window)
+        if not without_past or not causal:
             return self
         sequences = restarts(position_ids).expand(batch, -1)
-        if not readable(sequences):
-            return self.dense() & same_sequence(sequences)
-        longest = window.max_seqlen
-        if bool(sequences.any()):
-            if self.cu_seqlens is not None:
-                # Both are non-decreasing along a row, so their sum changes where either does.
-                sequences = sequences + self._sequences(self.cu_seqlens)
-            self.cu_seqlens, longest = boundaries(sequences)
-        self.window = window._replace(max_seqlen=longest, packable=False)
-        return self
+        window = window._replace(packable=False)
+        if of_window and readable(sequences):
+            if bool(sequences.any()):
+                self.cu_seqlens, longest = boundaries(sequences)
+                window = window._replace(max_seqlen=longest)
+            self.window = window
+            return self
+        intervals = torch.stack(runs(sequences), dim=1)[:, None].to(torch.int32)
+        if self.intervals is not None:
+            both = self.intervals, intervals
+            starts, stops = torch.maximum(*both), torch.minimum(*both)
+            intervals = torch.stack((starts[:, :, 0], stops[:, :, 1]), dim=2)
+        return WindowMask(
+            self.shape, self.device, window, intervals=intervals, pattern=self.pattern
+        )
 
     def dense(self) -> Tensor:
         """The mask as a plain tensor, bool ``(B, 1, Sq, Sk)``."""
         batch, _, q_length, kv_length = self.shape
         window = self.window
-        offset = window.keys - q_length if window.diagonal == "bottom_right" else 0
+        keys = keys_in_use(self)
+        offset = keys - q_length if window.diagonal == "bottom_right" else 0
         query = torch.arange(q_length, device=self.device)[:, None]
         key = torch.arange(kv_length, device=self.device)
-        mask = (key < window.keys).expand(q_length, -1)
+        mask = (key < keys).expand(q_length, -1)
         left, right = window.window_size
         if left is not None:
             mask = mask & (key >= query + offset - left)
@@ -292,10 +314,13 @@ class WindowMask(GuardedMask):
             mask = mask & (key <= query + offset + right)
         mask = mask.expand(batch, 1, -1, -1)
         if self.padding is not None:
-            padding = nn.functional.pad(self.padding, (0, kv_length - window.keys))
+            padding = nn.functional.pad(self.padding, (0, kv_length - keys))
             mask = mask & padding[:, None, None, :]
         if self.cu_seqlens is not None:
             mask = mask & same_sequence(self._sequences(self.cu_seqlens))
+        if self.intervals is not None:
+            visible = visible_pairs(self.intervals, query[:, 0])
+            mask = mask & nn.functional.pad(visible, (0, kv_length - keys))
         return mask if self.pattern is None else mask & self.pattern
 
     def _sequences(self, cu_seqlens: Tensor) -> Tensor:

@@ -34,20 +34,34 @@ three times (`flashlayer.testing`) and two roundings of the result.
   into a static cache.
 
 *passes*: within the bound, and no mask of Sq x Sk was made. *passes, dense mask*: within the
-bound, with a bool mask (B, 1, Sq, Sk), because padding or a cache shifts the chunks of each row.
-*-*: the model has no such thing. A number is a refusal, quoted below the table.
+bound, with a bool mask (B, 1, Sq, Sk). *-*: the model has no such thing. A number is a refusal,
+quoted below the table.
 
 """
 
 AFTER = """
-What else makes a dense bool mask: mask functions of your own (`or_mask_function`,
-`and_mask_function`), images that see each other in a causal model (`block_sequence_ids`), and under
-`torch.compile` of the whole model a window and a static cache whose position is a tensor. While
-compiling, `position_ids` can't be read, so a causal model without an `attention_mask` (and without
-a past) has a dense mask made from them, in compiled layers too; an `attention_mask`, be it of ones,
-avoids that. A model that slices or combines its mask gets a dense one too. One decoding step into
-a static cache has a mask of (B, 1, 1, Sk). A `position_bias` (T5) is as large as its model makes
-it, Sq x Sk for each head; padding makes it that for each row of the batch.
+Masks are O(Sk) wherever transformers composes them of functions of `masking_utils`:
+
+- causal, full and sliding masks, with padding, in every model: `window_size` and a row of padding
+  (B, 1, 1, Sk);
+- packed sequences, in every causal model: `cu_seqlens`, and under `torch.compile` an interval mask;
+- chunks, with padding, a past and packed sequences too (Llama 4): an interval mask;
+- images that see each other, also in a sliding window (Gemma 3, Gemma 4 and what else passes
+  `block_sequence_ids` or `blockwise_overlay`): an interval mask;
+- a prefix that sees itself (PaliGemma): an interval mask;
+- a prompt in a static cache whose position is a tensor, under `torch.compile`: an interval mask.
+
+An interval mask (`flashlayer.masks.IntervalMask`) has two int32 numbers for each key and row. Its
+numbers are computed on the device and not read, but for one bool of images and prefixes, which says
+whether each block is in one place.
+
+What makes a dense bool mask: mask functions of your own or of a model's module (`or_mask_function`,
+`and_mask_function`; Gemma 4's audio), a block of images or prefix in several places unless what is
+between them is visible anyway, and images and prefixes under `torch.compile` of the whole model,
+where that can't be read. A model that slices or combines its mask gets a dense one too. One
+decoding step into a static cache, and one in chunks or behind images, has a mask of (B, 1, 1, Sk).
+A `position_bias` (T5) is as large as its model makes it, Sq x Sk for each head; padding makes it
+that for each row of the batch.
 
 Packed sequences are told by `cu_seq_lens_q/k`, or by restarting `position_ids` and no
 `attention_mask`, in any number of rows, compiled or not (flash_attention_2 looks at batches of 1
@@ -57,7 +71,8 @@ other repeats begin none. An `attention_mask`, be it of ones, rules packing out,
 Where transformers itself tells attention of packing (no `attention_mask` and no cache:
 `use_cache=False`), its own rule holds, as in eager: any step other than +1 begins a sequence. With
 the default cache, Llama 4's chunks are counted from the start of the row, as in eager, not from the
-start of each sequence; `use_cache=False` counts them from there.
+start of each sequence, and reach into the sequence before, as its attention is given no
+`position_ids`; `use_cache=False` counts them from there.
 
 What is refused, with the names of the model and the option: `output_attentions` as an argument or
 in the config (the weights are never stored; GPT-2 doesn't hand the argument on, so there it gives

@@ -20,6 +20,9 @@ BATCH, LENGTH, VOCABULARY = 2, 13, 96
 
 PAD, BOS, EOS = 0, 1, 2
 
+# The token that stands for a part of an image, and how many of them an image has.
+IMAGE, IMAGE_TOKENS = VOCABULARY - 1, 4
+
 # Real tokens a row: the second row is whole, so that a mask of one row for all would be wrong.
 TOKENS = (9, LENGTH)
 
@@ -35,7 +38,8 @@ class Host:
 
     config: str
     model: str
-    kind: str = "decoder"  # or "encoder", "text-to-text", "speech", "vision", "image-text"
+    # or "encoder", "text-to-text", "speech", "vision", "image-text", "decoder of images"
+    kind: str = "decoder"
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -82,6 +86,8 @@ VISION = {
     "patch_size": 4,
 }
 
+SMALL_IMAGES = VISION | {"image_size": 8, "num_attention_heads": 2}
+
 HOSTS = {
     "Llama": Host("LlamaConfig", "LlamaForCausalLM", options=GROUPED),
     "Mistral": Host("MistralConfig", "MistralForCausalLM", options=GROUPED | {"sliding_window": 5}),
@@ -96,6 +102,30 @@ HOSTS = {
     ),
     "Gemma 3": Host(
         "Gemma3TextConfig", "Gemma3ForCausalLM", options=GROUPED | SLIDING | {"head_dim": 8}
+    ),
+    "Gemma 3 with images": Host(
+        "Gemma3Config",
+        "Gemma3ForConditionalGeneration",
+        "decoder of images",
+        {
+            "text_config": GROUPED | SLIDING | {"head_dim": 8},
+            "vision_config": SMALL_IMAGES,
+            "mm_tokens_per_image": IMAGE_TOKENS,
+            "image_token_id": IMAGE,
+            "boi_token_index": BOS,
+            "eoi_token_index": EOS,
+        },
+    ),
+    "PaliGemma": Host(
+        "PaliGemmaConfig",
+        "PaliGemmaForConditionalGeneration",
+        "decoder of images",
+        {
+            "text_config": GROUPED | {"model_type": "gemma", "head_dim": 8},
+            "vision_config": SMALL_IMAGES | {"model_type": "siglip_vision_model"},
+            "image_token_id": IMAGE,
+            "projection_dim": 32,
+        },
     ),
     "gpt-oss": Host(
         "GptOssConfig",

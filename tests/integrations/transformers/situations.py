@@ -18,6 +18,8 @@ from tests.integrations.transformers.hosts import (
     BATCH,
     EOS,
     HOSTS,
+    IMAGE,
+    IMAGE_TOKENS,
     LENGTH,
     NAME,
     PAD,
@@ -41,6 +43,7 @@ APPLICABLE = {
     "speech": TRAINING[:3] + GENERATION,
     "vision": TRAINING[:1],
     "image-text": TRAINING[:3],
+    "decoder of images": TRAINING[:3] + GENERATION[:3],
 }
 
 Inputs = dict[str, Any]
@@ -136,8 +139,26 @@ def draw_tokens(*shape: int) -> Tensor:
 
 
 def _images(model: transformers.PreTrainedModel) -> Tensor:
-    pixels = torch.randn(BATCH, 3, 12, 12, generator=torch.Generator().manual_seed(2))
+    size = getattr(model.config, "vision_config", model.config).image_size
+    pixels = torch.randn(BATCH, 3, size, size, generator=torch.Generator().manual_seed(2))
     return pixels.to(model.dtype)
+
+
+def _with_images(
+    model: transformers.PreTrainedModel, ids: Tensor, padding: Tensor | None
+) -> Inputs:
+    """The tokens with an image behind each row's first, and the types of all.
+
+    Gemma 3 has type 1 for tokens of images, PaliGemma for those behind the prompt, which here has
+    two tokens more than the image. Padding has type 0.
+    """
+    real = torch.ones_like(ids) if padding is None else padding
+    place = real.cumsum(1) * real  # 1, 2, 3, ...; 0 for padding
+    is_image = (place > 1) & (place <= 1 + IMAGE_TOKENS)
+    ids = ids.masked_fill(ids == IMAGE, IMAGE - 1).masked_fill(is_image, IMAGE)
+    behind = place > 1 + IMAGE_TOKENS + 2
+    types = behind if model.config.model_type == "paligemma" else is_image
+    return {"input_ids": ids, "token_type_ids": types.long(), "pixel_values": _images(model)}
 
 
 def _sound(model: transformers.PreTrainedModel) -> Tensor:
@@ -167,8 +188,10 @@ def model_inputs(model: transformers.PreTrainedModel, kind: str, padding: Tensor
         # The prediction of a row's first token comes from the padding to its left.
         first = padding.cumsum(1) == 1
         labels = ids.masked_fill((padding == 0) | first, -100)
-    if kind in ("decoder", "encoder"):
+    if kind in ("decoder", "encoder", "decoder of images"):
         inputs = {"input_ids": ids, "labels": labels}
+        if kind == "decoder of images":
+            inputs |= _with_images(model, ids, padding)
         return inputs if padding is None else inputs | {"attention_mask": padding}
     target = draw_tokens(BATCH, 7)
     inputs = {"decoder_input_ids": target, "labels": target}
@@ -248,8 +271,10 @@ def _run_generation(**options: Any) -> Callable[[transformers.PreTrainedModel, s
         if kind == "speech":
             inputs = {"input_features": _sound(model)}
         else:
-            padding = padding_mask("left padding" if kind == "decoder" else "right padding")
+            padding = padding_mask("left padding" if "decoder" in kind else "right padding")
             inputs = {"input_ids": draw_tokens(BATCH, LENGTH), "attention_mask": padding}
+            if kind == "decoder of images":
+                inputs |= _with_images(model, inputs["input_ids"], padding)
         # Whisper's own generate is about languages and timestamps.
         generated = transformers.GenerationMixin.generate(
             model,

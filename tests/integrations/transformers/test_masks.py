@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from flashlayer.integrations.transformers import WindowMask, make_mask
 from flashlayer.integrations.transformers.masks import DenseMask, GuardedMask
@@ -24,9 +25,20 @@ def padded_mask() -> WindowMask:
     return mask
 
 
+def interval_mask() -> WindowMask:
+    function = masking_utils.chunked_causal_mask_function(3, torch.tensor([0, 1]))
+    mask = make_mask(2, 5, 5, mask_function=function)
+    assert isinstance(mask, WindowMask)
+    assert mask.intervals is not None
+    return mask
+
+
+@pytest.mark.parametrize("made", [padded_mask, interval_mask])
 @pytest.mark.parametrize("kind", [WindowMask, DenseMask])
-def test_a_mask_is_a_bool_tensor_that_can_be_moved_and_combined(kind: type) -> None:
-    mask: Any = padded_mask()
+def test_a_mask_is_a_bool_tensor_that_can_be_moved_and_combined(
+    kind: type, made: Callable[[], WindowMask]
+) -> None:
+    mask: Any = made()
     dense = mask.dense()
     if kind is DenseMask:
         mask = DenseMask(dense, "model")
@@ -66,6 +78,9 @@ def test_a_mask_is_a_bool_tensor_that_can_be_moved_and_combined(kind: type) -> N
     moved = mask.to("meta")
     assert isinstance(moved, kind)
     assert moved.device.type == "meta"
+    if isinstance(mask, WindowMask):
+        for same in (moved, mask.clone(), copy.deepcopy(mask)):
+            assert same.__tensor_flatten__() == mask.__tensor_flatten__()
 
 
 def test_what_only_a_bool_mask_can_be_used_for_is_allowed() -> None:
@@ -143,7 +158,9 @@ READINGS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("derived", ["mask", "slice", "copy", "moved", "intersection", "view"])
+@pytest.mark.parametrize(
+    "derived", ["mask", "slice", "copy", "moved", "intersection", "view", "intervals"]
+)
 @pytest.mark.parametrize("reading", READINGS)
 def test_a_mask_and_whatever_is_made_of_it_raises_when_it_is_read_as_eagers(
     reading: str, derived: str
@@ -151,6 +168,7 @@ def test_a_mask_and_whatever_is_made_of_it_raises_when_it_is_read_as_eagers(
     """By name, and whatever a model does with the mask."""
     config = transformers.XGLMConfig()
     mask = make_mask(2, 4, 4, attention_mask=torch.tensor([[0, 1, 1, 1]] * 2).bool(), config=config)
+    chunks = masking_utils.chunked_causal_mask_function(2, torch.tensor([0, 1]))
     made = {
         "mask": lambda: mask,
         "slice": lambda: mask[:, 0, 0, :][:, None, None].expand(2, 1, 4, 4),
@@ -158,6 +176,7 @@ def test_a_mask_and_whatever_is_made_of_it_raises_when_it_is_read_as_eagers(
         "moved": lambda: mask[:, :, :4].to("cpu").contiguous(),
         "intersection": lambda: mask & torch.ones(4, 4, dtype=torch.bool),
         "view": lambda: mask.view(2, 16).view(2, 1, 4, 4),
+        "intervals": lambda: make_mask(2, 4, 4, mask_function=chunks, config=config),
     }
     with pytest.raises(ValueError, match=r"^xglm: .*attention is its own.*use attn_implementation"):
         READINGS[reading](made[derived](), torch.randn(2, 1, 4, 4))
