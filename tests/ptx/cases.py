@@ -304,6 +304,10 @@ _OPTIONS = [
     Case("bf16 float mask over batch", dense(batch=2, options=float_mask(1, 2, 3), causal=True)),
     Case("bf16 float mask over heads", dense(batch=2, options=float_mask(0, 2, 3))),
     Case("bf16 float mask of keys", dense(batch=2, options=float_mask(3))),
+    Case(
+        "bf16 float mask with a stride",
+        dense(options=lambda b, h, q, k: {"attn_mask": torch.randn(q, 2 * k)[:, ::2]}),
+    ),
     Case("bf16 float mask of rows", dense(options=float_mask(1, 2))),
     Case(
         "bf16 float mask hides all",
