@@ -18,7 +18,7 @@ from flashlayer.problem import (
     check_dropout,
     stand_ins,
 )
-from flashlayer.spec import NO_EXTRAS, AttentionExtras, Diagonal, Problem, WindowSize
+from flashlayer.spec import Diagonal, Problem, WindowSize
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -142,12 +142,9 @@ def flash_attention(
         signature = plans.signature(
             query, key, value, causal, diagonal, scale, softcap, backend, attn_mask
         )
-        plan = None if signature is None else plans.PLANS.get(signature)
-        if plan is not None:
-            # No call with an IntervalMask has a plan.
-            extras = AttentionExtras(attn_mask) if isinstance(attn_mask, Tensor) else NO_EXTRAS
-            problem = Problem(query, key, value, plan.spec, extras)
-            return _compute(plan.backend, problem, return_lse)
+        planned = plans.find(signature, query, key, value, attn_mask)
+        if planned is not None:
+            return _compute(*planned, return_lse)
     options: dict[str, Any] = {
         "attn_mask": attn_mask,
         "causal": causal,
@@ -347,8 +344,7 @@ def dropout_keep_mask(
         ValueError: ``dropout_p`` is not a probability.
     """
     check_dropout(dropout_p, seed)
-    index = [torch.arange(size, device=device) for size in (batch, heads, seqlen_q, seqlen_k)]
-    b, h, i, j = index
+    b, h, i, j = (torch.arange(n, device=device) for n in (batch, heads, seqlen_q, seqlen_k))
     b, h, i = b.view(-1, 1, 1, 1), h.view(-1, 1, 1), first_query + i.view(-1, 1)
     seed = torch.as_tensor(seed, device=device)
     return philox.keep_mask(seed, b, h, i, j, dropout_p)

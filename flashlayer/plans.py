@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashlayer.spec import AttentionSpec
+from flashlayer.spec import NO_EXTRAS, AttentionExtras, AttentionSpec, Problem
 
 
 class Plan(NamedTuple):
@@ -24,6 +24,17 @@ class Plan(NamedTuple):
 # By signature. Generation makes a new signature for every token, so the number is bounded.
 PLANS_MAX = 4096
 PLANS: dict[Any, Plan] = {}
+
+
+def find(
+    signature: tuple | None, query: Tensor, key: Tensor, value: Tensor, mask: Any
+) -> tuple[Any, Problem] | None:
+    """The backend and the problem of a call whose signature has a plan."""
+    plan = PLANS.get(signature)
+    if plan is None:
+        return None
+    extras = NO_EXTRAS if mask is None else AttentionExtras(mask)
+    return plan.backend, Problem(query, key, value, plan.spec, extras)
 
 
 def store(signature: tuple, spec: AttentionSpec, backend: Any) -> None:
