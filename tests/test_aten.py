@@ -287,9 +287,10 @@ def sliced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def shortest(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Short bf16 problems of any number of rows take the products; records each call's dO."""
-    monkeypatch.setattr(short, "ROWS_MIN", 0)
-    monkeypatch.setattr(short, "_multiplies_bf16", lambda: True)
+    """Problems of any number of rows up to 192 tokens take the products; records each call's dO."""
+    limits = dict.fromkeys((torch.bfloat16, torch.float32), (192, 0))
+    monkeypatch.setattr(short, "_limits", lambda: limits)
+    monkeypatch.setattr(short, "_has_amx", lambda: False)
     taken = []
     backward = short.short_backward
     monkeypatch.setattr(
@@ -302,18 +303,20 @@ def shortest(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 @pytest.mark.parametrize("options", [{}, {"causal": True, "diagonal": "top_left"}], ids=str)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("at_once", [1, 2**13, 2**20])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_short_gradients(
     seqlen_q: int,
     seqlen_k: int,
     options: dict[str, Any],
     kv_heads: int,
     at_once: int,
+    dtype: torch.dtype,
     shortest: list[Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(short, "SCORES_AT_ONCE", at_once)
     sizes = ((4, seqlen_q), (kv_heads, seqlen_k), (kv_heads, seqlen_k))
-    q, k, v = (torch.randn(2, h, s, 40, dtype=torch.bfloat16) for h, s in sizes)
+    q, k, v = (torch.randn(2, h, s, 40, dtype=dtype) for h, s in sizes)
     if options:  # keys hidden from every query may hold anything
         k[:, :, seqlen_q:], v[:, :, seqlen_q:] = torch.nan, torch.inf
     assert_attention_close("aten", q, k, v, **options)
@@ -334,7 +337,7 @@ def test_short_gradients_of_large_scores_are_as_accurate_as_the_kernels(
     expected = gradients(*(x.double() for x in (6 * q, k, v, do)))
     by_products = gradients(6 * q, k, v, do)
     assert len(shortest) == 1
-    monkeypatch.setattr(short, "LENGTH_MAX", 0)
+    monkeypatch.setattr(short, "_limits", dict)
     by_kernel = gradients(6 * q, k, v, do)
     assert len(shortest) == 1
     for short_grad, kernel_grad, exact in zip(by_products, by_kernel, expected, strict=True):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashlayer.backends.aten.pieces import Piece
-from flashlayer.backends.aten.short import is_short, short_backward
+from flashlayer.backends.aten.short import is_short, short_backward, widens
 
 # This binding of the operator is 2 us faster than the one in torch.ops.
 _FLASH: Any = vars(torch)["_scaled_dot_product_flash_attention_for_cpu"]
@@ -157,22 +157,25 @@ def flash_backward(
     piece: Piece,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dq, dk, dv`` of a piece; the tensors are arranged as the piece says."""
-    if dlse is not None and do.dtype == torch.float16:  # dlse may exceed the range of fp16
-        do, q, k, v, o = (x.float() for x in (do, q, k, v, o))
+    is_masked = piece.shares_rows or piece.mask is not None
+    dlse_exceeds = dlse is not None and do.dtype == torch.float16  # its range
+    if dlse_exceeds or widens(q, k, is_masked):
         if piece.mask is not None:
             piece = piece._replace(mask=piece.mask.float())
-        dq, dk, dv = flash_backward(do, dlse, q, k, v, o, lse, scale, piece)
-        return dq.half(), dk.half(), dv.half()
+        dtype = q.dtype
+        do, q, k, v, o = (x.float() for x in (do, q, k, v, o))
+        grads = flash_backward(do, dlse, q, k, v, o, lse, scale, piece)
+        dq, dk, dv = (x.to(dtype) for x in grads)
+        return dq, dk, dv
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     hidden_keys = max(seqlen_k - seqlen_q, 0) if piece.causal else 0
     if hidden_keys:
         k, v, mask = _first_keys(seqlen_q, k, v, piece.mask)
         piece, seqlen_k = piece._replace(mask=mask), seqlen_q
-    may_be_empty = piece.shares_rows or piece.mask is not None or seqlen_k < VECTOR_KEYS
-    if may_be_empty and not math.isfinite(lse.sum().item()):
+    if (is_masked or seqlen_k < VECTOR_KEYS) and not math.isfinite(lse.sum().item()):
         # In a row whose scores are all -inf, exp(-inf - -inf) is NaN but exp(-inf - inf) is 0.
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    if not piece.shares_rows and piece.mask is None and is_short(q, k):
+    if not is_masked and is_short(q, k):
         dq, dk, dv = short_backward(do, dlse, q, k, v, scale, piece.causal)
     else:
         if dlse is not None:

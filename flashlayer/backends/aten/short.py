@@ -1,15 +1,19 @@
-"""The gradients of short sequences in bf16, by matrix products.
+"""The gradients of short sequences, by matrix products.
 
 ATen's backward pass takes as long for a short bf16 sequence as for one several times its length:
-its blocks are larger than the problem. A score matrix that fits a cache needs no online softmax.
-For a few heads at a time, so that memory stays O(S),
+its blocks are larger than the problem. In fp32 it takes longer than products of all heads at once.
+A score matrix that fits a cache needs no online softmax. For a few heads at a time, so that memory
+stays O(S),
 
     P = softmax(scale Q K^T)    dV = P^T dO    dP = dO V^T
     dS = P * (dP - rowsum(P * dP) + dlse)    dQ = scale dS K    dK = scale dS^T Q
 
 The scores are fp32 as in the kernel: rounding a score to bf16 would be an error of the probability
-that grows with the score. The other products are bf16 with fp32 sums. The gradients are as close to
-fp64 as the kernel's, in a quarter of its time to all of it (benchmarks/NOTES.md).
+that grows with the score. The other products are in the inputs' dtype with fp32 sums. The gradients
+are as close to fp64 as the kernel's (benchmarks/NOTES.md).
+
+With a few thousand scores a bf16 product takes longer to start than to compute; the kernel in fp32
+(:func:`widens`) is faster then than ten operations and than itself in bf16.
 """
 
 from __future__ import annotations
@@ -19,31 +23,56 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Where this was measured to be faster: at most so many queries and keys, and at least so many rows
-# of all heads. With fewer rows the overhead of ten operations exceeds the kernel's time.
-LENGTH_MAX = 192
-ROWS_MIN = 1536
+# Where products were measured to be faster (benchmarks/NOTES.md): up to how many queries and keys,
+# and from how many rows of all heads on. With fewer rows the overhead of ten operations exceeds the
+# kernel's time. With AMX the kernel packs its bf16 blocks, which costs a short sequence more, and a
+# product is faster still; fp32 was measured on such a CPU only.
+LIMITS = {torch.bfloat16: (192, 1536)}
+LIMITS_AMX = {torch.bfloat16: (256, 64), torch.float32: (64, 4096)}
+
+# With AMX: up to so many bf16 scores of all heads, or of a masked call so many queries and keys,
+# the kernel is faster in fp32. A mask has no products.
+WIDENED_SCORES_MAX = 2**16
+WIDENED_MASKED_MAX = 128
 
 # Scores computed at once: 14 MB in five matrices.
 SCORES_AT_ONCE = 2**20
 
+_SOFTMAX_BACKWARD = torch.ops.aten._softmax_backward_data.out
+
 
 def is_short(q: Tensor, k: Tensor) -> bool:
-    """Whether :func:`short_backward` is faster for this call on this machine."""
+    """Whether :func:`short_backward` is faster for a call without a mask on this machine."""
+    limits = _limits().get(q.dtype)
+    if limits is None:
+        return False
     batch, heads, seqlen_q, _ = q.shape
-    return (
-        q.dtype == torch.bfloat16
-        and max(seqlen_q, k.shape[2]) <= LENGTH_MAX
-        and batch * heads * seqlen_q >= ROWS_MIN
-        and _multiplies_bf16()
-    )
+    return max(seqlen_q, k.shape[2]) <= limits[0] and batch * heads * seqlen_q >= limits[1]
+
+
+def widens(q: Tensor, k: Tensor, has_mask: bool) -> bool:
+    """Whether the kernel's backward pass is faster in fp32 for this bf16 call on this machine."""
+    if q.dtype != torch.bfloat16 or not _has_amx():
+        return False
+    batch, heads, seqlen_q, _ = q.shape
+    if has_mask and max(seqlen_q, k.shape[2]) <= WIDENED_MASKED_MAX:
+        return True
+    return batch * heads * seqlen_q * k.shape[2] <= WIDENED_SCORES_MAX
 
 
 @cache
-def _multiplies_bf16() -> bool:
-    """Whether the CPU has bf16 product instructions; others were not measured."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+def _has_amx() -> bool:
+    """Whether ATen computes bf16 products by AMX units."""
+    has_units = torch.cpu.get_capabilities().get("amx_bf16", False)
+    return has_units and torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+
+
+@cache
+def _limits() -> dict[torch.dtype, tuple[int, int]]:
+    """Those of this CPU; others than these were not measured."""
+    if _has_amx():
+        return LIMITS_AMX
+    return LIMITS if torch.cpu.get_capabilities().get("avx512_bf16", False) else {}
 
 
 def short_backward(
@@ -72,20 +101,28 @@ def short_backward(
         mask = mask.repeat(rows // q.shape[2], 1)  # [G*Sq, Sk]
     at_once = max(1, min(kv_heads, SCORES_AT_ONCE // (rows * keys)))
     # Reuse the matrices: writing to memory new to the process takes as long as a product.
-    wide = q.new_empty(2, at_once, rows, keys, dtype=torch.float32)
-    narrow = q.new_empty(2, at_once, rows, keys)
+    scores, p_wide = mask.new_empty(2, at_once, rows, keys).unbind(0)
+    if q.dtype == torch.float32:
+        p, dp, ds = p_wide, scores, torch.empty_like(scores)
+    else:
+        p, dp, ds = q.new_empty(3, at_once, rows, keys).unbind(0)
     for start in range(0, kv_heads, at_once):
-        heads = slice(start, start + at_once)
-        q_h, k_h, v_h, do_h = (x[heads] for x in (q_rows, k_rows, v_rows, do_rows))
-        (scores, p_wide), (p, dp) = wide[:, : len(q_h)], narrow[:, : len(q_h)]
+        stop = min(start + at_once, kv_heads)
+        if stop - start < at_once:
+            scores, p_wide, p, dp, ds = (x[: stop - start] for x in (scores, p_wide, p, dp, ds))
+        q_h, k_h, v_h, do_h, dq_h, dk_h, dv_h = (
+            x[start:stop] for x in (q_rows, k_rows, v_rows, do_rows, dq, dk, dv)
+        )
         k_wide = k_h.float().mT
         torch.baddbmm(mask, q_h.float(), k_wide, beta=int(causal), alpha=scale, out=scores)
-        p.copy_(torch.softmax(scores, dim=-1, out=p_wide))
-        torch.bmm(p.mT, do_h, out=dv[heads])
+        torch.softmax(scores, dim=-1, out=p_wide)
+        if p is not p_wide:
+            p.copy_(p_wide)
+        torch.bmm(p.mT, do_h, out=dv_h)
         torch.bmm(do_h, v_h.mT, out=dp)
-        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, q.dtype)
+        _SOFTMAX_BACKWARD(dp, p, -1, q.dtype, grad_input=ds)
         if dlse is not None:
-            ds.addcmul_(p, dlse_rows[heads])
-        torch.baddbmm(q_h, ds, k_h, beta=0, alpha=scale, out=dq[heads])
-        torch.baddbmm(k_h, ds.mT, q_h, beta=0, alpha=scale, out=dk[heads])
+            ds.addcmul_(p, dlse_rows[start:stop])
+        torch.baddbmm(q_h, ds, k_h, beta=0, alpha=scale, out=dq_h)
+        torch.baddbmm(k_h, ds.mT, q_h, beta=0, alpha=scale, out=dk_h)
     return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
