@@ -175,7 +175,7 @@ def quick() -> Iterator[Case]:
     for seqlen in (512, 2048):
         yield replace(plain, seqlen=seqlen, batch=4096 // seqlen, causal=False)
     yield replace(plain, seqlen=2048, heads=4, head_dim=128)
-    yield replace(plain, group="short", seqlen=128, batch=32, causal=False)
+    yield from _short(plain)
     yield replace(plain, group="host overhead", seqlen=128, heads=1)
     yield replace(plain, group="window", seqlen=8192, heads=2, window=256)
     yield from _skewed(plain, longest=2048, heads=2)
@@ -242,6 +242,12 @@ def _skewed(plain: Case, longest: int, heads: int) -> Iterator[Case]:
     sizes: dict[str, Any] = {"batch": len(lengths), "heads": heads, "seqlen": longest}
     yield replace(plain, group="varlen", lengths=lengths, packed=True, **sizes)
     yield replace(plain, group="padding mask", lengths=lengths, causal=False, **sizes)
+
+
+def _short(plain: Case) -> Iterator[Case]:
+    for batch in (1, 32):
+        for seqlen in (16, 32, 64, 128, 256):
+            yield replace(plain, group="short", seqlen=seqlen, batch=batch, causal=False)
 
 
 def _masked(plain: Case, lengths: tuple[int, ...]) -> Iterator[Case]:

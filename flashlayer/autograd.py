@@ -6,7 +6,6 @@ The first derivative is the backend's own; what no flash kernel has is in
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -79,10 +78,13 @@ class FlashAttentionFunction(torch.autograd.Function):
         if do is None:
             do = torch.zeros_like(o)
         call = ctx.call
-        # A mode such as sdpa.override would be entered by every operation of the backend.
-        in_mode = torch._C._len_torch_function_stack() > 0
-        with torch._C.DisableTorchFunction() if in_mode else nullcontext():
-            grads = call.backend.backward(do, dlse, q, k, v, o, lse, call.spec, as_extras(extras))
+        args = do, dlse, q, k, v, o, lse, call.spec, as_extras(extras)
+        if torch._C._len_torch_function_stack() > 0:
+            # A mode such as sdpa.override would be entered by every operation of the backend.
+            with torch._C.DisableTorchFunction():
+                grads = call.backend.backward(*args)
+        else:
+            grads = call.backend.backward(*args)
         return None, *in_input_order(grads, extras)
 
 

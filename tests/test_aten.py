@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashlayer import flash_attention, flash_attention_varlen
 from flashlayer.backends import aten
@@ -357,3 +358,90 @@ def test_which_short_gradients_are_products(shortest: list[Tensor], sliced: None
     edges = torch.tensor([0, 30, 150])
     flash_attention_varlen(packed, packed, packed, cu_seqlens_q=edges).sum().backward()
     assert [tuple(x.shape) for x in shortest] == [(1, 2, 30, 16), (1, 2, 120, 16)]
+
+
+def test_products_hold_few_scores_at_once(
+    shortest: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is that of the inputs and a constant, however many heads there are."""
+    monkeypatch.setattr(short, "SCORES_AT_ONCE", 2**15)
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            nonlocal largest
+            out = op(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    for dtype in (torch.bfloat16, torch.float32):
+        q, k, v, do = (torch.randn(8, 8, 128, 16, dtype=dtype) for _ in range(4))
+        assert short.is_short(q, k)
+        with Largest():
+            short.short_backward(do, None, q, k, v, 0.25, True)
+    assert 0 < largest <= max(q.numel(), 3 * 2**15) < 8 * 8 * 128 * 128 / 4
+
+
+@pytest.fixture
+def widened(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """The rule of a CPU with AMX; records the dtype of each call of the kernel's backward pass."""
+    monkeypatch.setattr(short, "_has_amx", lambda: True)
+    monkeypatch.setattr(short, "_limits", lambda: short.LIMITS_AMX)
+    taken = []
+    backward = kernel._FLASH_BACKWARD
+    monkeypatch.setattr(
+        kernel,
+        "_FLASH_BACKWARD",
+        lambda do, *x, **y: (taken.append(do.dtype), backward(do, *x, **y))[1],
+    )
+    return taken
+
+
+@pytest.mark.parametrize("seqlen", [1, 9, 40])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"window_size": (3, 2)},
+        {"attn_mask": "padding"},
+        {"attn_mask": "dense", "causal": True},
+    ],
+    ids=str,
+)
+def test_gradients_of_few_bf16_scores_by_the_kernel_in_fp32(
+    seqlen: int, kv_heads: int, options: dict[str, Any], widened: list[torch.dtype]
+) -> None:
+    q, k, v = qkv(2, 4, kv_heads, seqlen, torch.bfloat16)
+    mask = options.get("attn_mask")
+    if mask == "padding":  # the second entry has no key
+        options = options | {"attn_mask": padding(seqlen, (0, seqlen), (0, 0))}
+    elif mask == "dense":
+        options = options | {"attn_mask": torch.rand(2, 4, seqlen, seqlen) < 0.5}
+    assert_attention_close("aten", q, k, v, **options)
+    assert torch.float32 in widened
+    assert torch.bfloat16 not in widened
+
+
+def test_which_bf16_gradients_are_widened(
+    widened: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By shapes, dtype and instruction set alone."""
+    few, many, long = (torch.empty(1, 8, s, 64, dtype=torch.bfloat16) for s in (90, 128, 1024))
+    assert short.widens(few, few, has_mask=False)
+    assert not short.widens(many, many, has_mask=False)
+    assert short.is_short(many, many)
+    assert short.widens(many, many, has_mask=True)
+    assert not short.widens(long, long, has_mask=True)
+    assert not short.is_short(long, long)
+    batch = torch.empty(32, 8, 64, 64)
+    assert short.is_short(batch, batch)
+    assert not short.is_short(batch[:4], batch[:4])
+    assert not short.widens(few.float(), few.float(), has_mask=False)
+    monkeypatch.undo()
+    monkeypatch.setattr(short, "_has_amx", lambda: False)
+    assert not short.widens(few, few, has_mask=False)

@@ -15,6 +15,7 @@ from flashlayer.backends.aten.short import is_short, short_backward, widens
 
 # This binding of the operator is 2 us faster than the one in torch.ops.
 _FLASH: Any = vars(torch)["_scaled_dot_product_flash_attention_for_cpu"]
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 # The kernel reads keys and values once for each query head, which is most of its time if there are
 # few rows. With the heads of a group folded into the rows of one head it reads them once a group.
@@ -185,13 +186,10 @@ def flash_backward(
             q, k, o = F.pad(q, (0, 1)), F.pad(k, (0, 1)), F.pad(o, (0, 1))
             v = F.pad(v, (0, 1), value=1.0)
             do = torch.cat((do, dlse.unsqueeze(-1).to(do.dtype)), dim=-1)
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *map(_unit_stride, (do, q, k, v, o)),
-            lse,
-            0.0,
-            piece.causal,
-            attn_mask=piece.mask,
-            scale=scale,
+        if not do.stride(-1) == q.stride(-1) == k.stride(-1) == v.stride(-1) == o.stride(-1) == 1:
+            do, q, k, v, o = map(_unit_stride, (do, q, k, v, o))
+        dq, dk, dv = _FLASH_BACKWARD(
+            do, q, k, v, o, lse, 0.0, piece.causal, attn_mask=piece.mask, scale=scale
         )
         if dlse is not None:  # drop the column; keep the kernel's layout (B, S, H, D)
             columns = (x[..., :-1].transpose(1, 2) for x in (dq, dk, dv))
