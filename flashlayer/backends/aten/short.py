@@ -1,16 +1,15 @@
-"""The gradients of short sequences, by matrix products.
+"""The gradients of short sequences in bf16, by matrix products.
 
 ATen's backward pass takes as long for a short bf16 sequence as for one several times its length:
-its blocks are larger than the problem. In fp32 it takes longer than products of all heads at once.
-A score matrix that fits a cache needs no online softmax. For a few heads at a time, so that memory
-stays O(S),
+its blocks are larger than the problem. A score matrix that fits a cache needs no online softmax.
+For a few heads at a time, so that memory stays O(S),
 
     P = softmax(scale Q K^T)    dV = P^T dO    dP = dO V^T
     dS = P * (dP - rowsum(P * dP) + dlse)    dQ = scale dS K    dK = scale dS^T Q
 
 The scores are fp32 as in the kernel: rounding a score to bf16 would be an error of the probability
-that grows with the score. The other products are in the inputs' dtype with fp32 sums. The gradients
-are as close to fp64 as the kernel's (benchmarks/NOTES.md).
+that grows with the score. The other products are bf16 with fp32 sums. The gradients are as close
+to fp64 as the kernel's (benchmarks/NOTES.md).
 
 With a few thousand scores a bf16 product takes longer to start than to compute; the kernel in fp32
 (:func:`widens`) is faster then than ten operations and than itself in bf16.
@@ -25,12 +24,11 @@ from torch import Tensor
 
 # Where products were measured to be faster (benchmarks/NOTES.md): up to how many queries and keys,
 # and from how many rows of all heads on. With fewer rows the overhead of ten operations exceeds the
-# kernel's time. With AMX the kernel packs its bf16 blocks, which costs a short sequence more, and a
-# product is faster still; fp32 was measured on such a CPU only.
-LIMITS = {torch.bfloat16: (192, 1536)}
-LIMITS_AMX = {torch.bfloat16: (256, 64), torch.float32: (64, 4096)}
+# kernel's time. With AMX the kernel packs its blocks, which costs a short sequence more, and a
+# product is faster still.
+LIMITS, LIMITS_AMX = (192, 1536), (256, 64)
 
-# With AMX: up to so many bf16 scores of all heads, or of a masked call so many queries and keys,
+# With AMX: up to so many scores of all heads, or of a masked call so many queries and keys,
 # the kernel is faster in fp32. A mask has no products.
 WIDENED_SCORES_MAX = 2**16
 WIDENED_MASKED_MAX = 128
@@ -43,11 +41,11 @@ _SOFTMAX_BACKWARD = torch.ops.aten._softmax_backward_data.out
 
 def is_short(q: Tensor, k: Tensor) -> bool:
     """Whether :func:`short_backward` is faster for a call without a mask on this machine."""
-    limits = _limits().get(q.dtype)
-    if limits is None:
+    if q.dtype != torch.bfloat16:
         return False
     batch, heads, seqlen_q, _ = q.shape
-    return max(seqlen_q, k.shape[2]) <= limits[0] and batch * heads * seqlen_q >= limits[1]
+    length_max, rows_min = _limits()
+    return max(seqlen_q, k.shape[2]) <= length_max and batch * heads * seqlen_q >= rows_min
 
 
 def widens(q: Tensor, k: Tensor, has_mask: bool) -> bool:
@@ -68,11 +66,11 @@ def _has_amx() -> bool:
 
 
 @cache
-def _limits() -> dict[torch.dtype, tuple[int, int]]:
-    """Those of this CPU; others than these were not measured."""
+def _limits() -> tuple[int, int]:
+    """Those of this CPU; no length where bf16 products have no instructions: not measured."""
     if _has_amx():
         return LIMITS_AMX
-    return LIMITS if torch.cpu.get_capabilities().get("avx512_bf16", False) else {}
+    return LIMITS if torch.cpu.get_capabilities().get("avx512_bf16", False) else (0, 0)
 
 
 def short_backward(
@@ -102,10 +100,7 @@ def short_backward(
     at_once = max(1, min(kv_heads, SCORES_AT_ONCE // (rows * keys)))
     # Reuse the matrices: writing to memory new to the process takes as long as a product.
     scores, p_wide = mask.new_empty(2, at_once, rows, keys).unbind(0)
-    if q.dtype == torch.float32:
-        p, dp, ds = p_wide, scores, torch.empty_like(scores)
-    else:
-        p, dp, ds = q.new_empty(3, at_once, rows, keys).unbind(0)
+    p, dp, ds = q.new_empty(3, at_once, rows, keys).unbind(0)
     for start in range(0, kv_heads, at_once):
         stop = min(start + at_once, kv_heads)
         if stop - start < at_once:
@@ -115,9 +110,7 @@ def short_backward(
         )
         k_wide = k_h.float().mT
         torch.baddbmm(mask, q_h.float(), k_wide, beta=int(causal), alpha=scale, out=scores)
-        torch.softmax(scores, dim=-1, out=p_wide)
-        if p is not p_wide:
-            p.copy_(p_wide)
+        p.copy_(torch.softmax(scores, dim=-1, out=p_wide))
         torch.bmm(p.mT, do_h, out=dv_h)
         torch.bmm(do_h, v_h.mT, out=dp)
         _SOFTMAX_BACKWARD(dp, p, -1, q.dtype, grad_input=ds)
