@@ -289,7 +289,7 @@ def sliced(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def shortest(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Short bf16 problems of any number of rows take the products; records each call's dO."""
-    monkeypatch.setattr(short, "_limits", lambda: (192, 0))
+    monkeypatch.setattr(short, "_limits", lambda: ((192, 0),))
     monkeypatch.setattr(short, "_has_amx", lambda: False)
     taken = []
     backward = short.short_backward
@@ -335,7 +335,7 @@ def test_short_gradients_of_large_scores_are_as_accurate_as_the_kernels(
     expected = gradients(*(x.double() for x in (6 * q, k, v, do)))
     by_products = gradients(6 * q, k, v, do)
     assert len(shortest) == 1
-    monkeypatch.setattr(short, "_limits", lambda: (0, 0))
+    monkeypatch.setattr(short, "_limits", lambda: ())
     by_kernel = gradients(6 * q, k, v, do)
     assert len(shortest) == 1
     for short_grad, kernel_grad, exact in zip(by_products, by_kernel, expected, strict=True):

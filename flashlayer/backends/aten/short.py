@@ -24,9 +24,9 @@ from torch import Tensor
 
 # Where products were measured to be faster (benchmarks/NOTES.md): up to how many queries and keys,
 # and from how many rows of all heads on. With fewer rows the overhead of ten operations exceeds the
-# kernel's time. With AMX the kernel packs its blocks, which costs a short sequence more, and a
-# product is faster still.
-LIMITS, LIMITS_AMX = (192, 1536), (256, 64)
+# kernel's time. With AMX the kernel packs its blocks, which costs a short sequence more.
+LIMITS: tuple[tuple[int, int], ...] = ((192, 1536),)
+LIMITS_AMX = ((160, 64), *LIMITS)
 
 # With AMX: up to so many scores of all heads, or of a masked call so many queries and keys,
 # the kernel is faster in fp32. A mask has no products.
@@ -44,8 +44,8 @@ def is_short(q: Tensor, k: Tensor) -> bool:
     if q.dtype != torch.bfloat16:
         return False
     batch, heads, seqlen_q, _ = q.shape
-    length_max, rows_min = _limits()
-    return max(seqlen_q, k.shape[2]) <= length_max and batch * heads * seqlen_q >= rows_min
+    length, rows = max(seqlen_q, k.shape[2]), batch * heads * seqlen_q
+    return any(length <= length_max and rows >= rows_min for length_max, rows_min in _limits())
 
 
 def widens(q: Tensor, k: Tensor, has_mask: bool) -> bool:
@@ -66,11 +66,11 @@ def _has_amx() -> bool:
 
 
 @cache
-def _limits() -> tuple[int, int]:
-    """Those of this CPU; no length where bf16 products have no instructions: not measured."""
+def _limits() -> tuple[tuple[int, int], ...]:
+    """Those of this CPU; none where bf16 products have no instructions: not measured."""
     if _has_amx():
         return LIMITS_AMX
-    return LIMITS if torch.cpu.get_capabilities().get("avx512_bf16", False) else (0, 0)
+    return LIMITS if torch.cpu.get_capabilities().get("avx512_bf16", False) else ()
 
 
 def short_backward(
