@@ -41,6 +41,7 @@ INCLUDED = {
     "benchmarks/results/scaling/scaling.md": "benchmarks/scaling",
     "benchmarks/results/cpu-2-cores/context/context.md": "benchmarks/context",
     "benchmarks/results/cpu-2-cores/attention.md": "benchmarks/attention",
+    "benchmarks/results/cpu-amx-2-cores/attention.md": "benchmarks/masks_and_short",
     "benchmarks/results/cpu-2-cores/backends/attention.md": "benchmarks/backends",
     "benchmarks/results/cpu-2-cores/parity/report.md": "benchmarks/parity",
     "benchmarks/results/cpu-2-cores/training.md": "benchmarks/training",

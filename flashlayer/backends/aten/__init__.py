@@ -76,6 +76,8 @@ def _forward(
     if piece is not None:
         return flash_forward(q, k, v, spec.scale, piece)
     o, lse = empty_results(q, v)
+    if extras.intervals is not None:  # several pieces of a query, each a rounding of what is stored
+        o = o.to(lse.dtype)
     o.zero_()
     lse.fill_(-torch.inf)
     for piece in _pieces(q, k, spec, extras):
@@ -87,7 +89,7 @@ def _forward(
             state = online_softmax.merge(before, online_softmax.state_of(piece_o, piece_lse))
             piece_o, piece_lse = online_softmax.finalize(state), online_softmax.lse(state)
         o[rows], lse[rows] = piece_o, piece_lse
-    return o, lse
+    return o.to(q.dtype), lse
 
 
 def _pieces(q: Tensor, k: Tensor, spec: AttentionSpec, extras: AttentionExtras) -> Iterator[Piece]:
