@@ -26,6 +26,10 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
+# Some parameters are random tensors, drawn as the tests are collected: the same in every worker,
+# whichever files are collected.
+torch.manual_seed(0)
+
 _examples: Counter[str] = Counter()
 
 
