@@ -3,7 +3,7 @@
 A loop over tiles of keys (forward, dQ) compares its block of queries with the bounds of many tiles
 at once. A loop over tiles of queries (dK/dV) has its keys' intervals at hand, and walks the queries
 between their least start and greatest stop. ``COUNT`` is the number of a key's intervals, 0 without
-a mask. FlashMask, Wang et al., arXiv 2410.01359, section 4.
+a mask. The bounds are those of FlashMask, Wang et al., arXiv 2410.01359.
 """
 
 import triton

@@ -4,10 +4,13 @@ The fastest path on a CPU. Where the kernel would crash (no keys), be silently w
 dimension, a NaN in hidden keys) or has no gradient (its LSE), the wrapper corrects it; what the
 kernel can't do is refused (:func:`refuses`).
 
-It computes full and top-left causal attention. Anything else is cut into *pieces* of these two
-(:mod:`flashlayer.backends.aten.pieces`), each a call of the kernel
-(:mod:`flashlayer.backends.aten.kernel`) whose results are merged by their LSE. The gradients of
-short bf16 sequences are computed by :mod:`flashlayer.backends.aten.short`.
+It computes full and top-left causal attention, with an additive mask or without. Anything else is
+cut into *pieces* of these (:mod:`flashlayer.backends.aten.pieces`; interval masks in
+:mod:`flashlayer.backends.aten.intervals`), each a call of the kernel
+(:mod:`flashlayer.backends.aten.kernel`) whose results are merged by their LSE. Masks are made
+additive in :mod:`flashlayer.backends.aten.mask`; the gradient of one is computed in
+:mod:`flashlayer.backends.aten.mask_gradient`, those of short bf16 sequences in
+:mod:`flashlayer.backends.aten.short`.
 
 The kernel's accuracy depends on ``torch.backends.cpu.get_cpu_capability()``. Without vectors
 (``DEFAULT``) its exponential is the C library's, exact to half an ulp. Under ``AVX2`` and
@@ -38,7 +41,7 @@ name = "aten"
 
 
 def refuses(problem: Problem) -> str | None:
-    """A reason for all but full, causal and window attention on the CPU with Dv = D."""
+    """A reason for other devices, Dv != D, and options that the kernel can't be made to compute."""
     q, _, v, spec, extras = problem
     if q.device.type != "cpu":
         return f"ATen's flash kernel is wrapped for the CPU only, the tensors are on {q.device}"
