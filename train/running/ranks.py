@@ -85,22 +85,29 @@ def in_ranks(ranks: int, function: Callable[..., Result], *args: Any) -> Result:
                 for process in processes:
                     process.start()
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-                failed = _wait(processes)
+                failures = _wait(processes)
             silent = [process.name for process in processes if process.is_alive()]
         finally:
             for process in processes:
                 if process.is_alive():
                     process.kill()
                     process.join()
-        if failed is not None and failed.exitcode is not None and failed.exitcode < 0:
+        error = None
+        if (folder / "error").exists():
+            error = pickle.loads((folder / "error").read_bytes())
+        # A rank that lost its connection is only a consequence, but may end before the rank that
+        # was killed is reported: then a later kill is the cause, too.
+        causes = failures if isinstance(error, NoAnswer) else failures[:1]
+        for rank, status in causes:
+            if status >= 0:
+                continue
             if received:  # and no rank handled it
                 signal.raise_signal(received[-1])
             raise RunError(
-                f"{failed.name} of {ranks} was ended by {signal.Signals(-failed.exitcode).name}, "
+                f"{rank} of {ranks} was ended by {signal.Signals(-status).name}, "
                 "so the others were stopped"
             )
-        if (folder / "error").exists():
-            error = pickle.loads((folder / "error").read_bytes())
+        if error is not None:
             if isinstance(error, NoAnswer) and silent:
                 raise RunError(
                     f"{' and '.join(silent)} of {ranks} no longer answered, so the run was stopped"
@@ -109,27 +116,29 @@ def in_ranks(ranks: int, function: Callable[..., Result], *args: Any) -> Result:
         return pickle.loads((folder / "result").read_bytes())
 
 
-def _wait(processes: Sequence[BaseProcess]) -> BaseProcess | None:
+def _wait(processes: Sequence[BaseProcess]) -> list[tuple[str, int]]:
     """Wait for all to end; after a failure at most ``GRACE_SECONDS``.
 
     Returns:
-        The first to fail.
+        Name and exit status of those that failed, in the order of their end; of those seen at the
+        same time the killed ones (a negative status) first.
     """
     running: dict[Any, BaseProcess] = {process.sentinel: process for process in processes}
-    failed, deadline = None, math.inf
+    failures: list[tuple[str, int]] = []
+    deadline = math.inf
     while running:
-        left = None if failed is None else max(0.0, deadline - time.monotonic())
+        left = max(0.0, deadline - time.monotonic()) if failures else None
         ended = [running.pop(sentinel) for sentinel in wait(list(running), left)]
-        if failed is not None and not ended:
+        if not ended:
             break
         for process in ended:
             process.join()
-        failures = [process for process in ended if process.exitcode not in (0, STOPPED)]
-        if failures and failed is None:
-            # When one rank is killed others may raise at the same time: the kill is the cause.
-            failed = min(failures, key=lambda process: process.exitcode or 0)
+        statuses = [(process.name, process.exitcode or 0) for process in ended]
+        failed = [(name, status) for name, status in statuses if status not in (0, STOPPED)]
+        if failed and not failures:
             deadline = time.monotonic() + GRACE_SECONDS
-    return failed
+        failures += sorted(failed, key=lambda failure: failure[1])
+    return failures
 
 
 @contextlib.contextmanager

@@ -36,6 +36,14 @@ def failing(kind: str) -> None:
     dist.barrier()
 
 
+def killed_late() -> None:
+    """Rank 1 loses the connection and ends before rank 0 is killed."""
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("gloo/transport/tcp/pair.cc: Connection closed by peer")
+    time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def waiting(folder: Path) -> None:
     """Say who is there, and wait for the end."""
     folder.joinpath(os.environ["RANK"]).write_text(str(os.getpid()))
@@ -65,6 +73,11 @@ def test_a_failure_is_the_first_ranks(capfd: pytest.CaptureFixture[str]) -> None
     with pytest.raises(RunError, match="rank 1 of 2 was ended by SIGKILL"):
         in_ranks(2, failing, "killed")
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_kill_is_the_cause_of_a_lost_connection() -> None:
+    with pytest.raises(RunError, match=r"^rank 0 of 2 was ended by SIGKILL"):
+        in_ranks(2, killed_late)
 
 
 def gone(folder: Path, seconds: float) -> bool:
