@@ -29,6 +29,10 @@ _BITS = {
     torch.float16: (torch.int16, 1 << 10),
     torch.bfloat16: (torch.int16, 1 << 7),
 }
+_MINUS_INF = {
+    dtype: torch.tensor(-bit, dtype=integers, device="cpu")
+    for dtype, (integers, bit) in _BITS.items()
+}
 
 
 class Block(NamedTuple):
@@ -71,8 +75,7 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """
     integers, bit = _BITS[dtype]
     bits = torch.empty(visible.shape, dtype=integers, device=visible.device).copy_(visible)
-    minus_bit = torch.tensor(-bit, dtype=integers, device=visible.device)
-    return torch.add(minus_bit, bits, alpha=bit, out=bits).view(dtype)
+    return torch.add(_MINUS_INF[dtype], bits, alpha=bit, out=bits).view(dtype)
 
 
 def added(block: Block, spec: AttentionSpec, extras: AttentionExtras, dtype: torch.dtype) -> Tensor:

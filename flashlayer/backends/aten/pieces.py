@@ -160,7 +160,7 @@ def _slices(q: Tensor, k: Tensor, spec: AttentionSpec, mask: Tensor) -> bool:
     uncut = _uncut(spec, spec.diagonal == "top_left")
     if uncut is None:
         return False
-    numbers, least = q[0].numel(), SLICED_MIN_CAUSAL if uncut.causal else SLICED_MIN
+    numbers, least = q.numel() // q.shape[0], SLICED_MIN_CAUSAL if uncut.causal else SLICED_MIN
     if numbers * k.shape[2] < least:
         return False
     hidden = mask.numel() - int(mask.count_nonzero())

@@ -89,7 +89,7 @@ def attention(
             value_given = value_given or getattr(config, option, None)
         if value_given is not None and value_given is not False:
             _refuse(module, option, reason)
-    if query.shape[0] == 1:
+    if query.shape[0] == 1 < key.shape[0]:
         query = query.expand(key.shape[0], -1, -1, -1)
     packing = None
     if cu_seq_lens_q is not None:
@@ -172,27 +172,21 @@ def _attend(
     options: dict[str, Any],
 ) -> Tensor:
     """Dense attention; a window mask as window_size and O(Sk) of attn_mask."""
+    attn_mask: Any = mask
     if isinstance(mask, WindowMask):
-        sizes = (query.shape[2], key.shape[2])
-        if any(size not in (1, wanted) for size, wanted in zip(mask.shape[2:], sizes, strict=True)):
-            raise ValueError(
-                f"attention_mask is for {tuple(mask.shape[2:])} queries and keys, got {sizes}"
-            )
-        is_dense = mask.shape[2:] != sizes or mask.cu_seqlens is not None
-        is_dense |= mask.pattern is not None
-        if is_dense or (mask.intervals is not None and position_bias is not None):
-            mask = mask.dense()
-    if isinstance(mask, WindowMask):
-        keys, padding = keys_in_use(mask), mask.padding
-        options = options | mask.window.options()
-        attn_mask: Any = None if padding is None else padding[:, None, None, :]
-        if mask.intervals is not None:
-            attn_mask = IntervalMask.made(mask.intervals, sizes[0], "transformers")
-        if position_bias is not None and position_bias.shape[-1] > 1:
-            position_bias = position_bias[..., :keys]
-        key, value = key[:, :, :keys], value[:, :, :keys]
-    else:
-        attn_mask = mask
+        has_bias = position_bias is not None
+        signature = query.shape[2], key.shape[2], query.dtype, has_bias
+        if torch.compiler.is_compiling():  # symbolic sizes can't be looked up
+            found = _arguments(mask, *signature)
+        elif (found := mask.arguments.get(signature)) is None:
+            # All layers of a step share the mask: in a short step this took half of their time.
+            found = mask.arguments[signature] = _arguments(mask, *signature)
+        keys, attn_mask, window = found
+        options = options | window
+        if keys < key.shape[2]:
+            key, value = key[:, :, :keys], value[:, :, :keys]
+            if has_bias and position_bias.shape[-1] > 1:
+                position_bias = position_bias[..., :keys]
     if position_bias is None or attn_mask is None:
         bias = attn_mask if position_bias is None else position_bias
     elif attn_mask.dtype == torch.bool:
@@ -201,6 +195,27 @@ def _attend(
         bias = position_bias + attn_mask
     out = flash_attention(query, key, value, attn_mask=bias, **options)
     return out.transpose(1, 2).contiguous()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _arguments(
+    mask: WindowMask, seqlen_q: int, seqlen_k: int, dtype: torch.dtype, has_bias: bool
+) -> tuple[int, Any, dict[str, Any]]:
+    """How many keys are used of a call with this mask, its ``attn_mask``, and its window."""
+    sizes = (seqlen_q, seqlen_k)
+    if any(size not in (1, wanted) for size, wanted in zip(mask.shape[2:], sizes, strict=True)):
+        raise ValueError(
+            f"attention_mask is for {tuple(mask.shape[2:])} queries and keys, got {sizes}"
+        )
+    is_dense = mask.shape[2:] != sizes or mask.cu_seqlens is not None
+    is_dense |= mask.pattern is not None
+    if is_dense or (mask.intervals is not None and has_bias):
+        return seqlen_k, mask.dense(), {}
+    attn_mask: Any = None if mask.padding is None else mask.padding[:, None, None, :]
+    if attn_mask is not None and seqlen_q == 1 and attn_mask.is_cpu and not has_bias:
+        attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(dtype)  # as ATen's kernel takes it
+    if mask.intervals is not None:
+        attn_mask = IntervalMask.made(mask.intervals, seqlen_q, "transformers")
+    return keys_in_use(mask), attn_mask, mask.window.options()
 
 
 def _refuse(module: nn.Module, option: str, reason: str) -> NoReturn:

@@ -37,6 +37,8 @@ class Window(NamedTuple):
 
     def options(self) -> dict[str, Any]:
         """As arguments; the keys that are not in use are to be cut off."""
+        if self.window_size == (None, 0):  # calls without window_size have plans
+            return {"causal": True, "diagonal": self.diagonal}
         return {"window_size": self.window_size, "diagonal": self.diagonal}
 
 
@@ -235,6 +237,7 @@ class WindowMask(GuardedMask):
         self.cu_seqlens = cu_seqlens
         self.intervals = intervals
         self.pattern = pattern
+        self.arguments: dict[tuple, tuple] = {}  # of flash_attention, by what they depend on
         # Dynamo flattens the mask into the window and tensors, of which it needs at least one. The
         # number of keys in use varies from call to call, so it must be a tensor's size.
         keys = shape[3] if keys is None else keys
@@ -288,6 +291,7 @@ class WindowMask(GuardedMask):
                 self.cu_seqlens, longest = boundaries(sequences)
                 window = window._replace(max_seqlen=longest)
             self.window = window
+            self.arguments.clear()
             return self
         intervals = torch.stack(runs(sequences), dim=1)[:, None].to(torch.int32)
         if self.intervals is not None:
