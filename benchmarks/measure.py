@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import subprocess
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -238,14 +238,17 @@ def extra_bytes(peer: str, case: Case, device: torch.device) -> int:
 
 def fit_line(lengths: list[int], values: list[int]) -> dict[str, float]:
     """``value = base + slope * length`` by least squares, and the exponent of the growth."""
-    slope, base = np.polyfit(lengths, values, 1)
-    predicted = base + slope * np.array(lengths)
-    exponent = np.polyfit(np.log(lengths), np.log(values), 1)[0]
+    slope, base = statistics.linear_regression(lengths, values)
+    exponent, _ = statistics.linear_regression([*map(math.log, lengths)], [*map(math.log, values)])
+    residuals = (
+        abs((base + slope * length) / value - 1)
+        for length, value in zip(lengths, values, strict=True)
+    )
     return {
-        "bytes_per_token": float(slope),
-        "base_bytes": float(base),
-        "worst_residual": float(np.abs(predicted / values - 1).max()),
-        "exponent": float(exponent),
+        "bytes_per_token": slope,
+        "base_bytes": base,
+        "worst_residual": max(residuals),
+        "exponent": exponent,
     }
 
 

@@ -94,7 +94,7 @@ def markdown(results: dict[str, Any]) -> str:
     for cell in results["cells"]:
         groups.setdefault(cell["case"].group, []).append(cell)
     for group, cells in groups.items():
-        lines += _table(group, cells)
+        lines += group_table(group, cells)
     if results["memory"]:
         lines += _memory(results["memory"])
     if results["skipped"]:
@@ -103,7 +103,8 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _table(group: str, cells: list[dict[str, Any]]) -> list[str]:
+def group_table(group: str, cells: list[dict[str, Any]]) -> list[str]:
+    """The table of a group's cells, and who refused what."""
     names = [name for name in cells[0]["peers"] if name != OURS]
     names = [name for name in names if any("ratio" in cell["peers"][name] for cell in cells)]
     header = ["case", "dtype", "ms", *names, "of matmul", "error"]

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
-from benchmarks import measure, plots
+from benchmarks import measure
 from benchmarks.report import MIB, row
 from train.measure import PeakMemory, in_fresh_process, interleaved, machine, synchronize
 from train.model import GPT, GPTConfig
@@ -242,6 +241,10 @@ def markdown(results: dict[str, Any]) -> str:
 
 def draw(path: Path, results: dict[str, Any]) -> None:
     """Speed and memory by context."""
+    from matplotlib.figure import Figure
+
+    from benchmarks import plots
+
     figure = Figure(figsize=(11, 4.6), dpi=120, layout="constrained")
     speed, memory = figure.subplots(1, 2)
     for arm in ARMS:

@@ -16,7 +16,6 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 
 import flashlayer
@@ -85,6 +84,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
         else:
+            import psutil
+
             _reset_resident_peak()
             self.before = psutil.Process().memory_info().rss
 
