@@ -25,6 +25,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterable
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ class Compiler:
         save(out, {"groups": {}})
         options = ["--target", target, "--jobs", str(jobs), "--out", str(out)]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu_compile", *options],
+            [sys.executable, "-m", "benchmarks", "gpu_compile", *options],
             cwd=ROOT,
             start_new_session=True,
         )
@@ -193,13 +194,19 @@ def target() -> str:
 
 
 def unpack(wheels: Path, folder: str) -> None:
-    """Pure Python wheels onto the path of this process and its children, behind what is there."""
-    found = sorted(wheels.glob("*-none-any.whl"))
-    for wheel in found:
+    """Pure Python wheels of what is not installed, for this process and its children."""
+    # A wheel's name has "_" for "-" and ends at its first "-".
+    installed = {re.sub(r"[-.]+", "_", x.name).lower() for x in distributions() if x.name}
+    missing = [
+        wheel
+        for wheel in wheels.glob("*-none-any.whl")
+        if wheel.name.partition("-")[0].lower() not in installed
+    ]
+    for wheel in missing:
         zipfile.ZipFile(wheel).extractall(folder)
-    if found:
+    if missing:
         sys.path.append(folder)
-        paths = (os.environ.get("PYTHONPATH"), str(ROOT), folder)
+        paths = (os.environ.get("PYTHONPATH"), folder)
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 

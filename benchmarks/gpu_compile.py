@@ -1,6 +1,6 @@
 """Fills Triton's cache with the kernels of ``python -m benchmarks gpu``, in parallel processes.
 
-    python -m benchmarks.gpu_compile --target sm_90 --jobs 14 --out compile.json
+    python -m benchmarks gpu_compile --target sm_90 --jobs 14 --out compile.json
 
 The calls of the stages are made on CPU tensors, with a driver that only names the chip: Triton
 specialises and compiles each launch as on the chip, under the same cache key, and launches nothing.
@@ -14,7 +14,6 @@ import contextlib
 import itertools
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -131,9 +130,11 @@ def compile_call(target: str, group: str, index: int) -> tuple[str, float, list[
     return group, time.monotonic() - began, failed
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Compile group by group; the file says how far it is."""
-    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks gpu_compile", description=str(__doc__).partition("\n")[0]
+    )
     parser.add_argument("--target", choices=TARGETS, required=True)
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--groups", nargs="+", default=["kernels", "speed", "tiles", "options"])
@@ -169,7 +170,3 @@ def main(argv: list[str] | None = None) -> int:
             found["after_seconds"] = record["seconds"] = time.monotonic() - began
             save(args.out, record)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
