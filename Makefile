@@ -5,7 +5,7 @@
 #   make notebooks   run the chapter's notebooks and write what comes out into them
 #   make lint     ruff and pyright
 #   make bench    attention and a training step against their peers on this CPU, and the compile ledger for GPUs
-#   make gpu      everything that needs a CUDA GPU: tests, memory check, benchmarks, training proof; OUT=folder
+#   make gpu      on a CUDA GPU: kernels, speed, tiles, training proof, options, memory, tests; MINUTES=13 OUT=folder
 # PYTHON=python3.12 make test   takes another interpreter
 
 PYTHON ?= python3
@@ -40,13 +40,8 @@ bench: $(VENV)/.installed
 	$(RUN) -m benchmarks codegen --out runs
 
 # In the environment that has the CUDA build of torch: this one sets up none.
-OUT ?= runs/gpu
 gpu:
-	python -m pytest -q -m gpu --ignore tests/docs --record $(OUT)/correctness.json
-	compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest -q -m gpu tests/kernels/test_gpu.py -k "memory_check"
-	python -m benchmarks attention --device cuda --suite full --out $(OUT)
-	python -m benchmarks training --device cuda --out $(OUT)
-	python -m train parity --config configs/parity_gpu.yaml
+	python -m benchmarks gpu $(if $(MINUTES),--minutes $(MINUTES)) $(if $(OUT),--out $(OUT))
 
 # The stamp is written last: an install that was interrupted starts again.
 $(VENV)/.installed: pyproject.toml constraints.txt

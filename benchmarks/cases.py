@@ -220,6 +220,15 @@ def full() -> Iterator[Case]:
     for keys in (1024, 8192, 32768, 131072):
         yield _decode(replace(plain, head_dim=128), keys, heads=32, kv_heads=8)
     yield replace(plain, group="GQA", batch=4, seqlen=4096, heads=16, kv_heads=4, head_dim=128)
+    yield from _masked(replace(plain, batch=2, heads=16), (4096,))
+    masked = replace(plain, group="interval mask", batch=2, heads=16, seqlen=8192)
+    for mask, causal in (
+        ("documents", True),
+        ("chunks of 512", True),
+        ("prefix-LM", False),  # the last two hold their own causality
+        ("64 global, window 512", False),
+    ):
+        yield replace(masked, mask=mask, causal=causal)
     yield replace(plain, group="head dim 96", batch=4, seqlen=4096, heads=21, head_dim=96)
 
 

@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -94,6 +95,8 @@ def main(argv: list[str]) -> int:
     else:
         out, device = args.out or ROOT / "benchmarks/results" / slug(), "cuda"
     out.mkdir(parents=True, exist_ok=True)
+    # End the stage's process, which leads a session of its own, before this one.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     multiprocessing.get_context("forkserver").set_forkserver_preload(["benchmarks.gpu_stages"])
     stages = [stage for stage in STAGES if args.stages is None or stage.name in args.stages]
     with tempfile.TemporaryDirectory() as packages:
@@ -145,10 +148,11 @@ def run(
 class Compiler:
     """The processes that compile while the first stages run."""
 
-    def __init__(self, target: str, jobs: int, out: Path) -> None:
+    def __init__(self, target: str, jobs: int, out: Path, *more: str) -> None:
+        """Start them; ``more`` are options of :mod:`benchmarks.gpu_compile`."""
         self.out = out
         save(out, {"groups": {}})
-        options = ["--target", target, "--jobs", str(jobs), "--out", str(out)]
+        options = ["--target", target, "--jobs", str(jobs), "--out", str(out), *more]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks", "gpu_compile", *options],
             cwd=ROOT,
@@ -174,6 +178,7 @@ class Compiler:
         status = self.process.poll()
         end_group(self.process.pid)
         self.process.wait()
+        self.out.with_suffix(".unfinished").unlink(missing_ok=True)
         parts = [
             f"{name} {x['done']} of {x['calls']} calls after {x.get('after_seconds', 0):.0f} s, "
             f"{len(x['failed'])} kernels failed"

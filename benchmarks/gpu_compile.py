@@ -141,9 +141,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--first", type=int, help="only so many calls of each group")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
+    os.nice(10)  # what is measured meanwhile comes first
     tasks = {group: range(len(calls(args.target)[group]))[: args.first] for group in args.groups}
     record: dict[str, Any] = {
         "target": args.target,
+        "torch": torch.__version__,
         "triton": triton.__version__,
         "jobs": args.jobs,
         "groups": {

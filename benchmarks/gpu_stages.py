@@ -160,7 +160,9 @@ def _tiles(case: Case, context: Context) -> Result:
         phase: after["peers"][peer]["ratio"][phase] / before["peers"][peer]["ratio"][phase]
         for phase in before["peers"][peer].get("ratio", {})
     }
-    return {"case": case, "chosen": chosen, "gain": gains, "before": before, "after": after}
+    wrong = {"error": after["error"]} if "error" in after else {}
+    cells = {"before": before, "after": after}
+    return {"case": case, "chosen": chosen, "gain": gains} | cells | wrong
 
 
 def winners(results: dict[str, Result]) -> dict[str, dict[int, Counter[str]]]:
@@ -234,7 +236,7 @@ def _parity(context: Context) -> Result:
     if process.returncode not in ((0,) if context.rehearsal else (0, 1)):
         raise RuntimeError(f"status {process.returncode}: {process.stderr.strip()[-300:]}")
     if context.rehearsal:
-        return {"read": process.stdout.splitlines()[0]}
+        return {"read": process.stdout}
     return parity_result(ROOT / "runs" / PARITY["name"], context.out)
 
 

@@ -124,6 +124,8 @@ TRAIN = {
 MAY_OPEN = {
     # compiles the kernels as the backend launches them
     "codegen.py": ("flashlayer.kernels", "flashlayer.backends.triton", "flashlayer.spec"),
+    # compiles what the stages of a GPU run will launch
+    "gpu_compile.py": ("flashlayer.backends",),
     # read the kernels' source and watch them run
     "5_kernel.ipynb": ("flashlayer.kernels",),
     "6_backward.ipynb": ("flashlayer.kernels",),

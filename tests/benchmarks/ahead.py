@@ -1,4 +1,6 @@
-"""Compiles calls ahead, then makes them as on the chip: is anything compiled anew? Prints JSON.
+"""Compiles calls ahead, then makes them as on the chip: is anything compiled anew?
+
+The last line that it prints is JSON.
 
 A process of its own, with a ``TRITON_CACHE_DIR`` of its own and without ``TRITON_INTERPRET``:
 ``python -m tests.benchmarks.ahead --groups speed --first 1``.
@@ -12,13 +14,15 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import torch
 import triton
 
-from benchmarks import gpu_compile, gpu_problems, gpu_stages, peers
+from benchmarks import gpu_problems, gpu_stages, peers
 from benchmarks.cases import DTYPES, Case, draw
+from benchmarks.gpu import Compiler
 from flashlayer import testing
 from flashlayer.backends import split_keys
 from tests.ptx import driver
@@ -58,11 +62,15 @@ def main() -> None:
     parser.add_argument("--first", type=int, help="only so many calls of each group")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    failed: list[str] = []
+    folder = Path(os.environ["TRITON_CACHE_DIR"])
+    first = [] if args.first is None else ["--first", str(args.first)]
+    compiler = Compiler(
+        "sm_90", os.cpu_count() or 1, folder.parent / "ahead.json", "--groups", *args.groups, *first
+    )
     for group in args.groups:
-        for index in range(len(gpu_compile.calls("sm_90")[group]))[: args.first]:
-            failed += gpu_compile.compile_call("sm_90", group, index)[2]
-    folder = os.environ["TRITON_CACHE_DIR"]
+        compiler.wait(group, 3600)
+    groups = compiler.groups
+    print(compiler.end())
     compiled, anew = set(os.listdir(folder)), {}
     patches = (
         (driver._Launcher, "__call__", lambda *args: None),
@@ -77,7 +85,7 @@ def main() -> None:
             before = set(os.listdir(folder))
             call()
             anew |= {name: len(set(os.listdir(folder)) - before)}
-    found = {"triton": triton.__version__, "failed": failed, "compiled": len(compiled)}
+    found = {"triton": triton.__version__, "groups": groups, "compiled": len(compiled)}
     print(json.dumps(found | {"anew": anew}))
 
 

@@ -63,7 +63,7 @@ def test_runs_are_bitwise_equal(head_dim: int, dtype: torch.dtype) -> None:
 
 
 def test_memory_check() -> None:
-    """Every kernel once at odd sizes; ``make gpu`` runs it under compute-sanitizer."""
+    """Every kernel once at odd sizes; ``benchmarks gpu`` runs it under compute-sanitizer."""
     q, k, v = (
         torch.randn(2, 2, n, 96, device="cuda", dtype=torch.bfloat16) for n in (70, 133, 133)
     )
