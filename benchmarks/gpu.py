@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import zipfile
 from collections.abc import Iterable
 from importlib.metadata import distributions
@@ -108,7 +109,8 @@ def main(argv: list[str]) -> int:
             return run(stages, Context(device, out), 60 * args.minutes, compiler)
         finally:
             if compiler is not None:
-                print(compiler.end(), flush=True)
+                print(compiler.line(), flush=True)
+                compiler.end()
 
 
 def run(
@@ -134,12 +136,17 @@ def run(
             )
         else:
             record = run_stage(stage, context, min(left, stage.seconds * stretch))
-            lines.append(line(stage, record))
             failed += [f"{stage.name}: {failure}" for failure in failures(record)]
-            pages += stage.page(good(record)) if stage.page else []
+            try:
+                pages += stage.page(good(record)) if stage.page else []
+                lines.append(line(stage, record))
+            except Exception as error:  # the stages behind it are worth more than its line
+                lines.append(f"{stage.name}: no line, {type(error).__name__}: {error}")
+                failed += [lines[-1], traceback.format_exc()]
             device = record.get("environment", {}).get("device", device)
         print(lines[-1], flush=True)
-        text = "\n".join([f"# What ran on {device}", "", *(f"- {x}" for x in lines), "", *pages])
+        said = [*lines, *([] if compiler is None else [compiler.line()])]
+        text = "\n".join([f"# What ran on {device}", "", *(f"- {x}" for x in said), "", *pages])
         (context.out / "gpu.md").write_text(text, encoding="utf-8")
     print(f"{len(failed)} failures; {context.out / 'gpu.md'}", *failed, sep="\n  ", flush=True)
     return int(bool(failed))
@@ -150,9 +157,9 @@ class Compiler:
 
     def __init__(self, target: str, jobs: int, out: Path, *more: str) -> None:
         """Start them; ``more`` are options of :mod:`benchmarks.gpu_compile`."""
-        self.out = out
-        save(out, {"groups": {}})
-        options = ["--target", target, "--jobs", str(jobs), "--out", str(out), *more]
+        self.out = out.resolve()
+        save(self.out, {"groups": {}})
+        options = ["--target", target, "--jobs", str(jobs), "--out", str(self.out), *more]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks", "gpu_compile", *options],
             cwd=ROOT,
@@ -173,19 +180,22 @@ class Compiler:
                 return
             time.sleep(0.2)
 
-    def end(self) -> str:
-        """Stop, and say what was done."""
-        status = self.process.poll()
-        end_group(self.process.pid)
-        self.process.wait()
-        self.out.with_suffix(".unfinished").unlink(missing_ok=True)
+    def line(self) -> str:
+        """What was compiled so far, and how long it took."""
         parts = [
             f"{name} {x['done']} of {x['calls']} calls after {x.get('after_seconds', 0):.0f} s, "
             f"{len(x['failed'])} kernels failed"
             for name, x in self.groups.items()
         ]
+        status = self.process.poll()
         ended = f"; it ended with status {status}" if status else ""
         return f"compile: {', '.join(parts) or 'nothing'}{ended}"
+
+    def end(self) -> None:
+        """Stop, whatever is left."""
+        end_group(self.process.pid)
+        self.process.wait()
+        self.out.with_suffix(".unfinished").unlink(missing_ok=True)
 
 
 def slug() -> str:

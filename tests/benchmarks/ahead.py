@@ -70,7 +70,8 @@ def main() -> None:
     for group in args.groups:
         compiler.wait(group, 3600)
     groups = compiler.groups
-    print(compiler.end())
+    print(compiler.line())
+    compiler.end()
     compiled, anew = set(os.listdir(folder)), {}
     patches = (
         (driver._Launcher, "__call__", lambda *args: None),

@@ -171,6 +171,10 @@ def page(results: dict[str, Result]) -> list[str]:
     return ["## Table", *results]
 
 
+def no_line(results: dict[str, Result]) -> str:
+    return results["absent"]["line"]
+
+
 def test_stages_share_the_time_and_failures_are_the_status(
     context: Context, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +191,9 @@ def test_stages_share_the_time_and_failures_are_the_status(
     late = Stage("late", 20, 1000, two_items, names)
     assert gpu.run([good, late], context, 120) == 0
     assert boxes == [60]  # 120 s for 40 s: all boxes are stretched
+    mute = Stage("mute", 20, 1, two_items, no_line)
+    assert gpu.run([mute, good], context, 60) == 1
+    del boxes[1:]
     assert gpu.run([bad, good], context, 40) == 1
     assert boxes[1] == 20
     assert boxes[2] <= 20  # or what the first and the grace have left
@@ -194,6 +201,7 @@ def test_stages_share_the_time_and_failures_are_the_status(
     assert lines[0].startswith("good: first, second; ")
     assert lines[1].startswith("late: skipped, ")
     assert lines[1].endswith(" s are left and it takes 1000")
+    assert "mute: no line, KeyError: 'absent'" in lines
     assert any("bad: crash: the process was killed by SIGSEGV" in text for text in lines)
     text = (context.out / "gpu.md").read_text()
     assert "- good: first, second; " in text
