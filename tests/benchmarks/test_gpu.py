@@ -183,8 +183,10 @@ def test_every_kernel_of_the_stages_is_compiled_ahead(triton: str, tmp_path: Pat
             installed(triton)
         except OSError as error:
             pytest.skip(f"Triton {triton} can't be installed: {error}")
-    groups = ["kernels", "speed", "options", "tiles"]
-    found = ahead(tmp_path / "cache", which, "--groups", *groups)
+    found = ahead(tmp_path / "cache", which, "--groups", "kernels", "speed", "options")
     assert found["triton"] == triton
     assert len(found["anew"]) == 12 + 16 + 16
     assert not any(found["anew"].values()), found["anew"]
+    # The candidates of the causal cells, D 128 and 64.
+    found = ahead(tmp_path / "cache", which, "--groups", "tiles", "--first", "128")
+    assert found["groups"]["tiles"]["calls"] == 128
