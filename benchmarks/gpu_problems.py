@@ -100,8 +100,9 @@ def check(make: Draw, dtype: torch.dtype, context: Context) -> Result:
     first = testing.assert_attention_close(
         "triton", q, k, v, grad_out=do, grad_lse=dlse, with_noise=context.rehearsal, **options
     )
-    for _ in range(RUNS - 1):
+    runs = 2 if context.rehearsal else RUNS
+    for _ in range(runs - 1):
         for name, result in testing.run("triton", q, k, v, do, dlse, **options).items():
             if not torch.equal(result, first[name]):
                 raise AssertionError(f"{name} differs between two runs")
-    return {"within_rule": sorted(first), "bitwise_equal_runs": RUNS}
+    return {"within_rule": sorted(first), "bitwise_equal_runs": runs}
