@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -351,24 +352,28 @@ class _Outcomes:
     def __init__(self, context: Context) -> None:
         self.context, self.counts, self.failed = context, Counter(), []
 
+    def pytest_sessionstart(self, session: Any) -> None:
+        self.session = session
+
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or report.outcome != "passed":
             self.counts[report.outcome] += 1
         if report.failed:
             self.failed.append(report.nodeid)
-
-    def pytest_runtest_protocol(self, item: Any) -> None:
         if self.context.seconds_left <= 0:
-            item.session.shouldstop = "the end of the stage's time"
+            # pytest-xdist's session is another object.
+            session = self.session.config.pluginmanager.get_plugin("dsession") or self.session
+            session.shouldstop = "the end of the stage's time"
 
 
 def _tests(name: str, context: Context) -> Result:
-    if name.startswith("tests/train") and find_spec("datasets") is None:
-        return {"skipped": "lacks datasets (--wheels brings it)"}
+    """The tests of a file, side by side: most of their time is the compiler's."""
     import pytest
 
     outcomes = _Outcomes(context)
     arguments = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+    if find_spec("xdist") is not None and not context.rehearsal:
+        arguments += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
     status = pytest.main([*arguments, str(ROOT / name)], plugins=[outcomes])
     stopped = context.seconds_left <= 0
     fine = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)

@@ -53,7 +53,7 @@ def real_calls(groups: list[str]) -> Iterator[tuple[str, Callable[[], None]]]:
             yield each.name, partial(case, each)
     if "options" in groups:
         for each in gpu_stages.option_cases(rehearsal=False):
-            yield each.name, partial(case, each)
+            yield f"{each.group}: {each.name}", partial(case, each)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import gpu, gpu_stages, training
 from benchmarks.gpu_stages import STAGES
+from benchmarks.stages import Context
 from tests.ptx.processes import INSTALLED, ROOT, environment, installed
 
 COMMITTED = ROOT / "benchmarks/results/cpu-2-cores"
@@ -49,6 +50,62 @@ def test_every_stage_is_rehearsed(tmp_path: Path) -> None:
     text = (tmp_path / "gpu.md").read_text()
     for title in ("## Kernels", "## Length", "## Rows for kernels/tiles.py", "## Interval mask"):
         assert title in text
+
+
+def test_items_of_a_gpu_run_have_names_of_their_own(tmp_path: Path) -> None:
+    counts = {}
+    for stage in STAGES:
+        names = [name for name, _ in stage.items(Context("cuda", tmp_path))]
+        assert len(set(names)) == len(names), stage.name
+        counts[stage.name] = len(names)
+    assert counts == {
+        "kernels": 12,
+        "speed": 16,
+        "tiles": 16,
+        "parity": 1,
+        "options": 16,
+        "memory": 12,
+        "tests": 2,
+        "sanitizer": 1,
+    }
+
+
+SLEEPERS = """
+import time, pytest
+
+pytestmark = getattr(pytest.mark, "gpu")  # so that this file is not taken for one of them
+
+@pytest.mark.parametrize("index", range(40))
+def test_sleep(index):
+    time.sleep(0.25)
+    assert index != 0
+"""
+
+
+@pytest.mark.parametrize("rehearsed", [True, False], ids=["alone", "side_by_side"])
+def test_tests_are_counted_until_the_time_is_over(tmp_path: Path, rehearsed: bool) -> None:
+    (tmp_path / "test_sleepers.py").write_text(SLEEPERS)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    program = f"""
+import time
+from benchmarks import gpu_stages, stages
+gpu_stages.ROOT = gpu_stages.Path({str(tmp_path)!r})
+device = {"cpu" if rehearsed else "cuda"!r}
+context = stages.Context(device, gpu_stages.ROOT, time.monotonic() + 3)
+print(gpu_stages.json.dumps(gpu_stages._tests("test_sleepers.py", context)))
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=environment(tmp_path / "cache"),
+        capture_output=True,
+        text=True,
+    )
+    found = json.loads(process.stdout.splitlines()[-1])
+    assert found["stopped"]
+    assert found["outcomes"].get("passed", 0) < 39
+    assert found["outcomes"]["failed"] == 1
+    assert found["error"].endswith("failed: test_sleepers.py::test_sleep[0]")
 
 
 def tuned(head_dim: int, warps: int, **more: Any) -> dict[str, Any]:
