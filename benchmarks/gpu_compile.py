@@ -66,7 +66,7 @@ def compiling(target: str, failed: list[str]) -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, value))
         before = driver._active
         driver.set_active(NamedDevice(target))  # type: ignore[arg-type]
-        stack.callback(driver.set_active, before)
+        stack.callback(driver.set_active, before)  # type: ignore[arg-type]
         yield
 
 
