@@ -44,6 +44,11 @@ def is_observed(x: Tensor) -> bool:
     )
 
 
+def is_sharded(x: Tensor) -> bool:
+    """Whether ``x`` is a DTensor; by name, as those who have none need not load its module."""
+    return type(x).__name__ == "DTensor" and type(x).__module__.startswith("torch.distributed.")
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """What scores, sums and the LSE of inputs in ``dtype`` are computed in: fp32, or fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -28,7 +28,14 @@ ALLOWED = {
         "triton",
     },
     "backends/aten": {"backends/aten", "masks", "spec", "online_softmax", "torch"},
-    "backends/ops": {"backends/aten", "backends/tiled", "backends/triton", "spec", "torch"},
+    "backends/ops": {
+        "backends/aten",
+        "backends/sharding",
+        "backends/tiled",
+        "backends/triton",
+        "spec",
+        "torch",
+    },
     "backends/*": {"masks", "spec", "online_softmax", "philox", "torch"},
     "backends/__init__": {
         "backends/aten",

@@ -64,5 +64,5 @@ def _by_speed(problem: Problem) -> tuple[str, ...]:
     one_row = q.shape[2] == 1 and q.shape[1] == k.shape[1]
     is_plain = extras.cu_seqlens_q is None and extras.attn_mask is None
     if one_row and q.dtype == torch.bfloat16 and is_plain:
-        return ("standard",)
+        return ("standard", "aten", "tiled")
     return ("aten", "tiled", "standard")

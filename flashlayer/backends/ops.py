@@ -18,7 +18,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from flashlayer.backends import aten, tiled, triton
-from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, is_observed
+from flashlayer.spec import (
+    AttentionExtras,
+    AttentionSpec,
+    Problem,
+    is_observed,
+    is_sharded,
+)
 
 # Modules, typed as what they fulfil and not as what they are.
 _MODULES: dict[str, Any] = {module.name: module for module in (triton, aten, tiled)}
@@ -45,6 +51,8 @@ class Entrance:
         """See :class:`flashlayer.spec.Backend`."""
         if is_observed(q):
             _count_flops()
+            if is_sharded(q):
+                extras = _sharding().on_mesh(q, k, v, extras)
             return forward_op(q, k, v, self.name, *flatten(spec, extras))
         return self.module.forward(q, k, v, spec, extras)
 
@@ -66,8 +74,15 @@ class Entrance:
         _count_flops()
         wants_d_mask = extras.wants_mask_gradient(spec)
         spec = replace(spec, mask_gradient=wants_d_mask)
+        given = extras
+        if is_sharded(q):
+            extras = _sharding().on_mesh(q, k, v, extras)
+            dlse = _sharding().whole(dlse, q)  # a compiler makes plain zeros for an unused lse
         tensors = (do, dlse, q, k, v, o, lse)
         dq, dk, dv, d_mask, d_sinks = backward_op(*tensors, self.name, *flatten(spec, extras))
+        if is_sharded(q):
+            d_mask = _sharding().as_given(d_mask, given.attn_mask)
+            d_sinks = _sharding().as_given(d_sinks, given.sinks)
         return (
             dq,
             dk,
@@ -75,6 +90,13 @@ class Entrance:
             d_mask if wants_d_mask else None,
             d_sinks if extras.sinks is not None else None,
         )
+
+
+def _sharding() -> Any:
+    """The module of DTensor's rules, which loads DTensor's own."""
+    from flashlayer.backends import sharding
+
+    return sharding
 
 
 # All that an op takes besides its tensors: the one place where the schema spells out an option.

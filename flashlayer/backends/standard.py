@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashlayer import philox
-from flashlayer.spec import AttentionExtras, AttentionSpec, Problem
+from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, is_sharded
 
 name = "standard"
 backward = None  # PyTorch's autograd differentiates `forward`
@@ -30,7 +30,9 @@ class Pairs(NamedTuple):
 
 
 def refuses(problem: Problem) -> str | None:
-    """None: the formula covers every call."""
+    """A reason for sharded tensors; the formula covers every other call."""
+    if is_sharded(problem.query):
+        return "its operations mix positions, which are plain tensors, with DTensors"
     return None
 
 
