@@ -28,7 +28,9 @@ ALLOWED = {
         "triton",
     },
     "backends/aten": {"backends/aten", "masks", "spec", "online_softmax", "torch"},
+    "_ops": {"torch"},
     "backends/ops": {
+        "_ops",
         "backends/aten",
         "backends/sharding",
         "backends/tiled",
@@ -36,6 +38,7 @@ ALLOWED = {
         "spec",
         "torch",
     },
+    "backends/sharding": {"_ops", "spec", "torch"},
     "backends/*": {"masks", "spec", "online_softmax", "philox", "torch"},
     "backends/__init__": {
         "backends/aten",
@@ -87,6 +90,7 @@ ALLOWED = {
         "einops",
     },
     "integrations": {
+        "_ops",
         "backends",
         "functional",
         "integrations",
@@ -113,6 +117,7 @@ PACKAGES: dict[str, set[str]] = {
     "train": {"flashlayer"},
     "benchmarks": {"flashlayer", "train"},
     "docs": {"flashlayer"},
+    "hub": {"flashlayer"},
 }
 
 # Of train's rooms: how runs are run knows nothing of the proof or the command line. In front is

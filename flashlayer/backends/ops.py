@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from flashlayer._ops import add_op_namespace_prefix, ops
 from flashlayer.backends import aten, tiled, triton
 from flashlayer.spec import (
     AttentionExtras,
@@ -133,7 +134,7 @@ def unflatten(*flat: Any) -> tuple[AttentionSpec, AttentionExtras]:
 
 
 @torch.library.custom_op(
-    "flashlayer::forward",
+    add_op_namespace_prefix("forward"),
     mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
 )
@@ -155,7 +156,7 @@ def _forward_fake(
 
 
 @torch.library.custom_op(
-    "flashlayer::backward",
+    add_op_namespace_prefix("backward"),
     mutates_args=(),
     schema=(
         "(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
@@ -261,8 +262,8 @@ def _register_flop_formulas() -> dict[Any, Any]:
         return count(q, k, v, 3, 2)
 
     formulas = {
-        torch.ops.flashlayer.forward: forward_flops,
-        torch.ops.flashlayer.backward: backward_flops,
+        ops.forward: forward_flops,
+        ops.backward: backward_flops,
     }
     for op, formula in formulas.items():
         register_flop_formula(op)(formula)

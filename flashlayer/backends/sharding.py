@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
+from flashlayer._ops import ops
 from flashlayer.spec import AttentionExtras
 
 _BATCH, _HEADS, _SEQUENCE = 0, 1, 2
@@ -90,8 +91,8 @@ def as_given(grad: Tensor, x: Tensor | None) -> Tensor:
 @torch.compiler.assume_constant_result  # Dynamo calls it and does not trace it
 def _register() -> None:
     """Tell DTensor the rule of both ops."""
-    register_sharding(torch.ops.flashlayer.forward.default)(_forward_rule)
-    register_sharding(torch.ops.flashlayer.backward.default)(_backward_rule)
+    register_sharding(ops.forward.default)(_forward_rule)
+    register_sharding(ops.backward.default)(_backward_rule)
 
 
 class _Way(NamedTuple):

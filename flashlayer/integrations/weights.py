@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from flashlayer._ops import add_op_namespace_prefix
 from flashlayer.functional import dropout_keep_mask
 from flashlayer.problem import has_autocast
 from flashlayer.spec import is_observed
@@ -110,7 +111,7 @@ def _row_blocks(q: Tensor, k: Tensor) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, max(rows, 1), size)]
 
 
-@torch.library.custom_op("flashlayer::attention_weights", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("attention_weights"), mutates_args=())
 def _weights_op(
     q: Tensor,
     k: Tensor,
@@ -131,7 +132,7 @@ def _(q: Tensor, k: Tensor, lse: Tensor, mask: Any, seed: Any, average: bool, *r
     return q.new_empty(*leading, q.shape[2], k.shape[2])
 
 
-@torch.library.custom_op("flashlayer::attention_weights_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("attention_weights_backward"), mutates_args=())
 def _weights_backward_op(
     do: Tensor,
     q: Tensor,

@@ -46,8 +46,7 @@ def install() -> None:
 
     Names that were imported from an installed flash_attn before are not replaced.
     """
-    own_name = "flashlayer.integrations.flash_attn"
-    sys.modules["flash_attn"] = importlib.import_module(own_name)
+    sys.modules["flash_attn"] = sys.modules[__name__]
     for submodule in ("flash_attn_interface", "bert_padding", "layers", "layers.rotary"):
-        module = importlib.import_module(f"{own_name}.{submodule}")
+        module = importlib.import_module(f"{__name__}.{submodule}")
         sys.modules[f"flash_attn.{submodule}"] = module
