@@ -3,6 +3,7 @@
 #   make test     every test that needs no GPU
 #   make docs     the site, in build/docs/index.html
 #   make notebooks   run the chapter's notebooks and write what comes out into them
+#   make hub      the kernel repository for the Hugging Face hub, in build/hub
 #   make lint     ruff and pyright
 #   make bench    attention and a training step against their peers on this CPU, and the compile ledger for GPUs
 #   make gpu      on a CUDA GPU: kernels, speed, tiles, training proof, options, memory, tests; MINUTES=13 OUT=folder
@@ -15,7 +16,7 @@ RUN := $(VENV)/bin/python
 # Waiting OpenMP threads sleep instead of spinning: several times faster where other processes want the cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test docs notebooks lint bench gpu clean
+.PHONY: demo test docs notebooks hub lint bench gpu clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m train parity --config configs/parity_cpu.yaml
@@ -28,6 +29,9 @@ docs: $(VENV)/.docs
 
 notebooks: $(VENV)/.docs
 	$(RUN) docs/notebooks.py
+
+hub: $(VENV)/.installed
+	$(RUN) -m hub.build build/hub
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
