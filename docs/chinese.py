@@ -21,7 +21,10 @@ TRANSLATIONS = sorted((DOCS / "zh").glob("*" + SUFFIX))
 # Pages written in Chinese as a whole, and what they render; their keys are hashes of whole files.
 PAGES = {
     "zh/index.md": ["chapter/index.md"],
-    "zh/exercises.md": ["exercises/README.md", *(f"exercises/exercise_{n}.py" for n in range(1, 7))],
+    "zh/exercises.md": [
+        "exercises/README.md",
+        *(f"exercises/exercise_{n}.py" for n in range(1, 7)),
+    ],
 }
 CELL = re.compile(r"^<!-- (?:(\S+) )?([0-9a-f]{8}) -->\n", re.MULTILINE)
 
@@ -42,7 +45,12 @@ def english_notebook(text: str) -> Path:
 def translations(text: str) -> dict[str, str]:
     """The Chinese cells of a translation file by their keys."""
     pieces = CELL.split(text)[1:]
-    return {pieces[i + 1]: pieces[i + 2].strip() for i in range(0, len(pieces), 3)}
+    found: dict[str, str] = {}
+    for cell_key, translation in zip(pieces[1::3], pieces[2::3], strict=True):
+        if cell_key in found:
+            raise ValueError(f"the translation {cell_key} is there twice")
+        found[cell_key] = translation.strip()
+    return found
 
 
 def read(text: str) -> NotebookNode:

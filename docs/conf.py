@@ -3,6 +3,7 @@
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 from docutils import nodes
 from latex2mathml.converter import convert
@@ -16,6 +17,7 @@ from sphinx.util.math import get_node_equation_number
 from sphinx.writers.html5 import HTML5Translator
 
 import flashlayer
+from docs import chinese
 
 ROOT = Path(__file__).parent.parent
 logger = logging.getLogger(__name__)
@@ -47,6 +49,10 @@ INCLUDED = {
     "benchmarks/results/cpu-2-cores/training.md": "benchmarks/training",
     "tests/ptx/README.md": "benchmarks/emulator",
 }
+
+# A translation is read as a notebook; its suffix is tried before .md, which MyST-NB adds.
+source_suffix = {chinese.SUFFIX: "myst-nb", ".rst": "restructuredtext"}
+nb_custom_formats = {chinese.SUFFIX: "docs.chinese.read"}
 
 # Show the committed outputs; tests/docs/test_notebooks.py compares them with a run.
 nb_execution_mode = "off"
@@ -165,8 +171,39 @@ def find_listing(
     )
 
 
+class LanguageLink(SphinxTransform):
+    """Links each page of the chapter to the same page in the other language, below its title."""
+
+    default_priority = 200
+
+    def apply(self) -> None:
+        """Add the link to one document."""
+        page = self.env.docname
+        twin = chinese.twin(page)
+        if twin is None:
+            return
+        if page.startswith("zh/") and twin.startswith("chapter/"):
+            self.env.note_dependency(self.env.doc2path(twin))  # code and outputs are from there
+        words = "English" if page.startswith("zh/") else "中文版"
+        target = {"refdomain": "std", "reftype": "doc", "reftarget": "/" + twin}
+        target |= {"refdoc": page, "refexplicit": True, "refwarn": True}
+        link = addnodes.pending_xref("", nodes.inline(words, words), **target)
+        title = next(iter(self.document.findall(nodes.title)))
+        title.parent.insert(1, nodes.paragraph("", "", link, classes=["language"]))
+
+
+def set_language(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Mark the Chinese pages as Chinese, for screen readers and the choice of fonts."""
+    if page.startswith("zh/"):
+        context["language"] = "zh-CN"
+
+
 def setup(app: Sphinx) -> None:
     """Register with Sphinx."""
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
     app.add_transform(LinksIntoTheRepository)
+    app.add_transform(LanguageLink)
+    app.connect("html-page-context", set_language)
     app.connect("missing-reference", find_listing)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from docs.notebooks import NOTEBOOKS
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -51,3 +53,34 @@ def test_primes_are_not_raised_twice(site: Path) -> None:
     page = (site / "chapter" / "2_online_softmax.html").read_text(encoding="utf-8")
     assert "&#x02032;</mo>" in page
     assert "&#x02032;</mi>" not in page
+
+
+PAGES = [f"{path.stem}.html" for path in NOTEBOOKS] + ["index.html", "exercises.html"]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_page_of_the_chapter_leads_to_the_other_language(site: Path, name: str) -> None:
+    english = "exercises/README.html" if name == "exercises.html" else f"chapter/{name}"
+    chinese = f"zh/{name}"
+    for page, other, words in ((english, chinese, "中文版"), (chinese, english, "English")):
+        text = (site / page).read_text(encoding="utf-8")
+        link = f'<p class="language"><a class="reference internal" href="../{other}">'
+        assert re.search(re.escape(link) + f"<span[^>]*>{words}<", text), page
+        assert f'lang="{"zh-CN" if page.startswith("zh/") else "en"}"' in text
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_no_markup_is_left_in_the_chinese_text(site: Path, name: str) -> None:
+    """Between Chinese letters and punctuation, Markdown's ** may open or close nothing."""
+    page = (site / "zh" / name).read_text(encoding="utf-8")
+    article = page.split("<article")[1].split("</article>")[0]
+    text = re.sub(r"<(pre|math|code).*?</\1>", "", article, flags=re.DOTALL)
+    assert not re.search(r"\*|\$|`", text)
+
+
+def test_a_chinese_notebook_has_the_english_outputs(site: Path) -> None:
+    pages = [(site / folder / "1_softmax.html").read_text("utf-8") for folder in ("chapter", "zh")]
+    code = r'<div class="(?:cell_input|cell_output).*?<pre>(.*?)</pre>'
+    english, translated = (re.findall(code, page, re.DOTALL) for page in pages)
+    assert len(english) > 15
+    assert translated == english
