@@ -237,7 +237,8 @@ def describe(launch: Launch, target: str, head_dim: int) -> dict[str, Any]:
         "shared_limit": chips.SHARED_LIMIT[target],
     }
     nothing = dict.fromkeys(
-        ("blocks_per_sm", "limited_by", "instructions", "loop", "products", "peak_share")
+        ("blocks_per_sm", "limited_by", "instructions", "loop", "per_score", "products")
+        + ("peak_share",)
     )
     if target not in chips.CHIPS:
         text = compiled.asm["amdgcn"]
@@ -278,6 +279,9 @@ def describe(launch: Launch, target: str, head_dim: int) -> dict[str, Any]:
     done = sum(macs.values()) or fp32.multiply_adds * chips.WARP * metadata.num_warps
     useful = 1.0
     if row["BLOCK_N"]:
+        each = chips.WARP * metadata.num_warps / (row["BLOCK_M"] * row["BLOCK_N"])
+        work = machine_code.count_work(loop).items()
+        row["per_score"] = {name: round(count * each, 3) for name, count in work}
         row["products"] = round(done / (row["BLOCK_M"] * row["BLOCK_N"] * head_dim), 3)
         useful = min(1.0, PRODUCTS.get(row["kernel"], row["products"]) / row["products"])
     share = chips.peak_share(target, metadata.num_warps, row["loop"], macs, fp32)

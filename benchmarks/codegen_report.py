@@ -24,6 +24,12 @@ Written by `python -m benchmarks codegen`; nothing here was run on a GPU.
   published rates
   ([chips.py](../chips.py)), not a forecast: memory, latency and barriers are left out. In fp32 the
   peak is that of FFMA.
+- **instructions per score**, at the end: those of the hot loop times threads over
+  `BLOCK_M * BLOCK_N`, by what they do. **softmax** is all but integer (addresses, counters), matrix,
+  memory and control; **least** is what the mathematics needs of it, one instruction a score each:
+  exp2, fma (`scale * s - m`), then forward: max, add (the denominator), 1/2 convert (a pair packed)
+  and the accumulator's mul, `D / BLOCK_N`; dK/dV: add and mul (`p * (dp - delta)`), 1 convert (p
+  and ds); dQ: the same with 1/2. On sm_100 a mul or add may be on two scores.
 - `!` marks what no default tile may do with every option off: spill, have its wgmma serialized, or
   ask for more shared memory than there is.
 """
@@ -77,6 +83,46 @@ COLUMNS = (
 )
 
 
+# Kinds of instructions that a loop could do without but for the mathematics of the softmax.
+SOFTMAX = ("exp2", "fma", "mul", "add", "max", "convert", "select", "shuffle")
+
+
+def _least(row: dict[str, Any]) -> float:
+    """The least of SOFTMAX that the mathematics needs of a score, as HOW_TO_READ says."""
+    if row["kernel"] == "forward_kernel":
+        return 4.5 + row["head_dim"] / row["BLOCK_N"]
+    return {"dkdv_kernel": 5.0, "dq_kernel": 4.5}[row["kernel"]]
+
+
+def per_score(rows: list[dict[str, Any]]) -> str:
+    """Instructions per score of the loops with every option off, in half precision at 64 and 128."""
+    shown = [
+        row
+        for row in rows
+        if row.get("per_score")
+        and (row["options"], row["group"]) == ("none", 1)
+        and row["head_dim"] in (64, 128)
+        and row["dtype"] in ("bf16", "fp16")
+    ]
+    if not shown:
+        return ""
+    lines = [
+        [
+            row["target"],
+            *_cells(row)[:2],
+            row["kernel"].removesuffix("_kernel"),
+            _tile(row),
+            *(f"{count:.2f}" for count in row["per_score"].values()),
+            f"{sum(row['per_score'][kind] for kind in SOFTMAX):.2f}",
+            f"{_least(row):.2f}",
+            f"{sum(row['per_score'].values()):.2f}",
+        ]
+        for row in shown
+    ]
+    columns = ("target", "D", "mask", "kernel", "tile", *shown[0]["per_score"])
+    return f"## Instructions per score\n\n{table((*columns, 'softmax', 'least', 'all'), lines)}"
+
+
 def table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
@@ -90,4 +136,5 @@ def markdown(versions: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     shown = [row for row in rows if row["kernel"] != "delta_kernel"]
     for (target, dtype), group in groupby(shown, lambda row: (row["target"], row["dtype"])):
         page.append(f"## {target}, {dtype}\n\n{table(COLUMNS, [_cells(row) for row in group])}")
-    return "\n".join(page)
+    page.append(per_score(shown))
+    return "\n".join(part for part in page if part)

@@ -28,6 +28,22 @@ CONTROL = re.compile(
     r"|ACQBULK|PREEXIT|CGAERRBAR|ENDCOLLECTIVE|U[A-Z0-9]+|R2UR)$"
 )
 CLASSES = ("mma", "mufu", "fma", "alu", "memory", "control")
+# What the instructions of a loop do, finer than the pipes of CLASSES; the rest is integer: addresses
+# and counters. An instruction on two packed numbers (FFMA2) counts once.
+WORK = {
+    "exp2": r"MUFU$",
+    "fma": r"(FFMA2?|HFMA2|DFMA)$",
+    "mul": r"(FMUL2?|HMUL2|DMUL)$",
+    "add": r"(FADD2?|HADD2|DADD)$",
+    "max": r"[FD]MNMX3?$",
+    "convert": r"(F2FP?|F2I|I2FP?|I2F|F2IP|PRMT)$",
+    "select": r"(F?SEL|[FID]SETP|PLOP3|[PR]2[RP]|DSETP)$",
+    "shuffle": r"(SHFL|MOVM|REDUX)$",
+    "integer": r"",
+    "matrix": MMA.pattern,
+    "memory": MEMORY.pattern,
+    "control": CONTROL.pattern,
+}
 
 _LINE = re.compile(
     r"^\s*/\*(?P<address>[0-9a-f]+)\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<opcode>[A-Z]\w*)"
@@ -97,6 +113,16 @@ def count_classes(instructions: list[Instruction]) -> dict[str, int]:
     """Instructions of each class."""
     counts = Counter(map(classify, instructions))
     return {name: counts[name] for name in CLASSES}
+
+
+def count_work(instructions: list[Instruction]) -> dict[str, int]:
+    """Instructions of each kind of :data:`WORK`."""
+    kinds = [(name, re.compile(pattern)) for name, pattern in WORK.items() if pattern]
+    counts = Counter(
+        next((name for name, pattern in kinds if pattern.match(x.opcode)), "integer")
+        for x in instructions
+    )
+    return {name: counts[name] for name in WORK}
 
 
 def tensor_core_kinds(instructions: list[Instruction]) -> dict[str, int]:

@@ -4,8 +4,10 @@ import pytest
 
 from benchmarks import chips
 from benchmarks.machine_code import (
+    WORK,
     Fp32Work,
     count_classes,
+    count_work,
     fp32_work,
     hot_loop,
     multiply_adds,
@@ -69,6 +71,28 @@ def test_the_hot_loop_is_the_one_without_a_mask() -> None:
     assert tensor_core_kinds(code.instructions) == {"wgmma": 2}
     # Two groups of four warps, 64 x 64 x 16 each.
     assert multiply_adds(loop, 8, 0) == {"half": 2 * 64 * 64 * 16}
+
+
+def test_what_the_instructions_of_a_loop_do() -> None:
+    """Every kind once, two packed numbers as one instruction."""
+    kinds = {
+        "exp2": "MUFU.EX2 R5, R5",
+        "fma": "FFMA2 R4, R6, R8, R10",
+        "mul": "FMUL R5, R6, R7",
+        "add": "FADD R5, R6, R7",
+        "max": "FMNMX3 R5, R6, R7, R8, !PT",
+        "convert": "F2FP.BF16.F32.PACK_AB R5, R6, R7",
+        "select": "FSETP.NEU.AND P0, PT, R5, -INF , PT",
+        "shuffle": "SHFL.BFLY PT, R5, R6, 0x1, 0x1f",
+        "integer": "IMAD.WIDE R4, R6, 0x2, R8",
+        "matrix": "HMMA.16816.F32.BF16 R4, R8, R12, R4",
+        "memory": "LDGSTS.E.BYPASS.128 [R5], [R6.64]",
+        "control": "BAR.SYNC.DEFER_BLOCKING 0x0",
+    }
+    assert tuple(kinds) == tuple(WORK)
+    for kind, line in kinds.items():
+        expected = dict.fromkeys(WORK, 0) | {kind: 1}
+        assert count_work(parse(listing(line)).instructions) == expected, line
 
 
 def test_without_tensor_cores_the_product_is_ffma() -> None:
