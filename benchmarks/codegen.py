@@ -236,10 +236,8 @@ def describe(launch: Launch, target: str, head_dim: int) -> dict[str, Any]:
         "shared_bytes": metadata.shared,
         "shared_limit": chips.SHARED_LIMIT[target],
     }
-    nothing = dict.fromkeys(
-        ("blocks_per_sm", "limited_by", "instructions", "loop", "per_score", "products")
-        + ("peak_share",)
-    )
+    unread = "blocks_per_sm limited_by instructions loop per_score products peak_share"
+    nothing = dict.fromkeys(unread.split())
     if target not in chips.CHIPS:
         text = compiled.asm["amdgcn"]
         mfma = len(re.findall(r"^\s*v_mfma", text, flags=re.MULTILINE))

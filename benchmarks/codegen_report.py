@@ -25,8 +25,8 @@ Written by `python -m benchmarks codegen`; nothing here was run on a GPU.
   ([chips.py](../chips.py)), not a forecast: memory, latency and barriers are left out. In fp32 the
   peak is that of FFMA.
 - **instructions per score**, at the end: those of the hot loop times threads over
-  `BLOCK_M * BLOCK_N`, by what they do. **softmax** is all but integer (addresses, counters), matrix,
-  memory and control; **least** is what the mathematics needs of it, one instruction a score each:
+  `BLOCK_M * BLOCK_N`, by what they do. **softmax** is all but integer (addresses, counters),
+  matrix, memory and control; **least** is what the mathematics needs of it, one instruction each:
   exp2, fma (`scale * s - m`), then forward: max, add (the denominator), 1/2 convert (a pair packed)
   and the accumulator's mul, `D / BLOCK_N`; dK/dV: add and mul (`p * (dp - delta)`), 1 convert (p
   and ds); dQ: the same with 1/2. On sm_100 a mul or add may be on two scores.
@@ -95,11 +95,11 @@ def _least(row: dict[str, Any]) -> float:
 
 
 def per_score(rows: list[dict[str, Any]]) -> str:
-    """Instructions per score of the loops with every option off, in half precision at 64 and 128."""
+    """Instructions per score of the loops with every option off, half precision, 64 and 128."""
     shown = [
         row
         for row in rows
-        if row.get("per_score")
+        if row["per_score"]
         and (row["options"], row["group"]) == ("none", 1)
         and row["head_dim"] in (64, 128)
         and row["dtype"] in ("bf16", "fp16")

@@ -28,8 +28,8 @@ CONTROL = re.compile(
     r"|ACQBULK|PREEXIT|CGAERRBAR|ENDCOLLECTIVE|U[A-Z0-9]+|R2UR)$"
 )
 CLASSES = ("mma", "mufu", "fma", "alu", "memory", "control")
-# What the instructions of a loop do, finer than the pipes of CLASSES; the rest is integer: addresses
-# and counters. An instruction on two packed numbers (FFMA2) counts once.
+# What the instructions of a loop do, finer than the pipes of CLASSES; the rest is integer, that is
+# addresses and counters. An instruction on two packed numbers (FFMA2) counts once.
 WORK = {
     "exp2": r"MUFU$",
     "fma": r"(FFMA2?|HFMA2|DFMA)$",
