@@ -100,9 +100,13 @@ class Extras(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """What the backward kernels read of every query: ``(B, heads, S)``, contiguous."""
+    """What the backward kernels read of every query: ``(B, heads, S)``, contiguous.
 
-    lse_ptr: Any
+    The delta kernel writes both. ``shift`` is the LSE as it is subtracted from scores: in their
+    unit (``Flags.BASE_2``), and +inf in a row without a visible key, so that p = exp(s - inf) = 0.
+    """
+
+    shift_ptr: Any
     delta_ptr: Any
 
 
@@ -112,21 +116,28 @@ class Flags(NamedTuple):
     Attributes:
         INPUT_PRECISION: of fp32 products: ``"ieee"`` or ``"tf32"``.
         SOFTCAP: whether there is a softcap.
+        BASE_2: whether scores are exponents of 2 and not of e: log2(e) multiplied into the scale
+            once, instead of into every difference. So in half precision, but not with a float
+            mask, whose ``finfo.min`` would overflow.
         INTERVALS: intervals a key of an interval mask, 1 or 2; 0 without one.
         SCALE_SIGN: 1, -1 or 0; in the forward kernel the factor ``scale`` itself is positive.
         GROUP: query heads for each kv head; in dK/dV only.
         INTERVAL_HEADS: of them those whose interval masks differ, GROUP or 1; in dK/dV only.
         EDGE_STAGES: tiles in flight in the edge ranges, None for the launch's ``num_stages``.
+        ROW_SUMS: terms of a row's denominator that the forward kernel adds at the end, see
+            ``by_thread``: 4 where accumulators are those of mma or wgmma, else 1.
         ROW_COPIES: see ``load_rows`` of the backward kernels.
     """
 
     INPUT_PRECISION: str
     SOFTCAP: bool
+    BASE_2: bool
     INTERVALS: int
     SCALE_SIGN: int = 1
     GROUP: int = 1
     INTERVAL_HEADS: int = 1
     EDGE_STAGES: int | None = None
+    ROW_SUMS: int = 1
     ROW_COPIES: int = 1
 
 

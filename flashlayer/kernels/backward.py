@@ -35,8 +35,10 @@ from flashlayer.kernels.intervals import (
     visible_pairs,
 )
 from flashlayer.kernels.primitives import (
+    LOG2E,
     dot_into,
     dot_rows,
+    in_exponent,
     keep_factor,
     key_bounds,
     key_tile_ranges,
@@ -80,25 +82,17 @@ def load_rows(ptr, rows, valid, other, COPIES: tl.constexpr):
 
 
 @triton.jit
-def load_lse(ptr, rows, valid, COPIES: tl.constexpr):
-    """The LSE of some rows, with +inf for -inf and for rows not valid: p = exp(s - inf) = 0.
-
-    A row without a visible key has an LSE of -inf.
-    """
-    lse = load_rows(ptr, rows, valid, float("inf"), COPIES)
-    return tl.where(lse == float("-inf"), float("inf"), lse)
-
-
-@triton.jit
-def probabilities(scores, scale, softcap, slope, bias, distance, visible, lse):
+def probabilities(
+    scores, scale, softcap, slope, bias, distance, visible, shift, BASE_2: tl.constexpr
+):
     """``p = exp(s - lse)`` of a tile from its raw scores, and the softcap's tanh.
 
-    Either orientation: ``distance`` and ``lse`` broadcast to the tile. ``visible`` is a tile where
-    an edge of the window crosses it, else None.
+    Either orientation: ``distance`` and the LSE's ``shift`` broadcast to the tile. ``visible`` is a
+    tile where an edge of the window crosses it, else None.
     """
     x, tanh_score = modify_scores(scores, scale, softcap, slope, bias, distance)
     MODIFIED: tl.constexpr = softcap is not None or slope is not None or bias is not None
-    exponent = log2_ratio(x, lse, scale, MODIFIED)
+    exponent = log2_ratio(x, shift, scale, MODIFIED, BASE_2)
     if visible is not None:
         exponent = tl.where(visible, exponent, float("-inf"))
     return tl.exp2(exponent), tanh_score
@@ -133,10 +127,21 @@ def softcap_grad(tanh_score):
 
 
 @triton.jit(do_not_specialize=CHANGING)
-def delta_kernel(o, do, dlse_ptr, delta_ptr, heads, seqlen_q, BLOCK_M: tl.constexpr):
-    """``delta = rowsum(o * do) - dlse``, one block of queries of one head per program.
+def delta_kernel(
+    o,
+    do,
+    lse_ptr,
+    dlse_ptr,
+    statistics,
+    heads,
+    seqlen_q,
+    BLOCK_M: tl.constexpr,
+    BASE_2: tl.constexpr,
+):
+    """``delta = rowsum(o * do) - dlse`` and the LSE's shift: a block of queries of one head each.
 
-    ``o``, ``do`` :class:`Strided`; dlse (or None) and delta ``(B, heads, seqlen_q)`` contiguous.
+    ``o``, ``do`` :class:`Strided`; lse, dlse (or None) ``(B, heads, seqlen_q)``, contiguous, as
+    ``statistics``, a :class:`RowStatistics`.
     """
     block, head, batch = program_coordinates(tl.cdiv(seqlen_q, BLOCK_M), heads)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -146,14 +151,18 @@ def delta_kernel(o, do, dlse_ptr, delta_ptr, heads, seqlen_q, BLOCK_M: tl.conste
     do_ptr = row_pointer(do, at)
     o_tile = load_tiles(o_ptr, o, rows, valid)  # [BLOCK_M, value_dim]
     do_tile = load_tiles(do_ptr, do, rows, valid)  # [BLOCK_M, value_dim]
-    ACC_DTYPE: tl.constexpr = delta_ptr.dtype.element_ty
+    ACC_DTYPE: tl.constexpr = lse_ptr.dtype.element_ty
     delta = tl.zeros((BLOCK_M,), ACC_DTYPE)
     for d in tl.static_range(len(o_tile)):
         delta += tl.sum(o_tile[d].to(ACC_DTYPE) * do_tile[d].to(ACC_DTYPE), 1)
     row = row_index(heads, seqlen_q, at)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + row + rows, mask=valid, other=0.0)
-    tl.store(delta_ptr + row + rows, delta, mask=valid)
+    tl.store(statistics.delta_ptr + row + rows, delta, mask=valid)
+    lse = tl.load(lse_ptr + row + rows, mask=valid, other=0.0)
+    shift = lse * LOG2E if BASE_2 else lse
+    shift = tl.where(lse == float("-inf"), float("inf"), shift)
+    tl.store(statistics.shift_ptr + row + rows, shift, mask=valid)
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -197,11 +206,12 @@ def dkdv_kernel(
     window = Window(window_left, window_right, query_offset(offset, q_length, k_length))
     exchanged = Window(window_right, window_left, -window.offset)  # a key's: constant in the loop
     dropout = Dropout(extras.seed_ptr, threshold, keep_scale)
-    ACC_DTYPE: tl.constexpr = statistics.lse_ptr.dtype.element_ty
+    ACC_DTYPE: tl.constexpr = statistics.delta_ptr.dtype.element_ty
     INPUT_PRECISION: tl.constexpr = FLAGS.INPUT_PRECISION
     heads = kv_heads * FLAGS.GROUP
+    score_scale = in_exponent(scale, ACC_DTYPE, FLAGS.BASE_2)
     scale = tl.full((), scale, ACC_DTYPE)
-    softcap = tl.full((), softcap, ACC_DTYPE) if FLAGS.SOFTCAP else None
+    softcap = in_exponent(softcap, ACC_DTYPE, FLAGS.BASE_2) if FLAGS.SOFTCAP else None
 
     k_at = (entry, kv_head, k_begin)
     k_ptr = row_pointer(k, k_at)
@@ -223,6 +233,13 @@ def dkdv_kernel(
     k_tile = load_tiles(k_ptr, k, columns, visible_keys)  # [BLOCK_N, head_dim]
     v_tile = load_tiles(v_ptr, v, columns, visible_keys)  # [BLOCK_N, value_dim]
 
+    # Rows past a range are zeros in q and do and add nothing, whatever p is: their shift may be 0,
+    # which a pipelined load fills in by itself. But p may be inf with ALiBi, and a descriptor loads
+    # what follows the range.
+    DESCRIBED: tl.constexpr = q_descriptor is not None or do_descriptor is not None
+    FOLLOWED: tl.constexpr = window_left is not None or COUNT != 0
+    ZERO: tl.constexpr = extras.slopes is None and not (DESCRIBED and FOLLOWED)
+    MISSING: tl.constexpr = 0.0 if ZERO else float("inf")
     dk_acc = zero_tiles(BLOCK_N, k.columns, ACC_DTYPE)
     dv_acc = zero_tiles(BLOCK_N, v.columns, ACC_DTYPE)
     ranges = query_tile_ranges(query_bounds(k_start, k_stop, window, q_length))
@@ -249,18 +266,27 @@ def dkdv_kernel(
                     )
                 MASKED: tl.constexpr = RANGE != FULL or len(spans) != 0
                 visible = visible_pairs(j, i, exchanged, q_length, pairs, 0) if MASKED else None
-                slope = load_slope(extras.slopes, batch, head, heads, ACC_DTYPE)
+                slope = load_slope(extras.slopes, batch, head, heads, ACC_DTYPE, FLAGS.BASE_2)
                 mask_ptr = mask_pointer(extras.mask, batch, head)
                 bias = load_bias(mask_ptr, extras.mask, i, j, valid[None, :], k_length, ACC_DTYPE)
                 kept = keep_factor(dropout, batch, head, i, j, ACC_DTYPE)
                 row = row_index(heads, seqlen_q, q_at)
                 q_ptr = row_pointer(q, q_at)
                 q_tile = load_stream(q_ptr, q, q_descriptor, q_at, q_start, rows, valid, RANGE)
-                lse = load_lse(statistics.lse_ptr + row, rows, valid, FLAGS.ROW_COPIES)
+                shift_ptr = statistics.shift_ptr + row
+                shift = load_rows(shift_ptr, rows, valid, MISSING, FLAGS.ROW_COPIES)
                 scores = dot_rows(k_tile, q_tile, INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]
                 distance = i + window.offset - j
                 p, tanh_score = probabilities(
-                    scores, scale, softcap, slope, bias, distance, visible, lse[None, :]
+                    scores,
+                    score_scale,
+                    softcap,
+                    slope,
+                    bias,
+                    distance,
+                    visible,
+                    shift[None, :],
+                    FLAGS.BASE_2,
                 )
                 do_ptr = row_pointer(do, q_at)
                 do_tile = load_stream(do_ptr, do, do_descriptor, q_at, q_start, rows, valid, RANGE)
@@ -273,9 +299,11 @@ def dkdv_kernel(
                     ds *= softcap_grad(tanh_score)
                 dk_acc = dot_into(dk_acc, ds.to(q_tile[0].dtype), q_tile, INPUT_PRECISION)
 
-    exist = columns < k_length
-    store_tiles(row_pointer(dk, k_at), dk, columns, exist, scaled(dk_acc, scale))
-    store_tiles(row_pointer(dv, k_at), dv, columns, exist, dv_acc)
+    keys = tl.arange(0, BLOCK_N)
+    exist = keys < k_length - k_start
+    stored_at = (entry, kv_head, k_begin + k_start)
+    store_tiles(row_pointer(dk, stored_at), dk, keys, exist, scaled(dk_acc, scale))
+    store_tiles(row_pointer(dv, stored_at), dv, keys, exist, dv_acc)
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -314,10 +342,11 @@ def dq_kernel(
     entry, q_begin, k_begin, q_length, k_length = place
     window = Window(window_left, window_right, query_offset(offset, q_length, k_length))
     dropout = Dropout(extras.seed_ptr, threshold, keep_scale)
-    ACC_DTYPE: tl.constexpr = statistics.lse_ptr.dtype.element_ty
+    ACC_DTYPE: tl.constexpr = statistics.delta_ptr.dtype.element_ty
     INPUT_PRECISION: tl.constexpr = FLAGS.INPUT_PRECISION
+    score_scale = in_exponent(scale, ACC_DTYPE, FLAGS.BASE_2)
     scale = tl.full((), scale, ACC_DTYPE)
-    softcap = tl.full((), softcap, ACC_DTYPE) if FLAGS.SOFTCAP else None
+    softcap = in_exponent(softcap, ACC_DTYPE, FLAGS.BASE_2) if FLAGS.SOFTCAP else None
 
     q_at = (entry, head, q_begin)
     q_ptr = row_pointer(q, q_at)
@@ -325,9 +354,8 @@ def dq_kernel(
     k_ptr = row_pointer(k, k_at)
     v_ptr = row_pointer(v, k_at)
     do_ptr = row_pointer(do, q_at)
-    dq_ptr = row_pointer(dq, q_at)
     row = row_index(heads, seqlen_q, q_at)
-    slope = load_slope(extras.slopes, batch, head, heads, ACC_DTYPE)
+    slope = load_slope(extras.slopes, batch, head, heads, ACC_DTYPE, FLAGS.BASE_2)
     mask_ptr = mask_pointer(extras.mask, batch, head)
 
     q_start = block * BLOCK_M
@@ -336,7 +364,7 @@ def dq_kernel(
     valid = rows < q_length
     q_tile = load_tiles(q_ptr, q, rows, valid)  # [BLOCK_M, head_dim]
     do_tile = load_tiles(do_ptr, do, rows, valid)  # [BLOCK_M, value_dim]
-    lse = load_lse(statistics.lse_ptr + row, rows, valid, 1)  # [BLOCK_M]
+    shift = load_rows(statistics.shift_ptr + row, rows, valid, 0.0, 1)  # [BLOCK_M]
     delta = load_rows(statistics.delta_ptr + row, rows, valid, 0.0, 1)  # [BLOCK_M]
 
     dq_acc = zero_tiles(BLOCK_M, q.columns, ACC_DTYPE)
@@ -371,7 +399,15 @@ def dq_kernel(
                 scores = dot_rows(q_tile, k_tile, INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
                 distance = i + window.offset - j
                 p, tanh_score = probabilities(
-                    scores, scale, softcap, slope, bias, distance, visible, lse[:, None]
+                    scores,
+                    score_scale,
+                    softcap,
+                    slope,
+                    bias,
+                    distance,
+                    visible,
+                    shift[:, None],
+                    FLAGS.BASE_2,
                 )
                 v_tile = load_stream(v_ptr, v, v_descriptor, k_at, k_start, columns, keys, RANGE)
                 dp = dot_rows(do_tile, v_tile, INPUT_PRECISION)
@@ -380,4 +416,6 @@ def dq_kernel(
                     ds *= softcap_grad(tanh_score)
                 dq_acc = dot_into(dq_acc, ds.to(k_tile[0].dtype), k_tile, INPUT_PRECISION)
 
-    store_tiles(dq_ptr, dq, rows, valid, scaled(dq_acc, scale))
+    queries = tl.arange(0, BLOCK_M)
+    dq_ptr = row_pointer(dq, (entry, head, q_begin + q_start))
+    store_tiles(dq_ptr, dq, queries, queries < q_length - q_start, scaled(dq_acc, scale))

@@ -5,6 +5,8 @@ Milakov & Gimelshein, arXiv 1805.02867; Dao, "FlashAttention-2", arXiv 2307.0869
 An option that is off is None: Triton compiles its code away.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -27,10 +29,11 @@ from flashlayer.kernels.intervals import (
     visible_pairs,
 )
 from flashlayer.kernels.primitives import (
-    LOG2E,
+    LN2,
     divided,
     dot_into,
     dot_rows,
+    in_exponent,
     keep_factor,
     key_bounds,
     key_tile_ranges,
@@ -52,28 +55,76 @@ from flashlayer.kernels.primitives import (
 )
 
 
+@triton.constexpr_function
+def lowest(dtype: object) -> float:
+    """The least finite number of fp32 or fp64."""
+    return -math.ldexp(2 - 2.0**-52, 1023) if dtype == tl.float64 else math.ldexp(2.0**-23 - 2, 127)
+
+
+@triton.jit
+def by_thread(tile, ROW_SUMS: tl.constexpr):
+    """``[BLOCK_M, BLOCK_N]`` as ``[BLOCK_M, BLOCK_N // (2 * ROW_SUMS), ROW_SUMS, 2]``.
+
+    A row of an accumulator of mma or wgmma is spread over 4 threads: columns ``8 a + 2 b`` and
+    ``8 a + 2 b + 1`` are thread ``b``'s (PTX ISA, "Matrix Fragments"). With ``ROW_SUMS = 4`` sums
+    over dimensions 3 and 1 stay in a thread.
+    """
+    return tl.reshape(tile, (tile.shape[0], tile.shape[1] // (2 * ROW_SUMS), ROW_SUMS, 2))
+
+
+@triton.jit
+def row_sums(tile, ROW_SUMS: tl.constexpr):
+    """The sum of each row, or its ``[BLOCK_M, ROW_SUMS]`` terms of :func:`by_thread`."""
+    return tl.sum(tile, 1) if ROW_SUMS == 1 else tl.sum(tl.sum(by_thread(tile, ROW_SUMS), 3), 1)
+
+
+@triton.jit
+def spread(rows, tile, ROW_SUMS: tl.constexpr):
+    """One number a row, in the layout of :func:`row_sums` of ``tile``.
+
+    A maximum of equal numbers, which the compiler drops: a plain broadcast would be laid out
+    otherwise and moved between threads.
+    """
+    if ROW_SUMS != 1:
+        whole = tl.broadcast_to(rows[:, None], tile.shape)
+        rows = tl.max(tl.max(by_thread(whole, ROW_SUMS), 3), 1)
+    return rows
+
+
 @triton.jit
 def online_softmax_update(
-    m_i, l_i, acc, x, scale, v, kept, MODIFIED: tl.constexpr, INPUT_PRECISION: tl.constexpr
+    m_i,
+    l_i,
+    acc,
+    x,
+    scale,
+    v,
+    kept,
+    MODIFIED: tl.constexpr,
+    FLAGS: tl.constexpr,
 ):
     """Take one tile of keys into the state ``(m_i, l_i, acc)`` of a block of queries.
 
     The state of a row stands for the maximum ``m = max s`` of its scores, the denominator
     ``l = sum exp(s - m)`` and the numerator ``acc = sum exp(s - m) v`` over all keys so far; a
     larger maximum rescales what was summed before by ``exp(m_old - m_new)``. Exponentials are taken
-    in base 2. ``s = x`` where an option has ``MODIFIED`` the scores, else ``s = scale * x`` with
+    in base 2, of scores that ``FLAGS.BASE_2`` has made exponents of 2 already: then m is in that
+    unit. ``s = x`` where an option has ``MODIFIED`` the scores, else ``s = scale * x`` with
     ``scale > 0``, which is applied after the maximum. Dropout's ``kept`` weighs the values only.
+
+    ``m_i`` is never -inf: -inf - -inf is NaN. It starts at :func:`lowest`, and while a row has no
+    visible key p is ``exp(-inf - lowest) = 0``.
     """
+    BASE_2: tl.constexpr = FLAGS.BASE_2
+    ROW_SUMS: tl.constexpr = FLAGS.ROW_SUMS
     tile_max = tl.max(x, 1) if MODIFIED else tl.max(x, 1) * scale
     m_new = tl.maximum(m_i, tile_max)  # [BLOCK_M]
-    # Without a visible key so far the maximum is -inf, and -inf - -inf is NaN: subtract 0 instead.
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # [BLOCK_M]
-    rescale = tl.exp2((m_i - shift) * LOG2E)  # [BLOCK_M]
-    p = tl.exp2(log2_ratio(x, shift[:, None], scale, MODIFIED))  # [BLOCK_M, BLOCK_N]
-    l_i = l_i * rescale + tl.sum(p, 1)
+    rescale = tl.exp2(log2_ratio(m_i, m_new, scale, True, BASE_2))  # [BLOCK_M]
+    p = tl.exp2(log2_ratio(x, m_new[:, None], scale, MODIFIED, BASE_2))  # [BLOCK_M, BLOCK_N]
+    l_i = l_i * spread(rescale, p, ROW_SUMS) + row_sums(p, ROW_SUMS)
     if kept is not None:
         p = p * kept
-    acc = dot_into(scaled(acc, rescale[:, None]), p.to(v[0].dtype), v, INPUT_PRECISION)
+    acc = dot_into(scaled(acc, rescale[:, None]), p.to(v[0].dtype), v, FLAGS.INPUT_PRECISION)
     return m_new, l_i, acc
 
 
@@ -130,7 +181,6 @@ def forward_kernel(
     k_at = (entry, head // group, k_begin)
     k_ptr = row_pointer(k, k_at)
     v_ptr = row_pointer(v, k_at)
-    o_ptr = row_pointer(o, q_at)
     q_start = block * BLOCK_M
     q_stop = tl.minimum(q_start + BLOCK_M, q_length)
     rows = q_start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -138,18 +188,22 @@ def forward_kernel(
     q_tile = load_tiles(q_ptr, q, rows, valid)  # [BLOCK_M, head_dim]
     if FLAGS.SCALE_SIGN != 1:
         q_tile = scaled(q_tile, FLAGS.SCALE_SIGN)
-    scale = tl.full((), scale, ACC_DTYPE)
-    softcap = tl.full((), softcap, ACC_DTYPE) if FLAGS.SOFTCAP else None
-    slope = load_slope(extras.slopes, batch, head, heads, ACC_DTYPE)
+    scale = in_exponent(scale, ACC_DTYPE, FLAGS.BASE_2)
+    softcap = in_exponent(softcap, ACC_DTYPE, FLAGS.BASE_2) if FLAGS.SOFTCAP else None
+    slope = load_slope(extras.slopes, batch, head, heads, ACC_DTYPE, FLAGS.BASE_2)
     mask_ptr = mask_pointer(extras.mask, batch, head)
 
-    m_i = tl.full((BLOCK_M,), float("-inf"), ACC_DTYPE)
+    LOWEST: tl.constexpr = lowest(ACC_DTYPE)
+    m_i = tl.full((BLOCK_M,), LOWEST, ACC_DTYPE)
+    ROW_SUMS: tl.constexpr = FLAGS.ROW_SUMS
     l_i = tl.zeros((BLOCK_M,), ACC_DTYPE)
+    if ROW_SUMS != 1:
+        l_i = tl.zeros((BLOCK_M, ROW_SUMS), ACC_DTYPE)
     acc = zero_tiles(BLOCK_M, v.columns, ACC_DTYPE)
     if extras.sinks_ptr is not None:  # one more key: its score is the sink and its value 0
         sink = tl.load(extras.sinks_ptr + head).to(ACC_DTYPE)
-        m_i = tl.zeros((BLOCK_M,), ACC_DTYPE) + sink
-        l_i += tl.where(sink == float("-inf"), 0.0, 1.0)
+        m_i = tl.maximum(m_i, in_exponent(sink, ACC_DTYPE, FLAGS.BASE_2))
+        l_i += tl.where(sink == float("-inf"), 0.0, 1.0 / ROW_SUMS)
 
     bounds = key_bounds(q_start, q_stop, window, k_length)
     ranges = key_tile_ranges(bounds, BLOCK_N)
@@ -185,11 +239,19 @@ def forward_kernel(
                 v_tile = load_stream(v_ptr, v, v_descriptor, k_at, k_start, columns, keys, RANGE)
                 kept = keep_factor(dropout, batch, head, i, j, ACC_DTYPE)
                 m_i, l_i, acc = online_softmax_update(
-                    m_i, l_i, acc, x, scale, v_tile, kept, MODIFIED, INPUT_PRECISION
+                    m_i, l_i, acc, x, scale, v_tile, kept, MODIFIED, FLAGS
                 )
 
-    # A row without a visible key has m_i = -inf and l_i = 0: o = 0 / 1, lse = -inf + log(1).
-    l_i = tl.where(l_i == 0.0, 1.0, l_i)
-    store_tiles(o_ptr, o, rows, valid, divided(acc, l_i[:, None]))
+    # A row without a visible key has l_i = 0: o = 0 / 1, lse = -inf.
+    if ROW_SUMS != 1:
+        l_i = tl.sum(l_i, 1)  # [BLOCK_M]
+    log_l = tl.log(l_i)
+    queries = tl.arange(0, BLOCK_M)
+    valid = queries < q_length - q_start
+    o_ptr = row_pointer(o, (entry, head, q_begin + q_start))
+    store_tiles(o_ptr, o, queries, valid, divided(acc, tl.where(l_i == 0.0, 1.0, l_i)[:, None]))
     lse_ptr += row_index(heads, seqlen_q, q_at)
-    tl.store(lse_ptr + rows, m_i + tl.log(l_i), mask=valid)
+    lse = m_i * LN2 + log_l if FLAGS.BASE_2 else m_i + log_l
+    if FLAGS.BASE_2 and extras.sinks_ptr is not None:  # finfo.min is lower than LOWEST in base 2
+        lse = tl.where(m_i == LOWEST, sink, lse)
+    tl.store(lse_ptr + rows, lse, mask=valid)

@@ -4,9 +4,10 @@ import triton
 import triton.language as tl
 
 from flashlayer.kernels.arguments import CHANGING, Dropout, Window
-from flashlayer.kernels.backward import load_lse, load_rows, probabilities, score_gradient
+from flashlayer.kernels.backward import load_rows, probabilities, score_gradient
 from flashlayer.kernels.primitives import (
     dot_rows,
+    in_exponent,
     in_window,
     keep_factor,
     key_bounds,
@@ -90,10 +91,10 @@ def dmask_kernel(
     mask_entry = program // (k_blocks * q_blocks * mask_heads)
     window = Window(window_left, window_right, offset)
     dropout = Dropout(extras.seed_ptr, threshold, keep_scale)
-    ACC_DTYPE: tl.constexpr = statistics.lse_ptr.dtype.element_ty
+    ACC_DTYPE: tl.constexpr = statistics.delta_ptr.dtype.element_ty
     INPUT_PRECISION: tl.constexpr = FLAGS.INPUT_PRECISION
-    scale = tl.full((), scale, ACC_DTYPE)
-    softcap = tl.full((), softcap, ACC_DTYPE) if FLAGS.SOFTCAP else None
+    scale = in_exponent(scale, ACC_DTYPE, FLAGS.BASE_2)
+    softcap = in_exponent(softcap, ACC_DTYPE, FLAGS.BASE_2) if FLAGS.SOFTCAP else None
 
     total = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
     num_batches = batches if BROADCAST.batch else 1
@@ -116,9 +117,9 @@ def dmask_kernel(
         mask_ptr = mask_pointer(extras.mask, batch, head)
         q_tile = load_tiles(q_ptr, q, rows, valid)  # [BLOCK_M, head_dim]
         do_tile = load_tiles(do_ptr, do, rows, valid)  # [BLOCK_M, value_dim]
-        lse = load_lse(statistics.lse_ptr + row, rows, valid, 1)  # [BLOCK_M]
+        shift = load_rows(statistics.shift_ptr + row, rows, valid, 0.0, 1)  # [BLOCK_M]
         delta = load_rows(statistics.delta_ptr + row, rows, valid, 0.0, 1)  # [BLOCK_M]
-        slope = load_slope(extras.slopes, batch, head, heads, ACC_DTYPE)
+        slope = load_slope(extras.slopes, batch, head, heads, ACC_DTYPE, FLAGS.BASE_2)
         bounds = key_bounds(q_start, q_stop, window, seqlen_k)
         start = bounds[0]
         stop = bounds[3]
@@ -136,7 +137,15 @@ def dmask_kernel(
             visible = in_window(i, j, window, seqlen_k)
             distance = i + window.offset - j
             p, _ = probabilities(
-                scores, scale, softcap, slope, bias, distance, visible, lse[:, None]
+                scores,
+                scale,
+                softcap,
+                slope,
+                bias,
+                distance,
+                visible,
+                shift[:, None],
+                FLAGS.BASE_2,
             )  # [BLOCK_M, BLOCK_N]
             v_tile = load_tiles(v_ptr, v, columns, visible_keys)
             dp = dot_rows(do_tile, v_tile, INPUT_PRECISION)

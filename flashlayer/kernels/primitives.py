@@ -24,6 +24,7 @@ from flashlayer.kernels.arguments import FULL, Window
 from flashlayer.kernels.tiles import head_tiles
 
 LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
@@ -171,14 +172,23 @@ def tanh(x):
 
 
 @triton.jit
-def load_slope(slopes, batch, head, heads, DTYPE: tl.constexpr):
-    """The ALiBi slope of one head, None without ALiBi."""
+def in_exponent(number, DTYPE: tl.constexpr, BASE_2: tl.constexpr):
+    """A number in a score's unit, as a scalar of ``DTYPE`` in the unit that scores have here.
+
+    That is the exponent of 2 where ``BASE_2`` says so, with log2(e) multiplied in once, else of e.
+    """
+    return tl.full((), number * LOG2E if BASE_2 else number, DTYPE)
+
+
+@triton.jit
+def load_slope(slopes, batch, head, heads, DTYPE: tl.constexpr, BASE_2: tl.constexpr):
+    """The ALiBi slope of one head in the unit of :func:`in_exponent`, None without ALiBi."""
     slope = None
     if slopes is not None:
         ptr = slopes.ptr + head
         if slopes.PER_BATCH:
             ptr += batch * heads
-        slope = tl.load(ptr).to(DTYPE)
+        slope = in_exponent(tl.load(ptr).to(DTYPE), DTYPE, BASE_2)
     return slope
 
 
@@ -244,7 +254,9 @@ def unmasked_keys(bias, valid):
 def modify_scores(scores, scale, softcap, slope, bias, distance):
     """Scale, softcap, ALiBi and mask, in this order; also the softcap's tanh, for its derivative.
 
-    With none of the three the scores stay as they are: :func:`log2_ratio` scales them.
+    With none of the three the scores stay as they are: :func:`log2_ratio` scales them. ``scale``,
+    ``softcap`` and ``slope`` are in the unit of :func:`in_exponent`, and the result with them; so
+    is ``bias``, which is natural or, of a bool mask, 0 and -inf.
     """
     tanh_score = scores
     x = scores
@@ -261,14 +273,17 @@ def modify_scores(scores, scale, softcap, slope, bias, distance):
 
 
 @triton.jit
-def log2_ratio(x, reference, scale, MODIFIED: tl.constexpr):
-    """``log2(exp(score) / exp(reference))`` for the scores of :func:`modify_scores`.
+def log2_ratio(x, shift, scale, MODIFIED: tl.constexpr, BASE_2: tl.constexpr):
+    """``log2(exp(score) / exp(shift))`` for the scores of :func:`modify_scores`.
 
-    The difference is taken before the change of base: large scores stay exact, and an LSE of
-    ``finfo.min`` finite. Scores that are not ``MODIFIED`` are scaled by one fused multiply-add.
+    ``shift`` is in their unit. Scores that are not ``MODIFIED`` are scaled by one fused
+    multiply-add. In ``BASE_2`` that is all. Its rounding of ``scale * log2(e)`` is the same in both
+    passes, and that of the shift cancels between numerator and denominator; gradients at scores
+    around 100 lose a bit, which half precision doesn't see and fp32 would. Else the difference is
+    taken before the change of base: large scores stay exact, and an LSE of ``finfo.min`` finite.
     """
-    score = x if MODIFIED else x * scale
-    return (score - reference) * LOG2E
+    exponent = (x if MODIFIED else x * scale) - shift
+    return exponent if BASE_2 else exponent * LOG2E
 
 
 @triton.jit
@@ -373,7 +388,7 @@ def row_index(heads, seqlen, at):
 def tile_pointers(ptr, x, rows, first, WIDTH: tl.constexpr):
     """Pointers ``[rows, WIDTH]``, from column ``first`` on; ``rows`` counts from ``ptr``."""
     columns = (first + tl.arange(0, WIDTH)).to(tl.int64)
-    return ptr + rows.to(tl.int64)[:, None] * x.row_stride + columns[None, :] * x.column_stride
+    return ptr + (rows.to(tl.int64)[:, None] * x.row_stride + columns[None, :] * x.column_stride)
 
 
 @triton.jit
@@ -412,11 +427,15 @@ def load_stream(ptr, x, descriptor, at, start, rows, valid_rows, RANGE: tl.const
     """One step of a loop over tiles: as :func:`load_tiles`; ``ptr`` points to ``at``.
 
     In the FULL range through a tensor descriptor if there is one (TMA): whole rows from ``start``
-    on, in one column tile.
+    on, in one column tile. Or else from a pointer to ``start``: what is added to it for each row
+    does not change in the loop.
     """
     if RANGE == FULL and descriptor is not None:
         tile = descriptor.load([at[0], at[1], at[2] + start, 0])  # [1, 1, rows, width]
         tiles = (tile.reshape(descriptor.block_shape[2], descriptor.block_shape[3]),)
+    elif RANGE == FULL:
+        ptr += tl.full((), start, tl.int64) * x.row_stride
+        tiles = load_tiles(ptr, x, tl.arange(0, rows.shape[0]), valid_rows)
     else:
         tiles = load_tiles(ptr, x, rows, valid_rows)
     return tiles

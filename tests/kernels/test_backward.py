@@ -155,6 +155,26 @@ def test_nobody_sees_anything() -> None:
         assert (tensor == 0).all(), name
 
 
+@pytest.mark.parametrize("magnitude", [0.0, 25.0, 2500.0])
+@pytest.mark.parametrize("spec", [CAUSAL, AttentionSpec(0.25, 33, 0), AttentionSpec(-0.25)])
+def test_large_scores_in_half_precision(spec: AttentionSpec, magnitude: float) -> None:
+    """Of around 1e2 and 1e4: exponents of 2 round otherwise than those of e."""
+    x = draw(seqlen_q=129, heads=4, kv_heads=2, dtype=torch.float16)
+    assert_accurate(x._replace(q=x.q * magnitude), spec)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_one_key_in_half_precision(scale: float) -> None:
+    """p = exp(s - lse) = 1 from an LSE that was rounded as a natural logarithm."""
+    x = draw(seqlen_q=65, seqlen_k=1, dtype=torch.float16)._replace(dlse=None)
+    result = run_kernels(x, AttentionSpec(scale))
+    assert torch.equal(result["o"], x.v.expand_as(result["o"]))
+    # Twice a rounding to fp32 of scores up to 25 * scale, in base 2, and then one to fp16.
+    bound = 2 * 25 * 1.5 * scale * 2**-24 + 2**-11
+    error = (result["dv"].double() - x.do.double().sum(2, keepdim=True)).abs().max()
+    assert error <= bound * x.do.double().abs().sum(2).max()
+
+
 def test_two_runs_are_bitwise_equal() -> None:
     x = draw(batch=2, heads=4, kv_heads=2, seqlen_q=129, dtype=torch.float16)
     assert_same(run_kernels(x, CAUSAL), run_kernels(x, CAUSAL))

@@ -65,8 +65,9 @@ def test_any_scale(magnitude: float, sign: int) -> None:
         torch.testing.assert_close(result, expected[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
-def test_scores_beyond_the_range_of_exp() -> None:
-    x = draw(seqlen_q=70, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_scores_beyond_the_range_of_exp(dtype: torch.dtype) -> None:
+    x = draw(seqlen_q=70, dtype=dtype)
     q = x.q * 1e4
     o, lse = forward(q, x.k, x.v, AttentionSpec(1.0))
     expected = run_naively(x._replace(q=q).to(torch.float64), AttentionSpec(1.0))

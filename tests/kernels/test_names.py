@@ -10,7 +10,7 @@ import flashlayer.kernels
 KNOWN = {
     *("abs", "arange", "cdiv", "constexpr", "dot", "exp", "exp2", "float64", "full", "int64"),
     *("expand_dims", "load", "log", "max", "maximum", "min", "minimum", "philox", "program_id"),
-    *("range", "static_range"),
+    *("broadcast_to", "range", "reshape", "static_range"),
     *("store", "sum", "trans", "uint32", "uint8", "where", "zeros"),
 }
 

@@ -56,18 +56,19 @@ def dense(
     k: int = 65,
     dim: int = 64,
     value_dim: int | None = None,
+    magnitude: float = 1.0,
     layout: str = "bhsd",
     options: Callable[[int, int, int, int], dict[str, Any]] | None = None,
     **plain: Any,
 ) -> Callable[[], tuple[Tensor, Tensor, Tensor, dict[str, Any]]]:
-    """A dense problem; ``options(batch, heads, q, k)`` draws those that hold tensors."""
+    """A dense problem. ``options(batch, heads, q, k)`` draws those that hold tensors."""
 
     def build() -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         def tensor(heads: int, length: int, dim: int) -> Tensor:
             return lay_out(torch.randn(batch, heads, length, dim, dtype=dtype), layout)
 
         tensors = (
-            tensor(heads, q, dim),
+            tensor(heads, q, dim) * magnitude,
             tensor(kv_heads, k, dim),
             tensor(kv_heads, k, value_dim or dim),
         )
@@ -222,6 +223,16 @@ def hiding_by_intervals(dtype: torch.dtype) -> Callable:
     return build
 
 
+def lowest_mask(dtype: torch.dtype) -> Callable[..., dict[str, Any]]:
+    """``finfo.min`` instead of -inf."""
+
+    def draw(_batch: int, _heads: int, q: int, k: int) -> dict[str, Any]:
+        hidden = torch.rand(q, k) < 0.3
+        return {"attn_mask": torch.randn(q, k).masked_fill(hidden, torch.finfo(dtype).min)}
+
+    return draw
+
+
 def slopes(batch: int, heads: int, q: int, k: int) -> dict[str, Any]:
     return {"alibi_slopes": torch.rand(heads)}
 
@@ -334,6 +345,21 @@ _OPTIONS = [
         "bf16 sink of minus infinity",
         dense(options=lambda b, h, q, k: {"sinks": torch.tensor([-INF, 3.0])}),
     ),
+    Case(
+        "bf16 sink of the lowest number",
+        dense(
+            q=90,
+            k=40,
+            causal=True,
+            options=lambda *_: {"sinks": torch.tensor([torch.finfo(BF16).min, 0.0])},
+        ),
+    ),
+    Case("bf16 mask of the lowest number", dense(options=lowest_mask(BF16))),
+    Case("fp16 mask of the lowest number", dense(FP16, options=lowest_mask(FP16), causal=True)),
+    Case("bf16 logits of 100", dense(magnitude=30.0, causal=True)),
+    Case("fp16 logits of 100", dense(FP16, magnitude=30.0, options=bool_mask(2, 3))),
+    Case("bf16 logits of 10,000", dense(q=90, k=140, magnitude=3000.0, options=sinks)),
+    Case("fp16 logits of 10,000", dense(FP16, q=90, k=140, dim=16, magnitude=3e3, causal=True)),
     Case("bf16 dropout", dense(dropout_p=0.3, dropout_seed=17, causal=True)),
     Case("bf16 dropout of most", dense(dropout_p=0.7, dropout_seed=2**40 + 3)),
     Case("bf16 dropout of all", dense(dropout_p=1.0, dropout_seed=17)),

@@ -83,7 +83,14 @@ def flags(q: Tensor, spec: AttentionSpec, extras: AttentionExtras, **more: Any) 
     from flashlayer.kernels.arguments import Flags
 
     count = 0 if extras.intervals is None else extras.intervals.shape[2] // 2
-    return Flags(input_precision(q), spec.softcap is not None, count, **more)
+    softcap = spec.softcap is not None
+    return Flags(input_precision(q), softcap, base_2(q, extras), count, **more)
+
+
+def base_2(q: Tensor, extras: AttentionExtras) -> bool:
+    """See :class:`flashlayer.kernels.arguments.Flags`."""
+    mask = extras.attn_mask
+    return q.element_size() == 2 and (mask is None or mask.dtype == torch.bool)
 
 
 def scalars(q: Tensor, k: Tensor, spec: AttentionSpec, extras: AttentionExtras) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashlayer.backends.triton import tiling
-from flashlayer.backends.triton.arguments import flags, options, scalars, strided
+from flashlayer.backends.triton.arguments import base_2, flags, options, scalars, strided
 from flashlayer.spec import AttentionExtras, AttentionSpec
 
 
@@ -33,6 +33,7 @@ def launch_forward(
         return
     streams = {"k_descriptor": k, "v_descriptor": v}
     stages, edge_stages = tiling.pipeline("forward", tiles, tiles.BLOCK_N, extras, streams)
+    sums = tiling.row_sums(q)
     sign = (spec.scale > 0) - (spec.scale < 0)
     launch: Any = forward_kernel[(grid,)]  # Triton types its launcher as the kernel it is not
     with launching(q):
@@ -47,7 +48,7 @@ def launch_forward(
             group=heads // kv_heads,
             num_blocks=num_blocks,
             scale=max(abs(spec.scale), 1e-30),  # with sign 0 any positive factor will do
-            FLAGS=flags(q, spec, extras, SCALE_SIGN=sign, EDGE_STAGES=edge_stages),
+            FLAGS=flags(q, spec, extras, SCALE_SIGN=sign, EDGE_STAGES=edge_stages, ROW_SUMS=sums),
             **scalars(q, k, spec, extras),
             **stages,
         )
@@ -73,7 +74,8 @@ def launch_backward(
     from flashlayer.kernels.arguments import RowStatistics
 
     with launching(q):
-        _launch_delta(o, do, dlse, delta)
+        statistics = RowStatistics(torch.empty_like(lse), delta)
+        _launch_delta(o, do, lse, dlse, statistics, base_2(q, extras))
         packed = extras.cu_seqlens_q is not None
         if k.shape[2] == 0 or _sequences(q, extras) == 0:
             return
@@ -82,7 +84,7 @@ def launch_backward(
             "k": strided(k, packed),
             "v": strided(v, packed),
             "do": strided(do, packed),
-            "statistics": RowStatistics(lse, delta),
+            "statistics": statistics,
             "extras": options(extras),
             "scale": spec.scale,
             **scalars(q, k, spec, extras),
@@ -106,7 +108,9 @@ class _BackwardCall(NamedTuple):
     arguments: dict[str, Any]
 
 
-def _launch_delta(o: Tensor, do: Tensor, dlse: Tensor | None, delta: Tensor) -> None:
+def _launch_delta(
+    o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None, statistics: Any, base_2: bool
+) -> None:
     from flashlayer.kernels.backward import delta_kernel
     from flashlayer.kernels.tiles import delta_rows
 
@@ -116,11 +120,13 @@ def _launch_delta(o: Tensor, do: Tensor, dlse: Tensor | None, delta: Tensor) -> 
     launch(
         o=strided(o),
         do=strided(do),
+        lse_ptr=lse,
         dlse_ptr=None if dlse is None else dlse.contiguous(),
-        delta_ptr=delta,
+        statistics=statistics,
         heads=heads,
         seqlen_q=seqlen,
         BLOCK_M=rows,
+        BASE_2=base_2,
     )
 
 

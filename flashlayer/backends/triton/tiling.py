@@ -138,6 +138,12 @@ def lacks_fences(kernel: str, x: Tensor) -> bool:
     return version < (3, 7) or (version < (3, 9) and tf32_dq)
 
 
+def row_sums(q: Tensor) -> int:
+    """See ``by_thread`` of the forward kernel. On sm_100 a row is one thread's."""
+    in_four = precision(q) == "half" and target(q.device) in ("sm_80", "sm_90", "interpreter")
+    return 4 if in_four else 1
+
+
 def row_copies(tiles: Any) -> int:
     """See ``load_rows`` of the backward kernels: more than 1 with Triton before 3.7 only."""
     import triton
