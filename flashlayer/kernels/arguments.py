@@ -123,6 +123,9 @@ class Flags(NamedTuple):
         SCALE_SIGN: 1, -1 or 0; in the forward kernel the factor ``scale`` itself is positive.
         GROUP: query heads for each kv head; in dK/dV only.
         INTERVAL_HEADS: of them those whose interval masks differ, GROUP or 1; in dK/dV only.
+        IDLE_ROWS: whether rows past a range of queries are zeros in q and do and add nothing,
+            whatever finite number p is; in dK/dV only. A pipelined load then fills in their shift.
+            Not with ALiBi, where p may be inf, nor where a descriptor loads what follows a range.
         EDGE_STAGES: tiles in flight in the edge ranges, None for the launch's ``num_stages``.
         ROW_SUMS: terms of a row's denominator that the forward kernel adds at the end, see
             ``by_thread``: 4 where accumulators are those of mma or wgmma, else 1.
@@ -136,6 +139,7 @@ class Flags(NamedTuple):
     SCALE_SIGN: int = 1
     GROUP: int = 1
     INTERVAL_HEADS: int = 1
+    IDLE_ROWS: bool = False
     EDGE_STAGES: int | None = None
     ROW_SUMS: int = 1
     ROW_COPIES: int = 1

@@ -209,9 +209,10 @@ def dkdv_kernel(
     ACC_DTYPE: tl.constexpr = statistics.delta_ptr.dtype.element_ty
     INPUT_PRECISION: tl.constexpr = FLAGS.INPUT_PRECISION
     heads = kv_heads * FLAGS.GROUP
-    score_scale = in_exponent(scale, ACC_DTYPE, FLAGS.BASE_2)
-    scale = tl.full((), scale, ACC_DTYPE)
-    softcap = in_exponent(softcap, ACC_DTYPE, FLAGS.BASE_2) if FLAGS.SOFTCAP else None
+    BASE_2: tl.constexpr = FLAGS.BASE_2
+    gradient_scale = tl.full((), scale, ACC_DTYPE)
+    scale = in_exponent(scale, ACC_DTYPE, BASE_2)
+    softcap = in_exponent(softcap, ACC_DTYPE, BASE_2) if FLAGS.SOFTCAP else None
 
     k_at = (entry, kv_head, k_begin)
     k_ptr = row_pointer(k, k_at)
@@ -233,13 +234,7 @@ def dkdv_kernel(
     k_tile = load_tiles(k_ptr, k, columns, visible_keys)  # [BLOCK_N, head_dim]
     v_tile = load_tiles(v_ptr, v, columns, visible_keys)  # [BLOCK_N, value_dim]
 
-    # Rows past a range are zeros in q and do and add nothing, whatever p is: their shift may be 0,
-    # which a pipelined load fills in by itself. But p may be inf with ALiBi, and a descriptor loads
-    # what follows the range.
-    DESCRIBED: tl.constexpr = q_descriptor is not None or do_descriptor is not None
-    FOLLOWED: tl.constexpr = window_left is not None or COUNT != 0
-    ZERO: tl.constexpr = extras.slopes is None and not (DESCRIBED and FOLLOWED)
-    MISSING: tl.constexpr = 0.0 if ZERO else float("inf")
+    MISSING: tl.constexpr = 0.0 if FLAGS.IDLE_ROWS else float("inf")  # p = exp(s - inf) = 0
     dk_acc = zero_tiles(BLOCK_N, k.columns, ACC_DTYPE)
     dv_acc = zero_tiles(BLOCK_N, v.columns, ACC_DTYPE)
     ranges = query_tile_ranges(query_bounds(k_start, k_stop, window, q_length))
@@ -266,7 +261,7 @@ def dkdv_kernel(
                     )
                 MASKED: tl.constexpr = RANGE != FULL or len(spans) != 0
                 visible = visible_pairs(j, i, exchanged, q_length, pairs, 0) if MASKED else None
-                slope = load_slope(extras.slopes, batch, head, heads, ACC_DTYPE, FLAGS.BASE_2)
+                slope = load_slope(extras.slopes, batch, head, heads, ACC_DTYPE, BASE_2)
                 mask_ptr = mask_pointer(extras.mask, batch, head)
                 bias = load_bias(mask_ptr, extras.mask, i, j, valid[None, :], k_length, ACC_DTYPE)
                 kept = keep_factor(dropout, batch, head, i, j, ACC_DTYPE)
@@ -278,15 +273,7 @@ def dkdv_kernel(
                 scores = dot_rows(k_tile, q_tile, INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]
                 distance = i + window.offset - j
                 p, tanh_score = probabilities(
-                    scores,
-                    score_scale,
-                    softcap,
-                    slope,
-                    bias,
-                    distance,
-                    visible,
-                    shift[None, :],
-                    FLAGS.BASE_2,
+                    scores, scale, softcap, slope, bias, distance, visible, shift[None, :], BASE_2
                 )
                 do_ptr = row_pointer(do, q_at)
                 do_tile = load_stream(do_ptr, do, do_descriptor, q_at, q_start, rows, valid, RANGE)
@@ -302,7 +289,7 @@ def dkdv_kernel(
     keys = tl.arange(0, BLOCK_N)
     exist = keys < k_length - k_start
     stored_at = (entry, kv_head, k_begin + k_start)
-    store_tiles(row_pointer(dk, stored_at), dk, keys, exist, scaled(dk_acc, scale))
+    store_tiles(row_pointer(dk, stored_at), dk, keys, exist, scaled(dk_acc, gradient_scale))
     store_tiles(row_pointer(dv, stored_at), dv, keys, exist, dv_acc)
 
 
@@ -344,9 +331,10 @@ def dq_kernel(
     dropout = Dropout(extras.seed_ptr, threshold, keep_scale)
     ACC_DTYPE: tl.constexpr = statistics.delta_ptr.dtype.element_ty
     INPUT_PRECISION: tl.constexpr = FLAGS.INPUT_PRECISION
-    score_scale = in_exponent(scale, ACC_DTYPE, FLAGS.BASE_2)
-    scale = tl.full((), scale, ACC_DTYPE)
-    softcap = in_exponent(softcap, ACC_DTYPE, FLAGS.BASE_2) if FLAGS.SOFTCAP else None
+    BASE_2: tl.constexpr = FLAGS.BASE_2
+    gradient_scale = tl.full((), scale, ACC_DTYPE)
+    scale = in_exponent(scale, ACC_DTYPE, BASE_2)
+    softcap = in_exponent(softcap, ACC_DTYPE, BASE_2) if FLAGS.SOFTCAP else None
 
     q_at = (entry, head, q_begin)
     q_ptr = row_pointer(q, q_at)
@@ -355,7 +343,7 @@ def dq_kernel(
     v_ptr = row_pointer(v, k_at)
     do_ptr = row_pointer(do, q_at)
     row = row_index(heads, seqlen_q, q_at)
-    slope = load_slope(extras.slopes, batch, head, heads, ACC_DTYPE, FLAGS.BASE_2)
+    slope = load_slope(extras.slopes, batch, head, heads, ACC_DTYPE, BASE_2)
     mask_ptr = mask_pointer(extras.mask, batch, head)
 
     q_start = block * BLOCK_M
@@ -399,15 +387,7 @@ def dq_kernel(
                 scores = dot_rows(q_tile, k_tile, INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
                 distance = i + window.offset - j
                 p, tanh_score = probabilities(
-                    scores,
-                    score_scale,
-                    softcap,
-                    slope,
-                    bias,
-                    distance,
-                    visible,
-                    shift[:, None],
-                    FLAGS.BASE_2,
+                    scores, scale, softcap, slope, bias, distance, visible, shift[:, None], BASE_2
                 )
                 v_tile = load_stream(v_ptr, v, v_descriptor, k_at, k_start, columns, keys, RANGE)
                 dp = dot_rows(do_tile, v_tile, INPUT_PRECISION)
@@ -418,4 +398,4 @@ def dq_kernel(
 
     queries = tl.arange(0, BLOCK_M)
     dq_ptr = row_pointer(dq, (entry, head, q_begin + q_start))
-    store_tiles(dq_ptr, dq, queries, queries < q_length - q_start, scaled(dq_acc, scale))
+    store_tiles(dq_ptr, dq, queries, queries < q_length - q_start, scaled(dq_acc, gradient_scale))

@@ -62,6 +62,36 @@ def lowest(dtype: object) -> float:
 
 
 @triton.jit
+def initial_state(sinks_ptr, head, BLOCK_M: tl.constexpr, DTYPE: tl.constexpr, FLAGS: tl.constexpr):
+    """``m_i`` and ``l_i`` of a block of queries that has seen no key.
+
+    A sink is a key that all have seen: its score is the sink, its value 0.
+    """
+    ROW_SUMS: tl.constexpr = FLAGS.ROW_SUMS
+    BASE_2: tl.constexpr = FLAGS.BASE_2
+    m_i = tl.full((BLOCK_M,), lowest(DTYPE), DTYPE)
+    l_i = tl.zeros((BLOCK_M,), DTYPE)
+    if ROW_SUMS != 1:
+        l_i = tl.zeros((BLOCK_M, ROW_SUMS), DTYPE)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head).to(DTYPE)
+        m_i = tl.maximum(m_i, in_exponent(sink, DTYPE, BASE_2))
+        l_i += tl.where(sink == float("-inf"), 0.0, 1.0 / ROW_SUMS)
+    return m_i, l_i
+
+
+@triton.jit
+def log_sum_exp(m_i, l_i, sinks_ptr, head, BASE_2: tl.constexpr):
+    """The natural LSE ``[BLOCK_M]``; -inf where ``l_i`` is 0."""
+    log_l = tl.log(l_i)
+    lse = m_i * LN2 + log_l if BASE_2 else m_i + log_l
+    if BASE_2 and sinks_ptr is not None:  # a sink of finfo.min is lower than that in base 2
+        sink = tl.load(sinks_ptr + head).to(lse.dtype)
+        lse = tl.where(m_i == lowest(m_i.dtype), sink, lse)
+    return lse
+
+
+@triton.jit
 def by_thread(tile, ROW_SUMS: tl.constexpr):
     """``[BLOCK_M, BLOCK_N]`` as ``[BLOCK_M, BLOCK_N // (2 * ROW_SUMS), ROW_SUMS, 2]``.
 
@@ -117,6 +147,7 @@ def online_softmax_update(
     """
     BASE_2: tl.constexpr = FLAGS.BASE_2
     ROW_SUMS: tl.constexpr = FLAGS.ROW_SUMS
+    INPUT_PRECISION: tl.constexpr = FLAGS.INPUT_PRECISION
     tile_max = tl.max(x, 1) if MODIFIED else tl.max(x, 1) * scale
     m_new = tl.maximum(m_i, tile_max)  # [BLOCK_M]
     rescale = tl.exp2(log2_ratio(m_i, m_new, scale, True, BASE_2))  # [BLOCK_M]
@@ -124,7 +155,7 @@ def online_softmax_update(
     l_i = l_i * spread(rescale, p, ROW_SUMS) + row_sums(p, ROW_SUMS)
     if kept is not None:
         p = p * kept
-    acc = dot_into(scaled(acc, rescale[:, None]), p.to(v[0].dtype), v, FLAGS.INPUT_PRECISION)
+    acc = dot_into(scaled(acc, rescale[:, None]), p.to(v[0].dtype), v, INPUT_PRECISION)
     return m_new, l_i, acc
 
 
@@ -188,22 +219,14 @@ def forward_kernel(
     q_tile = load_tiles(q_ptr, q, rows, valid)  # [BLOCK_M, head_dim]
     if FLAGS.SCALE_SIGN != 1:
         q_tile = scaled(q_tile, FLAGS.SCALE_SIGN)
-    scale = in_exponent(scale, ACC_DTYPE, FLAGS.BASE_2)
-    softcap = in_exponent(softcap, ACC_DTYPE, FLAGS.BASE_2) if FLAGS.SOFTCAP else None
-    slope = load_slope(extras.slopes, batch, head, heads, ACC_DTYPE, FLAGS.BASE_2)
+    BASE_2: tl.constexpr = FLAGS.BASE_2
+    scale = in_exponent(scale, ACC_DTYPE, BASE_2)
+    softcap = in_exponent(softcap, ACC_DTYPE, BASE_2) if FLAGS.SOFTCAP else None
+    slope = load_slope(extras.slopes, batch, head, heads, ACC_DTYPE, BASE_2)
     mask_ptr = mask_pointer(extras.mask, batch, head)
 
-    LOWEST: tl.constexpr = lowest(ACC_DTYPE)
-    m_i = tl.full((BLOCK_M,), LOWEST, ACC_DTYPE)
-    ROW_SUMS: tl.constexpr = FLAGS.ROW_SUMS
-    l_i = tl.zeros((BLOCK_M,), ACC_DTYPE)
-    if ROW_SUMS != 1:
-        l_i = tl.zeros((BLOCK_M, ROW_SUMS), ACC_DTYPE)
+    m_i, l_i = initial_state(extras.sinks_ptr, head, BLOCK_M, ACC_DTYPE, FLAGS)
     acc = zero_tiles(BLOCK_M, v.columns, ACC_DTYPE)
-    if extras.sinks_ptr is not None:  # one more key: its score is the sink and its value 0
-        sink = tl.load(extras.sinks_ptr + head).to(ACC_DTYPE)
-        m_i = tl.maximum(m_i, in_exponent(sink, ACC_DTYPE, FLAGS.BASE_2))
-        l_i += tl.where(sink == float("-inf"), 0.0, 1.0 / ROW_SUMS)
 
     bounds = key_bounds(q_start, q_stop, window, k_length)
     ranges = key_tile_ranges(bounds, BLOCK_N)
@@ -243,15 +266,12 @@ def forward_kernel(
                 )
 
     # A row without a visible key has l_i = 0: o = 0 / 1, lse = -inf.
-    if ROW_SUMS != 1:
+    if FLAGS.ROW_SUMS != 1:
         l_i = tl.sum(l_i, 1)  # [BLOCK_M]
-    log_l = tl.log(l_i)
     queries = tl.arange(0, BLOCK_M)
     valid = queries < q_length - q_start
     o_ptr = row_pointer(o, (entry, head, q_begin + q_start))
     store_tiles(o_ptr, o, queries, valid, divided(acc, tl.where(l_i == 0.0, 1.0, l_i)[:, None]))
     lse_ptr += row_index(heads, seqlen_q, q_at)
-    lse = m_i * LN2 + log_l if FLAGS.BASE_2 else m_i + log_l
-    if FLAGS.BASE_2 and extras.sinks_ptr is not None:  # finfo.min is lower than LOWEST in base 2
-        lse = tl.where(m_i == LOWEST, sink, lse)
+    lse = log_sum_exp(m_i, l_i, extras.sinks_ptr, head, BASE_2)
     tl.store(lse_ptr + rows, lse, mask=valid)

@@ -93,8 +93,9 @@ def dmask_kernel(
     dropout = Dropout(extras.seed_ptr, threshold, keep_scale)
     ACC_DTYPE: tl.constexpr = statistics.delta_ptr.dtype.element_ty
     INPUT_PRECISION: tl.constexpr = FLAGS.INPUT_PRECISION
-    scale = in_exponent(scale, ACC_DTYPE, FLAGS.BASE_2)
-    softcap = in_exponent(softcap, ACC_DTYPE, FLAGS.BASE_2) if FLAGS.SOFTCAP else None
+    BASE_2: tl.constexpr = FLAGS.BASE_2
+    scale = in_exponent(scale, ACC_DTYPE, BASE_2)
+    softcap = in_exponent(softcap, ACC_DTYPE, BASE_2) if FLAGS.SOFTCAP else None
 
     total = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
     num_batches = batches if BROADCAST.batch else 1
@@ -119,7 +120,7 @@ def dmask_kernel(
         do_tile = load_tiles(do_ptr, do, rows, valid)  # [BLOCK_M, value_dim]
         shift = load_rows(statistics.shift_ptr + row, rows, valid, 0.0, 1)  # [BLOCK_M]
         delta = load_rows(statistics.delta_ptr + row, rows, valid, 0.0, 1)  # [BLOCK_M]
-        slope = load_slope(extras.slopes, batch, head, heads, ACC_DTYPE, FLAGS.BASE_2)
+        slope = load_slope(extras.slopes, batch, head, heads, ACC_DTYPE, BASE_2)
         bounds = key_bounds(q_start, q_stop, window, seqlen_k)
         start = bounds[0]
         stop = bounds[3]
@@ -137,15 +138,7 @@ def dmask_kernel(
             visible = in_window(i, j, window, seqlen_k)
             distance = i + window.offset - j
             p, _ = probabilities(
-                scores,
-                scale,
-                softcap,
-                slope,
-                bias,
-                distance,
-                visible,
-                shift[:, None],
-                FLAGS.BASE_2,
+                scores, scale, softcap, slope, bias, distance, visible, shift[:, None], BASE_2
             )  # [BLOCK_M, BLOCK_N]
             v_tile = load_tiles(v_ptr, v, columns, visible_keys)
             dp = dot_rows(do_tile, v_tile, INPUT_PRECISION)

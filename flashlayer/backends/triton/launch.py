@@ -146,7 +146,13 @@ def _launch_dkdv(call: _BackwardCall, dk: Tensor, dv: Tensor) -> None:
     stages, edge_stages = tiling.pipeline("dkdv", tiles, tiles.BLOCK_M, extras, streams, not packed)
     copies = tiling.row_copies(tiles)
     of_heads = extras.intervals is not None and extras.intervals.shape[1] > 1
-    constants = {"GROUP": group, "INTERVAL_HEADS": group if of_heads else 1}
+    described = any(stages[name] is not None for name in streams)
+    followed = spec.window_left is not None or extras.intervals is not None
+    constants = {
+        "GROUP": group,
+        "INTERVAL_HEADS": group if of_heads else 1,
+        "IDLE_ROWS": extras.alibi_slopes is None and not (described and followed),
+    }
     launch: Any = dkdv_kernel[(num_blocks * kv_heads * _sequences(q, extras),)]
     launch(
         **arguments,
