@@ -44,6 +44,7 @@ class Strided(NamedTuple):
     row_stride: Any
     column_stride: Any
     columns: Any  # constexpr
+    FROM_TILE: Any  # constexpr: whether whole tiles in a loop have a pointer of their own
 
 
 class Mask(NamedTuple):

@@ -427,13 +427,13 @@ def load_stream(ptr, x, descriptor, at, start, rows, valid_rows, RANGE: tl.const
     """One step of a loop over tiles: as :func:`load_tiles`; ``ptr`` points to ``at``.
 
     In the FULL range through a tensor descriptor if there is one (TMA): whole rows from ``start``
-    on, in one column tile. Or else from a pointer to ``start``: what is added to it for each row
-    does not change in the loop.
+    on, in one column tile. Or else, ``FROM_TILE``, from a pointer to ``start``: what is added to it
+    for each row does not change in the loop.
     """
     if RANGE == FULL and descriptor is not None:
         tile = descriptor.load([at[0], at[1], at[2] + start, 0])  # [1, 1, rows, width]
         tiles = (tile.reshape(descriptor.block_shape[2], descriptor.block_shape[3]),)
-    elif RANGE == FULL:
+    elif RANGE == FULL and x.FROM_TILE:
         ptr += tl.full((), start, tl.int64) * x.row_stride
         tiles = load_tiles(ptr, x, tl.arange(0, rows.shape[0]), valid_rows)
     else:

@@ -20,12 +20,13 @@ def _constexpr(value: int) -> Any:
     return tl.constexpr(value)
 
 
-def strided(x: Tensor, packed: bool = False) -> Any:
-    """A ``(B, H, S, D)`` tensor; B = 1 if it is packed."""
+def strided(x: Tensor, packed: bool = False, from_tile: bool = False) -> Any:
+    """A ``(B, H, S, D)`` tensor; B = 1 if it is packed; ``from_tile``: tiling's."""
     from flashlayer.kernels.arguments import Strided
 
     batch, head, row, column = x.stride()
-    return Strided(x, None if packed else batch, head, row, column, _constexpr(x.shape[3]))
+    constants = _constexpr(x.shape[3]), _constexpr(from_tile)
+    return Strided(x, None if packed else batch, head, row, column, *constants)
 
 
 def options(extras: AttentionExtras, *, sinks: bool = False, keys: int | None = None) -> Any:

@@ -34,13 +34,14 @@ def launch_forward(
     streams = {"k_descriptor": k, "v_descriptor": v}
     stages, edge_stages = tiling.pipeline("forward", tiles, tiles.BLOCK_N, extras, streams)
     sums = tiling.row_sums(q)
+    from_tile = tiling.from_tile(q, v, spec, extras)
     sign = (spec.scale > 0) - (spec.scale < 0)
     launch: Any = forward_kernel[(grid,)]  # Triton types its launcher as the kernel it is not
     with launching(q):
         launch(
             q=strided(q, packed),
-            k=strided(k, packed),
-            v=strided(v, packed),
+            k=strided(k, packed, from_tile),
+            v=strided(v, packed, from_tile),
             o=strided(o, packed),
             lse_ptr=lse,
             extras=options(extras, sinks=True, keys=tiles.BLOCK_N),
@@ -77,13 +78,14 @@ def launch_backward(
         statistics = RowStatistics(torch.empty_like(lse), delta)
         _launch_delta(o, do, lse, dlse, statistics, base_2(q, extras))
         packed = extras.cu_seqlens_q is not None
+        from_tile = tiling.from_tile(q, v, spec, extras)
         if k.shape[2] == 0 or _sequences(q, extras) == 0:
             return
         shared = {
-            "q": strided(q, packed),
-            "k": strided(k, packed),
-            "v": strided(v, packed),
-            "do": strided(do, packed),
+            "q": strided(q, packed, from_tile),
+            "k": strided(k, packed, from_tile),
+            "v": strided(v, packed, from_tile),
+            "do": strided(do, packed, from_tile),
             "statistics": statistics,
             "extras": options(extras),
             "scale": spec.scale,

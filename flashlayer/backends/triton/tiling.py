@@ -144,6 +144,18 @@ def row_sums(q: Tensor) -> int:
     return 4 if in_four else 1
 
 
+def from_tile(q: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras) -> bool:
+    """Whether whole tiles in a loop have a pointer of their own.
+
+    The rows' offsets from it take registers for the whole loop, and save instructions in it: where
+    the compile ledger has room for them. In fp32, past a head dimension of 128, with left edges and
+    with what else holds registers a block less fits an SM, or the kernel spills.
+    """
+    holds = (extras.attn_mask, extras.intervals, extras.alibi_slopes, extras.dropout_seed)
+    plain = spec.window_left is None and all(x is None for x in holds)
+    return plain and precision(q) == "half" and max(q.shape[3], v.shape[3]) <= 128
+
+
 def row_copies(tiles: Any) -> int:
     """See ``load_rows`` of the backward kernels: more than 1 with Triton before 3.7 only."""
     import triton
