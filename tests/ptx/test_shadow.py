@@ -81,6 +81,21 @@ def test_a_read_of_what_nobody_has_written_is_reported() -> None:
     assert all("nobody has written (shared byte 16" in x for x in found)
 
 
+def test_a_lane_of_a_vector_that_nothing_reads_is_no_access() -> None:
+    body = """
+        mov.b32 %r0, global_smem;
+        shl.b32 %r9, %warp, 4;
+        add.s32 %r9, %r0, %r9;
+        st.shared.v2.b32 [%r9], {1, 2};
+        ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%r9];
+        add.s32 %r5, %r1, %r2;
+    """
+    assert not races(body)
+    found = races(body + "add.s32 %r6, %r1, %r4;")
+    assert len(found) == len(SEEDS)
+    assert all("nobody has written" in x for x in found)
+
+
 def test_named_barriers_order_only_those_that_meet() -> None:
     body = """
         setp.eq.u32 %p2, %warp, 2;
