@@ -185,9 +185,7 @@ def softmax_update(scores, m_i, l_i, scale_log2, stops, k_start, MASKED: gl.cons
 
 
 @gluon.jit
-def consume(
-    RANK: gl.constexpr, results, tiles, barriers, block, scale_log2, CONFIG: gl.constexpr
-):
+def consume(RANK: gl.constexpr, results, tiles, barriers, block, scale_log2, CONFIG: gl.constexpr):
     """Attention of 64 queries; the tile of use ``n`` is tile ``num_tiles - 1 - n`` of the keys.
 
     The last tiles of keys come first, which are those to mask: ragged, or crossed by the causal
@@ -334,9 +332,7 @@ def hopper_forward_kernel(
     ``scale_log2 > 0`` is the factor of scores times ``log2(e)``. ``CAUSAL``: query ``i`` sees keys
     up to ``i + offset``.
     """
-    block = block_of_program(
-        heads, group, seqlen_q, k_length, num_blocks, offset, CONFIG
-    )
+    block = block_of_program(heads, group, seqlen_q, k_length, num_blocks, offset, CONFIG)
     results = Results(
         o.ptr + block.batch.to(gl.int64) * o.batch_stride + block.head.to(gl.int64) * o.head_stride,
         o.row_stride.to(gl.int64),

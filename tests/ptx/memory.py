@@ -211,7 +211,7 @@ class Shared:
         """Chunks that must not be written until the product is complete."""
         flat = self._rows_flat(rows, address)
         self.shadow.check_read(x, flat, 16, until=IN_FLIGHT)
-        self.shadow.check_fence(x, flat, 16)
+        self.shadow.check_fence(x, flat, 16, "multiplies what was written")
 
     def read_chunks(self, rows: Array, address: Array) -> Array:
         """``(CTAs, n, 16)`` bytes."""
@@ -222,6 +222,15 @@ class Shared:
         self.shadow.settle_read(x, self._rows_flat(rows, address), 16)
 
     # TMA.
+
+    def init_mbarrier(self, x: Any, cta: int, address: int) -> None:
+        """A write by the warp, which tensor copies must not find missing (8.2.2)."""
+        self.shadow.check_write(x, self._bases[cta] + address - SHARED_BASE, 8)
+
+    def check_mbarrier(self, x: Any, cta: int, address: int) -> None:
+        """A tensor copy finds it initialised."""
+        flat = self._bases[cta] + address - SHARED_BASE
+        self.shadow.check_fence(x, flat, 8, "completes an mbarrier that was initialised")
 
     def begin_transfer(self, x: Any, cta: int, chunks: Array) -> None:
         """Chunks that must not be touched until the mbarrier's phase is complete."""

@@ -264,5 +264,7 @@ def mbarrier(decoder: Decoder, ins: Instruction) -> Run:
         for cta, lane in np.argwhere(x.mask(m)):
             arguments = x, int(cta), int(address[cta, lane]), int(counts[cta, lane])
             x.machine.mbarriers.execute(what, *arguments)
+            if what == "init":
+                x.machine.shared.init_mbarrier(*arguments[:3])
 
     return run

@@ -285,5 +285,16 @@ def test_waiting_for_a_tensor_copy_tells_of_its_bytes_and_of_nothing_else() -> N
             run(body.replace("{offset}", "192"), *arguments, **options)
 
 
+def test_a_tensor_copy_may_need_a_fence_after_its_mbarriers_initialisation() -> None:
+    x, out = aligned((7, 32), np.uint16), aligned((2, 16), np.uint16)
+    body = LOAD.format(mbarrier=128, nbytes=64, rank=2, corner="0, 0")
+    arguments = tensor_map(x, (2, 16)), out, x
+    run(body, *arguments, shared=256)
+    with pytest.raises(Race, match="an mbarrier that was initialised without fence"):
+        run(body, *arguments, shared=256, barrier_fences=True)
+    fenced = body.replace("bar.sync 0;", "fence.proxy.async.shared::cta; bar.sync 0;")
+    run(fenced, *arguments, shared=256, barrier_fences=True)
+
+
 def test_the_check_can_be_switched_off() -> None:
     run("mov.b32 %r0, global_smem; ld.shared.b32 %r1, [%r0];", shared=64, races=False)
