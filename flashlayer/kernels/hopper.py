@@ -274,15 +274,15 @@ def store_results(results, rows, valid, m_i, l_i, acc, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def buffers(descriptor, COUNT: gl.constexpr):
+def buffers(descriptor, COUNT: gl.constexpr, BLOCK: gl.constexpr, CONFIG: gl.constexpr):
     """Shared memory for ``COUNT`` tiles of a tensor."""
-    shape: gl.constexpr = [COUNT] + descriptor.block_shape
+    shape: gl.constexpr = [COUNT, 1, 1, BLOCK, CONFIG.HEAD_DIM]
     return gl.allocate_shared_memory(descriptor.dtype, shape, descriptor.layout)
 
 
 @gluon.jit
 def ring(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """mbarriers that ``ARRIVALS`` arrivals complete."""
+    """As many mbarriers, whose phases take ``ARRIVALS`` arrivals each."""
     barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(barriers.index(i), count=ARRIVALS)
@@ -338,7 +338,11 @@ def hopper_forward_kernel(
         o.row_stride.to(gl.int64),
         lse_ptr + (block.batch * heads + block.head).to(gl.int64) * seqlen_q,
     )
-    tiles = Tiles(buffers(q, CONSUMERS), buffers(k, CONFIG.STAGES), buffers(v, CONFIG.STAGES))
+    tiles = Tiles(
+        q=buffers(q, CONSUMERS, ROWS, CONFIG),
+        k=buffers(k, CONFIG.STAGES, CONFIG.BLOCK_N, CONFIG),
+        v=buffers(v, CONFIG.STAGES, CONFIG.BLOCK_N, CONFIG),
+    )
     barriers = Barriers(
         q_loaded=ring(CONSUMERS, 1),
         k_loaded=ring(CONFIG.STAGES, 1),

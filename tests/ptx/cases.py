@@ -401,7 +401,7 @@ def _any_lengths(count: int) -> list[Case]:
     draw = random.Random(0)
     found = []
     for number in range(count):
-        # A variant is drawn once; fp16 and bf16, both head dimensions, masks and forms in turn.
+        # Every combination comes up twice; lengths and GQA are drawn.
         dtype, dim = ("bf16", "fp16")[number % 2], (64, 128)[number // 2 % 2]
         causal, turns = number // 4 % 2 == 1, number // 8 % 2 == 1
         q, k, group = draw.randint(1, 300), draw.randint(1, 300), draw.choice((1, 2, 3))
