@@ -49,8 +49,9 @@ def run_suite(
         from tests.ptx.faults import FAULTS, plant
         from tests.ptx.specialized import SPECIALIZED_FAULTS
 
-        planted = SPECIALIZED_FAULTS if suite == "specialized-faults" else FAULTS[arch]
-        for fault in planted:
+        specialized = SPECIALIZED_FAULTS if arch == 90 and suite != "faults" else []
+        plain = FAULTS[arch] if suite != "specialized-faults" else []
+        for fault in [*plain, *specialized]:
             if only in fault.name and fault.slow == (suite == "slow-faults"):
                 yield plant(fault, arch)
 

@@ -17,10 +17,10 @@ _MORE = "more arrivals than the mbarrier"  # of the next use, in the phase of th
 SPECIALIZED_FAULTS = [
     # The consumers. In the text of each stand the waits for q, for the first k, for the second k,
     # and those of the loop for v and for the next k.
-    _fault("wait for the queries", find=_WAIT),
+    _fault("wait for the queries", find=_WAIT, slow=True),
     _fault("wait for the first keys", find=_WAIT, nth=1),
-    _fault("wait for the next keys", find=_WAIT, nth=2),
-    _fault("wait for the values", find=_WAIT, nth=3, seeds=4),
+    _fault("wait for the next keys", find=_WAIT, nth=2, slow=True),
+    _fault("wait for the values", find=_WAIT, nth=3, seeds=4, slow=True),
     _fault(
         "phase of the first keys",
         find=r"(mbarrier\.try_wait\S+ complete, \[%r\d+\]), %r\d+;",
@@ -32,6 +32,7 @@ SPECIALIZED_FAULTS = [
         find=r"wgmma\.wait_group\.sync\.aligned 1;",
         nth=None,
         shows=f"{VALUES}|{RACE}",
+        slow=True,
     ),
     _fault(
         "wait for the values' product",
@@ -56,6 +57,7 @@ SPECIALIZED_FAULTS = [
         replace=r"\1 0,",
         nth=None,
         shows=VALUES,
+        slow=True,
     ),
     _fault(
         "mask comparison off by one",
@@ -67,7 +69,12 @@ SPECIALIZED_FAULTS = [
     # The producer: copies of two tiles of q, then the loop's waits and copies of k and v.
     _fault("buffer of keys reused early", find=_WAIT, after=_COPY, shows=f"{RACE}|{_MORE}"),
     _fault(
-        "buffer of values reused early", find=_WAIT, after=_COPY, nth=1, shows=f"{RACE}|{_MORE}"
+        "buffer of values reused early",
+        find=_WAIT,
+        after=_COPY,
+        nth=1,
+        shows=f"{RACE}|{_MORE}",
+        slow=True,
     ),
     _fault(
         "coordinate of the keys",

@@ -6,6 +6,9 @@ Each case runs twice, with asynchronous operations late and early and two orders
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from importlib.metadata import version
 from typing import Any
 
@@ -14,7 +17,8 @@ import pytest
 pytest.importorskip("triton")
 
 from tests.ptx.cases import SPECIALIZED_QUICK, TABLE, names
-from tests.ptx.processes import results
+from tests.ptx.faults import Fault
+from tests.ptx.processes import INSTALLED, ROOT, environment, locked, results, shared_folder
 from tests.ptx.specialized import SPECIALIZED_FAULTS
 from tests.ptx.test_faults import check
 
@@ -29,8 +33,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="session")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The results by fault."""
-    return results(tmp_path_factory, "specialized-faults", 90)
+    """``planted(suite)``: the results by fault."""
+    return lambda suite: results(tmp_path_factory, suite, 90)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -64,11 +68,72 @@ def test_the_table_has_every_variant_of_the_kernel() -> None:
     assert len(drawn) >= 40
 
 
-@pytest.mark.skipif(
+QUICK = [fault for fault in SPECIALIZED_FAULTS if not fault.slow]
+SLOW = [fault for fault in SPECIALIZED_FAULTS if fault.slow]
+for_this_text = pytest.mark.skipif(
     not version("triton").startswith("3.7."),
     reason="the faults are written for the text of Triton 3.7",
 )
-@pytest.mark.parametrize("fault", SPECIALIZED_FAULTS, ids=lambda fault: fault.name)
-def test_a_fault_planted_into_it_is_noticed(planted: Any, fault: Any) -> None:
-    assert fault.shows
-    check(fault, planted[fault.name])
+
+
+@for_this_text
+@pytest.mark.parametrize("fault", QUICK, ids=lambda fault: fault.name)
+def test_a_fault_planted_into_it_is_noticed(planted: Any, fault: Fault) -> None:
+    check(fault, planted("specialized-faults")[fault.name])
+
+
+@for_this_text
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", SLOW, ids=lambda fault: fault.name)
+def test_another_fault_planted_into_it_is_noticed(planted: Any, fault: Fault) -> None:
+    check(fault, planted("slow-faults")[fault.name])
+
+
+def test_eight_kinds_of_fault_are_planted_in_make_test() -> None:
+    assert len({fault.name for fault in QUICK}) >= 8
+    assert all(fault.shows for fault in SPECIALIZED_FAULTS)
+
+
+@pytest.fixture(scope="session")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``tuned(command)``: what :mod:`tests.ptx.tuned` printed, run once for all workers."""
+    folder = shared_folder(tmp_path_factory) / "ptx-tuned"
+    folder.mkdir(exist_ok=True)
+
+    def run(command: str) -> dict[str, Any]:
+        out = folder / f"{command}.json"
+        with locked(folder / f"{command}-lock"):
+            if not out.exists():
+                process = subprocess.run(
+                    [sys.executable, "-m", "tests.ptx.tuned", command, str(folder / "tiles")],
+                    cwd=ROOT,
+                    env=environment(folder.parent / f"ptx-cache-{INSTALLED}"),
+                    capture_output=True,
+                    text=True,
+                )
+                assert process.returncode == 0, process.stderr[-3000:]
+                out.write_text(process.stdout)
+        return json.loads(out.read_text())
+
+    return run
+
+
+def test_tune_takes_it_only_where_it_is_right_and_faster(tuned: Any) -> None:
+    found = tuned("write")
+    for result in found.values():
+        assert result["launched"] == ["forward_kernel", "hopper_forward_kernel"]
+    taken = {name: result["chosen"]["specialized"] for name, result in found.items()}
+    assert taken == {"slower": False, "wrong": False, "unstable": False, "faster": True}
+    warned = {name: " ".join(result["warnings"]) for name, result in found.items()}
+    assert not warned["slower"]
+    assert not warned["faster"]
+    assert "differs from the plain kernel on this chip and is left out" in warned["wrong"]
+    assert "does not repeat its results on this chip and is left out" in warned["unstable"]
+
+
+def test_a_fresh_process_takes_it_from_the_file(tuned: Any) -> None:
+    """Also in a compiled graph; a call of the bucket that it can't compute takes the plain one."""
+    tuned("write")
+    for call, kernels in tuned("read").items():
+        other = call in ("softcap", "strided", "longer")
+        assert kernels == ["forward_kernel" if other else "hopper_forward_kernel"], call

@@ -43,7 +43,7 @@ def refuses(
 
 
 def candidate_tiles(problem: Problem) -> list[Any]:
-    """The kernel's variants, for :func:`flashlayer.tune` to measure; none where it refuses."""
+    """The kernel's variants that may suit a problem; none where it refuses."""
     from flashlayer.kernels.tiles import specialized_candidates
 
     if refuses(*problem) is not None:
@@ -95,5 +95,5 @@ def _descriptor(x: Tensor, rows: int) -> Any:
 
     box = [1, 1, rows, x.shape[3]]
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for(box, dtype)
+    layout: Any = gl.NVMMASharedLayout.get_default_for(box, dtype)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), box, layout)

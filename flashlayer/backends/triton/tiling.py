@@ -90,7 +90,7 @@ def bucket(
 
 
 def candidate_tiles(kernel: str, q: Tensor) -> list[Any]:
-    """Tiles that may suit a problem, for :func:`flashlayer.tune` to measure."""
+    """Tiles of the plain kernels that may suit a problem."""
     from flashlayer.kernels.tiles import candidates
 
     described = target(q.device) in ("sm_90", "sm_100")
