@@ -101,19 +101,18 @@ def _fastest(kernel: str, bucket: tuple, problem: Problem) -> Any:
     q, k, v, spec, extras = problem
     before = backend.TUNED.pop(bucket, None)
     run: Callable[[], Any] = functools.partial(backend.forward, *problem)
-    expected = o, lse = run()
+    expected: Any = run()
     if kernel != "forward":
+        o, lse = expected
         tensors = (torch.ones_like(o), None, q, k, v, o, lse)
         run = functools.partial(backend.backward, *tensors, spec, extras)
     times: dict[Any, list[float]] = {}
-    firsts: dict[
-        Any, Results
-    ] = {}  # results of the specialised candidates, which every round must repeat
+    firsts: dict[Any, Results] = {}  # of specialised candidates: every round must repeat them
     try:
         for candidate in backend.candidate_tiles(kernel, problem):
             backend.TUNED[bucket] = candidate
             try:
-                found = run()  # compiles
+                found: Any = run()  # compiles
             except (OutOfResources, PTXASError):
                 continue
             if candidate.specialized:
