@@ -16,8 +16,8 @@ KNOWN = {
     *("store", "sum", "trans", "uint32", "uint8", "where", "zeros"),
 }
 
-# Of triton.experimental.gluon.language, looked up in 3.6.0, 3.7.1 and 3.9.0. What differs between
-# them is in gluon_api.
+# Of triton.experimental.gluon.language, looked up in 3.6.0, 3.7.1, 3.8.0 and 3.9.0. What differs
+# between them is in gluon_api.
 KNOWN_OF_GLUON = {
     *("BlockedLayout", "DotOperandLayout", "NVMMADistributedLayout", "SliceLayout"),
     *("allocate_shared_memory", "arange", "constexpr", "convert_layout", "exp2", "float32", "full"),

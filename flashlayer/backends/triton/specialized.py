@@ -38,8 +38,8 @@ def refuses(
     if not spec.scale > 0:
         return f"it takes positive scales, got {spec.scale}"
     if not all(tiling.has_tma_strides(x) for x in (q, k, v)):
-        return "TMA needs contiguous rows, and addresses and strides in multiples of 16 bytes"
-    return None if _visible_keys(q, k, spec) > 0 else "no query sees a key"
+        return "TMA needs keys, contiguous rows, addresses and strides in multiples of 16 bytes"
+    return None
 
 
 def candidate_tiles(problem: Problem) -> list[Any]:
@@ -86,7 +86,7 @@ def _visible_keys(q: Tensor, k: Tensor, spec: AttentionSpec) -> int:
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     if spec.window_right is None:
         return seqlen_k
-    return min(seqlen_k, max(0, seqlen_q + spec.offset(seqlen_q, seqlen_k) + spec.window_right))
+    return min(seqlen_k, seqlen_q + spec.offset(seqlen_q, seqlen_k) + spec.window_right)
 
 
 def _descriptor(x: Tensor, rows: int) -> Any:
