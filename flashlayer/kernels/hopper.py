@@ -1,8 +1,8 @@
 """The forward kernel for Hopper in Gluon: a producer warp loads what two warp groups consume.
 
 Shah et al., "FlashAttention-3", arXiv 2407.08608, sections 3.1 and 3.2. The plain kernel leaves
-waits and buffers to Triton, which lets one warp group's softmax and products take turns. Here they
-are written out:
+waits and buffers to Triton, which overlaps products with loads, not with the softmax. Here they are
+written out:
 
 - The *producer*, one warp, copies tiles of q, k and v to shared memory by TMA and computes nothing.
 - Two *consumers*, a warp group (4 warps) each, hold 64 queries each and share the keys. A consumer
@@ -222,12 +222,12 @@ def consume(RANK: gl.constexpr, results, tiles, barriers, block, scale_log2, CON
     scores = warpgroup_mma_wait(0, deps=[scores])
     set_free(barriers.k_free, 0, CONFIG)
     m_i, l_i, _, p = softmax_update(scores, m_i, l_i, scale_log2, stops, last * BLOCK_N, True)
-    weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
     wait_loaded(barriers.k_loaded, 1, CONFIG, last > 0)
     for MASKED in gl.static_range(1 if CONFIG.CAUSAL else 0, -1, -1):
         start = 1 if MASKED else num_masked
         stop = num_masked if MASKED else block.num_tiles
         for n in range(start, stop):
+            weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
             take_turn(barriers.turn, RANK, n, CONFIG)
             k = tile_of(tiles.k, n, CONFIG).permute([1, 0])
             scores = warpgroup_mma(q, k, unset, use_acc=False, is_async=True)
@@ -246,7 +246,7 @@ def consume(RANK: gl.constexpr, results, tiles, barriers, block, scale_log2, CON
             acc = warpgroup_mma_wait(0, deps=[acc])
             set_free(barriers.v_free, n - 1, CONFIG)
             acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-            weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
+    weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
     wait_loaded(barriers.v_loaded, last, CONFIG)
     acc = warpgroup_mma(weights, tile_of(tiles.v, last, CONFIG), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
