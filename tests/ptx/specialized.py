@@ -17,10 +17,10 @@ _MORE = "more arrivals than the mbarrier"  # of the next use, in the phase of th
 SPECIALIZED_FAULTS = [
     # The consumers. In the text of each stand the waits for q, for the first k, for the second k,
     # and those of the loop for v and for the next k.
-    _fault("wait for the queries", find=_WAIT, slow=True),
+    _fault("wait for the queries", find=_WAIT, seeds=8, slow=True),
     _fault("wait for the first keys", find=_WAIT, nth=1),
-    _fault("wait for the next keys", find=_WAIT, nth=2, slow=True),
-    _fault("wait for the values", find=_WAIT, nth=3, seeds=4, slow=True),
+    _fault("wait for the next keys", find=_WAIT, nth=2, seeds=8, slow=True),
+    _fault("wait for the values", find=_WAIT, nth=3, seeds=8, slow=True),
     _fault(
         "phase of the first keys",
         find=r"(mbarrier\.try_wait\S+ complete, \[%r\d+\]), %r\d+;",
