@@ -38,7 +38,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
-from benchmarks import chips, machine_code
+from benchmarks import chips, codegen_specialized, machine_code
 from benchmarks.codegen_report import markdown
 from flashlayer.backends import triton as backend
 from flashlayer.backends.triton import launch as backend_launch
@@ -121,6 +121,7 @@ OPTIONS: dict[str, Callable[[AttentionSpec, Tensor], tuple[AttentionSpec, Attent
     ),
     "all": _everything,
 }
+OPTIONS |= dict.fromkeys(codegen_specialized.VARIANTS, OPTIONS["none"])
 
 
 class Case(NamedTuple):
@@ -181,6 +182,10 @@ def record_launches(case: Case) -> list[Launch]:
             mock.patch.object(backend_launch, "launching", return_value=nullcontext())
         )
         stack.enter_context(mock.patch.object(triton.JITFunction, "run", run))
+        if case.options in codegen_specialized.VARIANTS:
+            stack.enter_context(codegen_specialized.chosen(case.options, case.head_dim))
+            backend.forward(q, kv, kv, spec, extras)
+            return launches
         o, lse = backend.forward(q, kv, kv, spec, extras)
         backend.backward(torch.empty_like(o), None, q, kv, kv, o, lse, spec, extras)
     return launches
@@ -232,6 +237,8 @@ def describe(launch: Launch, target: str, head_dim: int) -> dict[str, Any]:
         "num_warps": metadata.num_warps,
         "num_stages": metadata.num_stages,
     }
+    if "CONFIG" in launch.arguments:
+        row |= codegen_specialized.shape(launch.arguments["CONFIG"])
     shared = {
         "shared_bytes": metadata.shared,
         "shared_limit": chips.SHARED_LIMIT[target],
@@ -306,6 +313,8 @@ def matrix(args: argparse.Namespace) -> Iterator[Case]:
     """The cases that the command line asks for."""
     axes = (args.targets, args.dtypes, args.head_dims, args.masks, args.groups, OPTIONS)
     for case in itertools.starmap(Case, itertools.product(*axes)):
+        if case.options in codegen_specialized.VARIANTS and not codegen_specialized.covers(*case):
+            continue
         if args.options is not None:
             wanted = case.options in args.options
         else:
@@ -314,6 +323,7 @@ def matrix(args: argparse.Namespace) -> Iterator[Case]:
                 wanted |= (case.target, case.dtype) == (OPTIONS_TARGET, OPTIONS_DTYPE)
                 everywhere = case.options in ("packed", "intervals")
                 wanted |= everywhere and case.dtype == OPTIONS_DTYPE
+            wanted |= case.options in codegen_specialized.VARIANTS
         if wanted:
             yield case
 

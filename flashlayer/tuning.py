@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from flashlayer.problem import build_problem
 from flashlayer.spec import Problem
 
 ROUNDS = 20
+Results = tuple[Tensor, ...]
 
 
 def tune(
@@ -40,6 +42,12 @@ def tune(
     its number of stages and one more or less, from sm_90 on also with tensor descriptors (TMA).
     Those that do not fit the chip are skipped. This compiles a hundred kernels and takes minutes.
 
+    On Hopper, calls in half precision with a head dimension of 64 or 128 and no option but a causal
+    mask have one candidate more: a warp-specialised forward kernel that was executed on an emulator
+    and never timed. It is held against the plain kernel first: outputs may differ by ``4 eps`` of
+    the largest value and the LSE by ``2^-16 (1 + largest)``, and every round must give the same
+    bits. Where it is chosen, calls of the bucket that it can't compute take tiles of the table.
+
     Args:
         query: ``(B, H, Sq, D)``; tensors and options as in :func:`flashlayer.flash_attention`.
         key: ``(B, Hkv, Sk, D)``.
@@ -50,11 +58,14 @@ def tune(
 
     Returns:
         For each kernel (``"forward"``, ``"dkdv"``, ``"dq"``) its ``BLOCK_M``, ``BLOCK_N``,
-        ``num_warps``, ``num_stages`` and ``descriptors``.
+        ``num_warps``, ``num_stages``, ``descriptors``, ``specialized`` and ``takes_turns``.
 
     Raises:
         ValueError: the Triton backend can't compute this call.
         TypeError: as in :func:`flashlayer.flash_attention`.
+
+    Warns:
+        RuntimeWarning: the warp-specialised kernel gave another result and is left out.
 
     Example:
         >>> chosen = flashlayer.tune(q, k, v, causal=True, path="tiles.json")  # doctest: +SKIP
@@ -88,25 +99,36 @@ def _fastest(kernel: str, bucket: tuple, problem: Problem) -> Any:
     from triton.runtime.errors import OutOfResources, PTXASError
 
     q, k, v, spec, extras = problem
+    before = backend.TUNED.pop(bucket, None)
     run: Callable[[], Any] = functools.partial(backend.forward, *problem)
+    expected: Any = run()
     if kernel != "forward":
-        o, lse = run()
+        o, lse = expected
         tensors = (torch.ones_like(o), None, q, k, v, o, lse)
         run = functools.partial(backend.backward, *tensors, spec, extras)
-    before = backend.TUNED.get(bucket)
     times: dict[Any, list[float]] = {}
+    firsts: dict[Any, Results] = {}  # of specialised candidates: every round must repeat them
     try:
-        for candidate in backend.candidate_tiles(kernel, problem.query):
+        for candidate in backend.candidate_tiles(kernel, problem):
             backend.TUNED[bucket] = candidate
             try:
-                run()  # compiles
+                found: Any = run()  # compiles
             except (OutOfResources, PTXASError):
                 continue
+            if candidate.specialized:
+                if not _agree(found, expected, v):
+                    _warn(candidate, "differs from the plain kernel")
+                    continue
+                firsts[candidate] = found
             times[candidate] = []
         for _ in range(ROUNDS):
-            for candidate, durations in times.items():
+            for candidate in list(times):
                 backend.TUNED[bucket] = candidate
-                durations.append(_seconds(run, problem.query.device))
+                seconds, found = _timed(run, q.device)
+                times[candidate].append(seconds)
+                if candidate in firsts and not _same_bits(found, firsts[candidate]):
+                    _warn(candidate, "does not repeat its results")
+                    del times[candidate]
     finally:
         backend.TUNED.pop(bucket, None)
         if before is not None:
@@ -114,14 +136,51 @@ def _fastest(kernel: str, bucket: tuple, problem: Problem) -> Any:
     return min(times, key=lambda candidate: median(times[candidate]))
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+def _agree(found: Results, expected: Results, v: Tensor) -> bool:
+    """Whether ``(o, lse)`` of two forward kernels are equal but for rounding; see :func:`tune`.
+
+    An output is a mean of values. Its weights are rounded to the dtype and so is it, each by
+    ``eps / 2``: ``2 eps`` of the largest value for two kernels. The rounding of scores, which
+    matters for logits in the thousands, may take as much again.
+    """
+    o, lse = found
+    expected_o, expected_lse = expected
+    bound = 4 * torch.finfo(v.dtype).eps * _largest(v)
+    lse_bound = 2**-16 * (1 + _largest(expected_lse))
+    return torch.allclose(
+        o.float(), expected_o.float(), rtol=0, atol=bound, equal_nan=True
+    ) and torch.allclose(lse, expected_lse, rtol=0, atol=lse_bound, equal_nan=True)
+
+
+def _largest(x: Tensor) -> float:
+    """Of the finite elements' sizes."""
+    return torch.where(x.isfinite(), x.abs(), 0).max().item()
+
+
+def _same_bits(found: Results, first: Results) -> bool:
+    return all(
+        torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+        for x, y in zip(found, first, strict=True)
+    )
+
+
+def _warn(candidate: Any, what: str) -> None:
+    warnings.warn(
+        f"the warp-specialised kernel {what} on this chip and is left out: {candidate}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def _timed(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds that a run takes, and its results."""
     if device.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        run()
+        results = run()
         stop.record()
         stop.synchronize()
-        return start.elapsed_time(stop) / 1000
+        return start.elapsed_time(stop) / 1000, results
     begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
+    results = run()
+    return time.perf_counter() - begin, results

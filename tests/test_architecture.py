@@ -138,6 +138,7 @@ MAY_OPEN = {
     "codegen.py": ("flashlayer.kernels", "flashlayer.backends.triton", "flashlayer.spec"),
     # compiles what the stages of a GPU run will launch
     "gpu_compile.py": ("flashlayer.backends",),
+    "codegen_specialized.py": ("flashlayer.kernels", "flashlayer.backends.triton"),
     # read the kernels' source and watch them run
     "5_kernel.ipynb": ("flashlayer.kernels",),
     "6_backward.ipynb": ("flashlayer.kernels",),

@@ -30,6 +30,9 @@ class TileConfig:
             tensor allows it. Off in the table: compiled for sm_90 they save up to 15 registers and
             move the loop's reachable share of peak by 2 % either way (benchmarks/NOTES.md), which
             is for a measurement to decide, see :func:`flashlayer.tune`.
+        specialized: the warp-specialised forward kernel of :mod:`flashlayer.kernels.hopper`, whose
+            two consumers share ``BLOCK_M`` and have ``num_warps`` each. Never in the table.
+        takes_turns: whether its consumers take turns.
     """
 
     BLOCK_M: int
@@ -37,6 +40,8 @@ class TileConfig:
     num_warps: int
     num_stages: int
     descriptors: bool = False
+    specialized: bool = False
+    takes_turns: bool = False
 
     def launch_options(self) -> dict[str, int]:
         """What a kernel launch takes."""
@@ -220,6 +225,18 @@ def candidates(kernel: str, dtype: str) -> list[TileConfig]:
                     if near > 0:
                         found[TileConfig(block_m, block_n, warps, near, descriptors)] = None
     return list(found)
+
+
+def specialized_candidates(head_dim: int) -> list[TileConfig]:
+    """Variants of the warp-specialised forward kernel for a head dimension of 64 or 128.
+
+    Each fits a Hopper SM's shared memory and registers (``python -m benchmarks codegen``).
+    """
+    return [
+        TileConfig(128, 128, 4, stages, True, True, takes_turns)
+        for stages in ((2, 3) if head_dim == 64 else (2,))
+        for takes_turns in (False, True)
+    ]
 
 
 def delta_rows(value_dim: int) -> int:

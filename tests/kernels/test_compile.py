@@ -27,14 +27,13 @@ def ledger(tmp_path: Path, *arguments: str) -> dict[str, list[dict]]:
     return json.loads((tmp_path / "codegen.json").read_text())
 
 
-def check(rows: list[dict], instruction: str | None) -> None:
+def check(
+    rows: list[dict],
+    instruction: str | None,
+    kernels: tuple[str, ...] = ("forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel"),
+) -> None:
     """The rules of the ledger; ``instruction`` multiplies the matrices, if any has to."""
-    assert {row["kernel"] for row in rows} == {
-        "forward_kernel",
-        "delta_kernel",
-        "dkdv_kernel",
-        "dq_kernel",
-    }
+    assert {row["kernel"] for row in rows} == set(kernels)
     for row in rows:
         assert row["spill_bytes"] == 0, row
         assert not row["serialized"], row
@@ -85,6 +84,13 @@ def test_half_precision(tmp_path: Path) -> None:
     arguments = ("--targets", "sm_90", "--dtypes", "fp16", "--head-dims", "128")
     rows = ledger(tmp_path, *arguments, "--masks", "causal", "--options", "none")["rows"]
     check(rows, "wgmma")
+
+
+def test_the_warp_specialised_kernel(tmp_path: Path) -> None:
+    arguments = ("--targets", "sm_90", "--dtypes", "bf16", "--head-dims", "64", "128")
+    rows = ledger(tmp_path, *arguments, "--masks", "causal", "--options", "specialized")["rows"]
+    assert len(rows) == 2
+    check(rows, "wgmma", ("hopper_forward_kernel",))
 
 
 def test_wide_types(tmp_path: Path) -> None:

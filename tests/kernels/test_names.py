@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 import flashlayer.kernels
 
 # Looked up in triton.language of 3.6.0, 3.7.1, 3.8.0 and 3.9.0. `to_tensor`, which 3.6 lacks, once
@@ -14,14 +16,33 @@ KNOWN = {
     *("store", "sum", "trans", "uint32", "uint8", "where", "zeros"),
 }
 
+# Of triton.experimental.gluon.language, looked up in 3.6.0, 3.7.1, 3.8.0 and 3.9.0. What differs
+# between them is in gluon_api.
+KNOWN_OF_GLUON = {
+    *("BlockedLayout", "DotOperandLayout", "NVMMADistributedLayout", "SliceLayout"),
+    *("allocate_shared_memory", "arange", "constexpr", "convert_layout", "exp2", "float32", "full"),
+    *("int32", "int64", "log2", "max", "maximum", "minimum", "program_id", "static_range", "store"),
+    *("sum", "warp_specialize", "where"),
+}
 
-def test_names_of_the_oldest_triton() -> None:
+
+@pytest.mark.parametrize(("module", "known"), [("tl", KNOWN), ("gl", KNOWN_OF_GLUON)])
+def test_names_of_the_oldest_triton(module: str, known: set[str]) -> None:
     used = {
         node.attr
         for path in Path(flashlayer.kernels.__path__[0]).glob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Name)
-        and node.value.id == "tl"
+        and node.value.id == module
     }
-    assert used == KNOWN
+    assert used == known
+
+
+def test_gluon_is_imported_in_one_file() -> None:
+    importing = {
+        path.name
+        for path in Path(flashlayer.kernels.__path__[0]).glob("*.py")
+        if "from triton.experimental" in path.read_text()
+    }
+    assert importing == {"gluon_api.py"}

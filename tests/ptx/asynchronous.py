@@ -289,6 +289,8 @@ class Transfer:
         self.chunks = swizzled(addresses, 16 << self.source.swizzle)
 
     def start(self, x: Any) -> None:
+        if self.machine.barrier_fences:
+            self.machine.shared.check_mbarrier(x, self.cta, self.mbarrier)
         self.machine.shared.begin_transfer(x, self.cta, self.chunks)
         if self.machine.late:
             self.machine.transfers.append(self)

@@ -6,9 +6,10 @@ test``, chosen so that together they cross every feature; ``TABLE`` are all of t
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ class Case:
         tf32: whether torch allows TF32.
         descriptors: whether whole tiles are loaded by TMA where the tensors allow it.
         splits: number of parts of the keys in the decoding step, 0 for a plain call.
+        specialized: the forward pass by the warp-specialised kernel, with so many stages, and
+            whether its consumers take turns.
+        gradients: whether there is a backward pass.
     """
 
     name: str
@@ -39,6 +43,8 @@ class Case:
     tf32: bool = False
     descriptors: bool = False
     splits: int = 0
+    specialized: tuple[int, bool] | None = None
+    gradients: bool = True
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         """The tensors, the same every time."""
@@ -409,7 +415,64 @@ _TMA = [
     Case("bf16 TMA documents", dense(q=400, k=400, options=documents(300, 100)), **TMA),
 ]
 
-TABLE = [*QUICK, *_GEOMETRY, *_OPTIONS, *_PACKED, *_HEAD_DIMS, *_TMA]
+
+def _specialized(name: str, stages: int = 2, *, turns: bool = False, **problem: Any) -> Case:
+    """A forward pass of the warp-specialised kernel."""
+    dtype = FP16 if name.startswith("fp16") else BF16
+    return Case(name, dense(dtype, **problem), (90,), specialized=(stages, turns), gradients=False)
+
+
+def _any_lengths(count: int) -> list[Case]:
+    """Problems of up to 300 queries and keys that cross every variant of the kernel."""
+    draw = random.Random(0)
+    found = []
+    for number in range(count):
+        # Every combination comes up twice; lengths and GQA are drawn.
+        dtype, dim = ("bf16", "fp16")[number % 2], (64, 128)[number // 2 % 2]
+        causal, turns = number // 4 % 2 == 1, number // 8 % 2 == 1
+        q, k, group = draw.randint(1, 300), draw.randint(1, 300), draw.choice((1, 2, 3))
+        name = f"{dtype} specialized D{dim} {q} by {k}{' causal' * causal}{' in turns' * turns}"
+        problem = {"q": q, "k": k, "dim": dim, "heads": group, "causal": causal}
+        found.append(_specialized(name, 2, turns=turns, **problem))
+    return found
+
+
+# The warp-specialised kernel: the first are those of ``make test``.
+SPECIALIZED_QUICK = [
+    _specialized("bf16 specialized causal GQA", q=140, k=333, causal=True),
+    _specialized("bf16 specialized in turns", 3, turns=True, q=150, k=300, layout="bshd"),
+    _specialized("fp16 specialized D128 causal", dim=128, q=200, k=70, causal=True, turns=True),
+    _specialized("fp16 specialized D128", dim=128, q=65, k=520, heads=1),
+    Case(
+        "bf16 specialized hidden NaN",
+        causal_hiding(BF16, 64),
+        (90,),
+        specialized=(2, False),
+        gradients=False,
+    ),
+]
+_SPECIALIZED = [
+    replace(SPECIALIZED_QUICK[0], name="bf16 specialized backward", gradients=True),
+    _specialized("bf16 specialized batch of 2", batch=2, heads=6, kv_heads=2, q=130, k=129),
+    _specialized("bf16 specialized right side", q=129, k=300, window_size=(None, 33)),
+    _specialized("bf16 specialized rows without keys", q=300, k=140, window_size=(None, 3)),
+    _specialized("fp16 specialized rows in NaN", q=100, k=190, layout="in NaN", causal=True),
+    _specialized("bf16 specialized one query", 3, q=1, k=300),
+    _specialized("bf16 specialized one key", q=300, k=1, causal=True, diagonal="top_left"),
+    _specialized("bf16 specialized whole tiles", 3, turns=True, q=256, k=256, causal=True),
+    *_any_lengths(32),
+]
+
+TABLE = [
+    *QUICK,
+    *_GEOMETRY,
+    *_OPTIONS,
+    *_PACKED,
+    *_HEAD_DIMS,
+    *_TMA,
+    *SPECIALIZED_QUICK,
+    *_SPECIALIZED,
+]
 BY_NAME = {case.name: case for case in TABLE}
 
 

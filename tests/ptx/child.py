@@ -19,10 +19,11 @@ from typing import Any
 import torch
 import triton
 
-from tests.ptx.cases import BY_NAME, QUICK, TABLE, names
+from tests.ptx.cases import BY_NAME, QUICK, SPECIALIZED_QUICK, TABLE, names
 from tests.ptx.judge import judge
 
-SUITES = ("quick", "table", "faults", "slow-faults", "native", "specialized")
+CASES = {"quick": QUICK, "table": TABLE, "specialized": SPECIALIZED_QUICK}
+SUITES = (*CASES, "faults", "slow-faults", "specialized-faults", "native")
 # (late, seed): asynchronous operations as late as the waits allow, or at once.
 TABLE_RUNS = ((True, 0), (False, 1), (True, 1), (False, 0))
 
@@ -31,10 +32,10 @@ def run_suite(
     suite: str, arch: int, only: str, runs: int, folder: Path
 ) -> Iterator[dict[str, Any]]:
     """The results of one suite, as they come."""
-    if suite in ("quick", "table"):
-        for name in names(arch, QUICK if suite == "quick" else TABLE):
+    if suite in CASES:
+        for name in names(arch, CASES[suite]):
             if only in name:
-                each = TABLE_RUNS[: 1 if suite == "quick" else runs]
+                each = TABLE_RUNS[: {"quick": 1, "specialized": 2}.get(suite, runs)]
                 verdict = judge(BY_NAME[name], arch, each, without_fences=suite == "table")
                 yield dataclasses.asdict(verdict)
     elif suite == "native":
@@ -44,16 +45,13 @@ def run_suite(
             if only in name:
                 open_device = lambda arch, **options: native(arch, folder, **options)  # noqa: E731
                 yield dataclasses.asdict(judge(BY_NAME[name], arch, open_device=open_device))
-    elif suite == "specialized":
-        from tests.ptx import specialized
-
-        for name in specialized.PROGRAMS:
-            if only in name:
-                yield specialized.run(name)
     else:
         from tests.ptx.faults import FAULTS, plant
+        from tests.ptx.specialized import SPECIALIZED_FAULTS
 
-        for fault in FAULTS[arch]:
+        specialized = SPECIALIZED_FAULTS if arch == 90 and suite != "faults" else []
+        plain = FAULTS[arch] if suite != "specialized-faults" else []
+        for fault in [*plain, *specialized]:
             if only in fault.name and fault.slow == (suite == "slow-faults"):
                 yield plant(fault, arch)
 

@@ -118,7 +118,9 @@ class Program:
 class Decoder:
     """Collects blocks; offers the decoders of instructions their operands as register slots."""
 
-    def __init__(self, parameters: list[tuple[str, str]]) -> None:
+    def __init__(self, parameters: list[tuple[str, str]], body: str) -> None:
+        named = Counter(re.findall(r"%\w+", body))
+        self.unread = {name for name, count in named.items() if count == 1}  # registers
         self.parameters = {name: i for i, (name, _) in enumerate(parameters)}
         self.registers = 0
         self.constants: dict[int, Any] = {}

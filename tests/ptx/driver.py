@@ -62,6 +62,7 @@ class Device:
         late: whether asynchronous operations take effect at their waits, or when issued.
         races: whether unordered accesses to shared memory are errors.
         unfenced: kernels in which a missing ``fence.proxy.async`` is none.
+        barrier_fences: whether tensor copies need one after an mbarrier's initialisation.
         seed: of the order in which warps run.
         edit: changes the PTX before it is run: a planted fault.
         at_once: CTAs side by side.
@@ -72,6 +73,7 @@ class Device:
     late: bool = True
     races: bool = True
     unfenced: frozenset[str] = frozenset()
+    barrier_fences: bool = False
     seed: int = 0
     edit: Callable[[str], str] | None = None
     at_once: int = 16
@@ -101,6 +103,7 @@ class Device:
             late=self.late,
             races=self.races,
             fences=name not in self.unfenced,
+            barrier_fences=self.barrier_fences,
             at_once=self.at_once,
         )
         self.launches.append(Launch(name, grid, executed, program))

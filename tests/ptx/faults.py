@@ -45,6 +45,7 @@ class Fault:
         shows: how it is noticed, an expression for the message; ``NOTHING`` where it must not be.
         why: the reason, where it shows nothing.
         slow: not in ``make test``.
+        seeds: how many orders of the warps and of tensor copies are tried until it shows.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Fault:
     shows: str = RACE
     why: str = ""
     slow: bool = False
+    seeds: int = 1
 
     def edit(self, planted: list[str]) -> Callable[[str], str]:
         """The change, which adds to ``planted`` what it found."""
@@ -86,7 +88,8 @@ class Fault:
 def plant(fault: Fault, arch: int) -> dict[str, Any]:
     """Run a fault's case with it; how it was noticed, if it was."""
     planted: list[str] = []
-    verdict = judge(BY_NAME[fault.case], arch, edit=fault.edit(planted))
+    runs = tuple((True, seed) for seed in range(fault.seeds))
+    verdict = judge(BY_NAME[fault.case], arch, runs, edit=fault.edit(planted))
     return {
         "case": fault.name,
         "noticed": not verdict.passed,

@@ -77,7 +77,8 @@ def judge(
     verdict, start = Verdict(case.name, len(runs)), time.process_time()
     first: Results | None = None
     for late, seed in runs:
-        options = {"late": late, "seed": seed, "edit": edit}
+        options: dict[str, Any] = {"late": late, "seed": seed, "edit": edit}
+        options["barrier_fences"] = case.specialized is not None
         try:
             results = None
             while results is None:
@@ -116,11 +117,11 @@ def _execute(
         stack.enter_context(_recorded(verdict))
         if case.tf32:
             stack.enter_context(_tf32_allowed())
-        if case.descriptors:
-            stack.enter_context(_descriptors())
+        stack.enter_context(_tiles(case))
         if case.splits:
             results = _decode(q, k, v, case.splits, **arguments)
         else:
+            arguments["gradients"] = case.gradients
             results = accuracy.assert_attention_close("triton", q, k, v, **arguments)
     for launch in device.launches:
         verdict.kernels[launch.kernel] = dict(launch.program.counts)
@@ -155,16 +156,21 @@ def _recorded(verdict: Verdict) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _descriptors() -> Iterator[None]:
-    """Tiles as in the table, loaded by TMA where the tensors allow it."""
+def _tiles(case: Case) -> Any:
+    """The tile table, with what a case changes in it."""
     look_up = tiles.tile_config
 
-    def described(*args: Any, **kwargs: Any) -> Any:
-        return dataclasses.replace(look_up(*args, **kwargs), descriptors=True)
+    def changed(kernel: str, target: str, dtype: str, head_dim: int, mask: str) -> Any:
+        config = look_up(kernel, target, dtype, head_dim, mask)
+        if case.specialized and kernel == "forward":
+            (config,) = (
+                each
+                for each in tiles.specialized_candidates(head_dim)
+                if (each.num_stages, each.takes_turns) == case.specialized
+            )
+        return dataclasses.replace(config, descriptors=case.descriptors or config.descriptors)
 
-    with mock.patch.object(tiles, "tile_config", described):
-        yield
+    return mock.patch.object(tiles, "tile_config", changed)
 
 
 @contextlib.contextmanager

@@ -52,6 +52,7 @@ def launch(
     late: bool = True,
     races: bool = True,
     fences: bool = True,
+    barrier_fences: bool = False,
     at_once: int = 16,
 ) -> int:
     """Run every CTA of a grid.
@@ -67,6 +68,8 @@ def launch(
         late: whether asynchronous operations take effect at their waits, or when issued.
         races: whether unordered accesses to shared memory are errors.
         fences: whether a missing ``fence.proxy.async`` is one.
+        barrier_fences: also between the initialisation of an mbarrier and the tensor copies that
+            complete it. Kernels that Triton pipelines have none there.
         at_once: how many CTAs run side by side.
 
     Returns:
@@ -99,6 +102,7 @@ def launch(
             late=late,
             races=races,
             fences=fences,
+            barrier_fences=barrier_fences,
         )
         machine.run()
         executed += machine.executed
@@ -134,10 +138,11 @@ class Machine:
         late: bool,
         races: bool,
         fences: bool,
+        barrier_fences: bool,
     ) -> None:
         self.program, self.arguments, self.memory = program, arguments, memory
         self.grid, self.first, self.ctas, self.warps_per_cta = grid, first, ctas, warps
-        self.late = late
+        self.late, self.barrier_fences = late, barrier_fences
         nbytes = -(-max(shared, 16) // 16) * 16
         self.shadow = Shadow(ctas, warps, nbytes, program.granule, on=races, fences=fences)
         self.shared = Shared(ctas, nbytes, self.shadow)

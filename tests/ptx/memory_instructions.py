@@ -59,11 +59,13 @@ def ld(decoder: Decoder, ins: Instruction) -> Run:
     if shared:
         decoder.granule = min(decoder.granule, size)
     unsigned, count = UNSIGNED[size], len(names)
+    unread = [k for k, name in enumerate(names) if name in decoder.unread]
+    options = {"unread": unread} if shared and len(unread) < count else {}
 
     def run(x: Any, m: Mask) -> None:
         memory = x.machine.shared if shared else x.machine.memory
         address = x.lanes(slot, m).view(kind).astype(i8) + offset
-        loaded = memory.load(x, m, address, unsigned, count)
+        loaded = memory.load(x, m, address, unsigned, count, **options)
         for (d, width), value in zip(targets, loaded, strict=True):
             if d is not None:
                 if width > size:
@@ -262,5 +264,7 @@ def mbarrier(decoder: Decoder, ins: Instruction) -> Run:
         for cta, lane in np.argwhere(x.mask(m)):
             arguments = x, int(cta), int(address[cta, lane]), int(counts[cta, lane])
             x.machine.mbarriers.execute(what, *arguments)
+            if what == "init":
+                x.machine.shared.init_mbarrier(*arguments[:3])
 
     return run

@@ -20,7 +20,7 @@ def parse(text: str) -> Program:
         EmulatorError: If the text can't be parsed.
     """
     head = syntax.entry(text)
-    decoder = Decoder(head.parameters)
+    decoder = Decoder(head.parameters, head.body)
     label = ""
     for scopes, new_label, statement in syntax.statements(head.body):
         if new_label:

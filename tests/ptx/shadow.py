@@ -172,8 +172,8 @@ class Shadow:
             knows = self._clock[cta, x.warp, self._writer[part]]
             self._unfenced[part] &= self._written[part] > knows
 
-    def check_fence(self, x: Any, flat: Array, nbytes: int) -> None:
-        """A read by wgmma.
+    def check_fence(self, x: Any, flat: Array, nbytes: int, does: str) -> None:
+        """A read by wgmma, or of an mbarrier by a tensor copy; the error says what the warp does.
 
         Raises:
             Race: If something was written there without a fence since.
@@ -182,7 +182,7 @@ class Shadow:
             _, g = self._granules(flat, nbytes)
             bad = self._unfenced[g]
             if bad.any():
-                self._fail(g[bad][0], x, "multiplies what was written without fence.proxy.async")
+                self._fail(g[bad][0], x, f"{does} without fence.proxy.async")
 
     def _granules(self, flat: Array, nbytes: int) -> tuple[Array, Array]:
         """(CTAs, granules) of accesses."""

@@ -1,170 +1,100 @@
-"""A warp-specialised matrix product in Gluon: a TMA producer and a wgmma consumer.
-
-flashlayer's kernels leave this to Triton; here the waits are written by hand, and can be left out.
-The emulator must run the whole program and stop each that lacks one.
-"""
+"""Faults planted into the warp-specialised kernel, whose waits Triton does not write."""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
-import torch
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from tests.ptx.faults import DEADLOCK, RACE, VALUES, Fault
 
-from tests.ptx.driver import emulated
-from tests.ptx.formats import EmulatorError
+GQA = "bf16 specialized causal GQA"  # three tiles of keys: the third reuses the first one's buffer
+_fault = partial(Fault, kernel="hopper_forward_kernel", case=GQA)
 
-# Which waits are there: the producer's for an empty buffer, the consumer's for a full one, and the
-# consumer's for its product before it hands the buffer back.
-PROGRAMS = {
-    "whole": (True, True, True),
-    "no wait for an empty buffer": (False, True, True),
-    "no wait for a full buffer": (True, False, True),
-    "no wait for the product": (True, True, False),
-}
+_WAIT = r"mbarrier\.try_wait\S+ complete, [^;]*;\s*@!complete[^;]*;"
+_COPY = r"cp\.async\.bulk\.tensor\S+ "
+_WGMMA = r"wgmma\.mma_async\S+ "
+_MORE = "more arrivals than the mbarrier"  # of the next use, in the phase of this one
 
-
-@gluon.jit
-def producer(
-    a_desc,
-    b_desc,
-    a_buffers,
-    b_buffers,
-    full,
-    empty,
-    depth,
-    BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
-    WAITS: gl.constexpr,
-):
-    for i in range(depth // BLOCK_K):
-        stage = i % STAGES
-        if WAITS:
-            mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
-        nbytes: gl.constexpr = a_desc.block_type.nbytes + b_desc.block_type.nbytes
-        mbarrier.expect(full.index(stage), nbytes)
-        k = i * BLOCK_K
-        tma.async_copy_global_to_shared(a_desc, [0, k], full.index(stage), a_buffers.index(stage))
-        tma.async_copy_global_to_shared(b_desc, [k, 0], full.index(stage), b_buffers.index(stage))
-
-
-@gluon.jit
-def consumer(
-    c_ptr,
-    a_buffers,
-    b_buffers,
-    full,
-    empty,
-    depth,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
-    WAITS: gl.constexpr,
-    SETTLES: gl.constexpr,
-):
-    layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
-    )
-    acc = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, layout)
-    for i in range(depth // BLOCK_K):
-        stage = i % STAGES
-        if WAITS:
-            mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        acc = warpgroup_mma(a_buffers.index(stage), b_buffers.index(stage), acc, is_async=True)
-        acc = warpgroup_mma_wait(0 if SETTLES else 1, deps=[acc])
-        mbarrier.arrive(empty.index(stage), count=1)
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    rows = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
-    columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
-    gl.store(c_ptr + rows[:, None] * BLOCK_N + columns[None, :], acc)
-
-
-@gluon.jit
-def matmul(
-    a_desc,
-    b_desc,
-    c_ptr,
-    depth,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
-    EMPTY: gl.constexpr,
-    FULL: gl.constexpr,
-    SETTLES: gl.constexpr,
-):
-    a_buffers = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, BLOCK_K], a_desc.layout)
-    b_buffers = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_K, BLOCK_N], b_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
-    fence_async_shared()
-    gl.warp_specialize(
-        [
-            (
-                consumer,
-                (
-                    c_ptr,
-                    a_buffers,
-                    b_buffers,
-                    full,
-                    empty,
-                    depth,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    STAGES,
-                    FULL,
-                    SETTLES,
-                ),
-            ),
-            (
-                producer,
-                (a_desc, b_desc, a_buffers, b_buffers, full, empty, depth, BLOCK_K, STAGES, EMPTY),
-            ),
-        ],
-        [1],
-        [24],
-    )
-
-
-def run(name: str, *, late: bool = True, races: bool = True) -> dict[str, Any]:
-    """One of ``PROGRAMS``: the error of its product, or what stopped it."""
-    m, n, depth, block, stages = 64, 64, 512, 64, 2
-    torch.manual_seed(0)
-    a, b = torch.randn(m, depth).bfloat16(), torch.randn(depth, n).bfloat16()
-    c = torch.full((m, n), torch.nan)
-    descriptors = [
-        TensorDescriptor(
-            x,
-            list(x.shape),
-            list(x.stride()),
-            box,
-            gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16),
-        )
-        for x, box in ((a, [m, block]), (b, [block, n]))
-    ]
-    message = ""
-    with emulated(90, late=late, races=races) as device:
-        try:
-            matmul[(1,)](*descriptors, c, depth, m, n, block, stages, *PROGRAMS[name], num_warps=4)
-        except EmulatorError as error:
-            message = str(error)
-    return {
-        "case": name,
-        "error": (c.double() - a.double() @ b.double()).abs().max().item(),
-        "message": message,
-        "opcodes": sorted(device.launches[0].program.counts) if device.launches else [],
-    }
+SPECIALIZED_FAULTS = [
+    # The consumers. In the text of each stand the waits for q, for the first k, for the second k,
+    # and those of the loop for v and for the next k.
+    _fault("wait for the queries", find=_WAIT, seeds=8, slow=True),
+    _fault("wait for the first keys", find=_WAIT, nth=1),
+    _fault("wait for the next keys", find=_WAIT, nth=2, seeds=8, slow=True),
+    _fault("wait for the values", find=_WAIT, nth=3, seeds=8, slow=True),
+    _fault(
+        "phase of the first keys",
+        find=r"(mbarrier\.try_wait\S+ complete, \[%r\d+\]), %r\d+;",
+        replace=r"\1, 1;",
+        nth=1,
+    ),
+    _fault(
+        "wait for the scores",
+        find=r"wgmma\.wait_group\.sync\.aligned 1;",
+        nth=None,
+        shows=f"{VALUES}|{RACE}",
+        slow=True,
+    ),
+    _fault(
+        "wait for the values' product",
+        find=r"wgmma\.wait_group\.sync\.aligned 0;",
+        after=r"wgmma\.wait_group\.sync\.aligned 1;",
+    ),
+    _fault(
+        "barrier before the first keys are freed",
+        find=r"bar\.sync \d, 128;",
+        after=r"wgmma\.wait_group\.sync\.aligned 0;",
+    ),
+    _fault(
+        "scores not cleared",
+        find=rf"({_WGMMA}\{{[^}}]*\}}, %rd\d+, %rd\d+,) 0,",
+        replace=r"\1 1,",
+        nth=None,
+        shows=VALUES,
+    ),
+    _fault(
+        "accumulator cleared",
+        find=rf"({_WGMMA}\{{[^}}]*\}}, \{{[^}}]*\}}, %rd\d+,) %p\d+,",
+        replace=r"\1 0,",
+        nth=None,
+        shows=VALUES,
+        slow=True,
+    ),
+    _fault(
+        "mask comparison off by one",
+        find=r"setp\.lt(\.s32 %p\d+, %r\d+, (?P<limit>%r\d+);)",
+        replace=r"setp.le\1",
+        nth=None,
+        shows=VALUES,
+    ),
+    # The producer: copies of two tiles of q, then the loop's waits and copies of k and v.
+    _fault("buffer of keys reused early", find=_WAIT, after=_COPY, shows=f"{RACE}|{_MORE}"),
+    _fault(
+        "buffer of values reused early",
+        find=_WAIT,
+        after=_COPY,
+        nth=1,
+        shows=f"{RACE}|{_MORE}",
+        slow=True,
+    ),
+    _fault(
+        "coordinate of the keys",
+        find=rf"({_COPY}\[%r\d+\], \[%rd\d+, \{{%r\d+), %r\d+,",
+        replace=r"\1, 64,",
+        nth=2,
+        shows=VALUES,
+    ),
+    _fault(
+        "bytes of a transaction",
+        find=r"(arrive\.expect_tx\S+ _, \[%r\d+\]), 16384;",
+        replace=r"\1, 8192;",
+        shows=f"{DEADLOCK}|{RACE}",
+    ),
+    # The barriers.
+    _fault(
+        "arrivals that free the keys",
+        find=r"(mbarrier\.init\S+ \[%r\d+\]), 2;",
+        replace=r"\1, 1;",
+        shows=f"{RACE}|{_MORE}",
+    ),
+    _fault("fence of the barriers", find=r"fence\.proxy\.async\S*;", shows="without fence"),
+]

@@ -81,6 +81,21 @@ def test_a_read_of_what_nobody_has_written_is_reported() -> None:
     assert all("nobody has written (shared byte 16" in x for x in found)
 
 
+def test_a_lane_of_a_vector_that_nothing_reads_is_no_access() -> None:
+    body = """
+        mov.b32 %r0, global_smem;
+        shl.b32 %r9, %warp, 4;
+        add.s32 %r9, %r0, %r9;
+        st.shared.v2.b32 [%r9], {1, 2};
+        ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%r9];
+        add.s32 %r5, %r1, %r2;
+    """
+    assert not races(body)
+    found = races(body + "add.s32 %r6, %r1, %r4;")
+    assert len(found) == len(SEEDS)
+    assert all("nobody has written" in x for x in found)
+
+
 def test_named_barriers_order_only_those_that_meet() -> None:
     body = """
         setp.eq.u32 %p2, %warp, 2;
@@ -268,6 +283,17 @@ def test_waiting_for_a_tensor_copy_tells_of_its_bytes_and_of_nothing_else() -> N
         run(body.replace("{offset}", "0"), *arguments, **options)
         with pytest.raises(Race, match=r"another warp wrote|nobody has written"):
             run(body.replace("{offset}", "192"), *arguments, **options)
+
+
+def test_a_tensor_copy_may_need_a_fence_after_its_mbarriers_initialisation() -> None:
+    x, out = aligned((7, 32), np.uint16), aligned((2, 16), np.uint16)
+    body = LOAD.format(mbarrier=128, nbytes=64, rank=2, corner="0, 0")
+    arguments = tensor_map(x, (2, 16)), out, x
+    run(body, *arguments, shared=256)
+    with pytest.raises(Race, match="an mbarrier that was initialised without fence"):
+        run(body, *arguments, shared=256, barrier_fences=True)
+    fenced = body.replace("bar.sync 0;", "fence.proxy.async.shared::cta; bar.sync 0;")
+    run(fenced, *arguments, shared=256, barrier_fences=True)
 
 
 def test_the_check_can_be_switched_off() -> None:

@@ -1,36 +1,139 @@
-"""A producer and a consumer on warps of their own: whole, and without each of its waits."""
+"""The warp-specialised kernel for Hopper, as Triton compiles it, in ``make test``.
+
+Each case runs twice, with asynchronous operations late and early and two orders of the warps.
+``tests/ptx/test_table.py`` runs more of them, with four orders and three versions of Triton.
+"""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 
-from tests.ptx.processes import results
+from tests.ptx.cases import SPECIALIZED_QUICK, TABLE, names
+from tests.ptx.faults import Fault
+from tests.ptx.processes import INSTALLED, ROOT, environment, locked, results, shared_folder
+from tests.ptx.specialized import SPECIALIZED_FAULTS
+from tests.ptx.test_faults import check
+
+CASES = names(90, SPECIALIZED_QUICK)
 
 
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The results by case."""
     return results(tmp_path_factory, "specialized", 90)
 
 
-def test_a_warp_specialised_product_is_right(programs: Any) -> None:
-    whole = programs["whole"]
-    assert not whole["message"]
-    assert whole["error"] < 1e-4  # 512 products of bf16 summed in fp32
-    opcodes = set(whole["opcodes"])
-    assert {"brx.idx", "setmaxnreg.dec.sync.aligned.u32", "barrier.sync"} <= opcodes
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``planted(suite)``: the results by fault."""
+    return lambda suite: results(tmp_path_factory, suite, 90)
 
 
-@pytest.mark.parametrize(
-    ("program", "message"),
-    [
-        ("no wait for an empty buffer", "more arrivals than the mbarrier"),
-        ("no wait for a full buffer", "reads what an asynchronous copy still writes"),
-        ("no wait for the product", "a wgmma still reads"),
-    ],
+@pytest.mark.parametrize("case", CASES)
+def test_the_warp_specialised_kernel_keeps_the_accuracy_rule(programs: Any, case: str) -> None:
+    result = programs[case]
+    assert result["passed"], result["message"]
+    assert result["runs"] == 2
+    assert result["errors"].keys() == {"out", "lse"}
+    assert all(0 <= ratio <= 1 for ratio in result["errors"].values())
+    (kernel,) = result["kernels"]  # the plain one has not run
+    assert kernel == "hopper_forward_kernel"
+
+
+def test_the_cases_cross_its_instructions(programs: Any) -> None:
+    for case in CASES:
+        codes = set(programs[case]["kernels"]["hopper_forward_kernel"])
+        assert {"brx.idx", "setmaxnreg.dec.sync.aligned.u32", "barrier.sync"} <= codes
+        assert {"mbarrier.try_wait.parity.shared::cta.b64", "elect.sync"} <= codes
+        assert any(code.startswith("wgmma.mma_async") for code in codes)
+        assert not any(code.startswith(("ld.global", "cp.async.cg")) for code in codes)
+
+
+def test_the_table_has_every_variant_of_the_kernel() -> None:
+    drawn = [case for case in TABLE if case.specialized]
+    variants = set()
+    for case in drawn:
+        q, _, _, options = case.draw()
+        assert case.specialized is not None
+        variants.add((q.dtype, q.shape[-1], options.get("causal", False), case.specialized[1]))
+    assert len(variants) == 16
+    assert len(drawn) >= 40
+
+
+QUICK = [fault for fault in SPECIALIZED_FAULTS if not fault.slow]
+SLOW = [fault for fault in SPECIALIZED_FAULTS if fault.slow]
+for_this_text = pytest.mark.skipif(
+    not version("triton").startswith("3.7."),
+    reason="the faults are written for the text of Triton 3.7",
 )
-def test_a_wait_that_is_left_out_is_noticed(programs: Any, program: str, message: str) -> None:
-    assert message in programs[program]["message"]
+
+
+@for_this_text
+@pytest.mark.parametrize("fault", QUICK, ids=lambda fault: fault.name)
+def test_a_fault_planted_into_it_is_noticed(planted: Any, fault: Fault) -> None:
+    check(fault, planted("specialized-faults")[fault.name])
+
+
+@for_this_text
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", SLOW, ids=lambda fault: fault.name)
+def test_another_fault_planted_into_it_is_noticed(planted: Any, fault: Fault) -> None:
+    check(fault, planted("slow-faults")[fault.name])
+
+
+def test_eight_kinds_of_fault_are_planted_in_make_test() -> None:
+    assert len({fault.name for fault in QUICK}) >= 8
+    assert all(fault.shows for fault in SPECIALIZED_FAULTS)
+
+
+@pytest.fixture(scope="session")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``tuned(command)``: what :mod:`tests.ptx.tuned` printed, run once for all workers."""
+    folder = shared_folder(tmp_path_factory) / "ptx-tuned"
+    folder.mkdir(exist_ok=True)
+
+    def run(command: str) -> dict[str, Any]:
+        out = folder / f"{command}.json"
+        with locked(folder / f"{command}-lock"):
+            if not out.exists():
+                process = subprocess.run(
+                    [sys.executable, "-m", "tests.ptx.tuned", command, str(folder / "tiles")],
+                    cwd=ROOT,
+                    env=environment(folder.parent / f"ptx-cache-{INSTALLED}"),
+                    capture_output=True,
+                    text=True,
+                )
+                assert process.returncode == 0, process.stderr[-3000:]
+                out.write_text(process.stdout)
+        return json.loads(out.read_text())
+
+    return run
+
+
+def test_tune_takes_it_only_where_it_is_right_and_faster(tuned: Any) -> None:
+    found = tuned("write")
+    for result in found.values():
+        assert result["launched"] == ["forward_kernel", "hopper_forward_kernel"]
+    taken = {name: result["chosen"]["specialized"] for name, result in found.items()}
+    assert taken == {"slower": False, "wrong": False, "unstable": False, "faster": True}
+    warned = {name: " ".join(result["warnings"]) for name, result in found.items()}
+    assert not warned["slower"]
+    assert not warned["faster"]
+    assert "differs from the plain kernel on this chip and is left out" in warned["wrong"]
+    assert "does not repeat its results on this chip and is left out" in warned["unstable"]
+
+
+def test_a_fresh_process_takes_it_from_the_file(tuned: Any) -> None:
+    """Also in a compiled graph; a call of the bucket that it can't compute takes the plain one."""
+    tuned("write")
+    for call, kernels in tuned("read").items():
+        other = call in ("softcap", "strided", "longer")
+        assert kernels == ["forward_kernel" if other else "hopper_forward_kernel"], call

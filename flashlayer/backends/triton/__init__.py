@@ -5,13 +5,15 @@ Triton is imported on the first call, so that ``import flashlayer`` needs torch 
 
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashlayer.backends import split_keys
+from flashlayer.backends.triton import specialized, tiling
 from flashlayer.backends.triton.launch import launch_backward, launch_forward
-from flashlayer.backends.triton.tiling import TUNED, bucket, candidate_tiles, interpreted
+from flashlayer.backends.triton.tiling import TUNED, bucket, interpreted
 from flashlayer.spec import (
     AttentionExtras,
     AttentionSpec,
@@ -38,6 +40,12 @@ INSTALLED = find_spec("triton") is not None  # looked up once: torch 2.11 can't 
 
 MAX_HEAD_DIM = 512
 MAX_WIDE_HEAD_DIM = 256  # fp32 and fp64, whose tiles take two and four times the room
+
+
+def candidate_tiles(kernel: str, problem: Problem) -> list[Any]:
+    """Tiles that may suit a problem, for :func:`flashlayer.tune` to measure."""
+    found = tiling.candidate_tiles(kernel, problem.query)
+    return [*found, *specialized.candidate_tiles(problem)] if kernel == "forward" else found
 
 
 def refuses(problem: Problem) -> str | None:

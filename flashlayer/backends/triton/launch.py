@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashlayer.backends.triton import tiling
+from flashlayer.backends.triton import specialized, tiling
 from flashlayer.backends.triton.arguments import base_2, flags, options, scalars, strided
 from flashlayer.spec import AttentionExtras, AttentionSpec
 
@@ -27,6 +27,13 @@ def launch_forward(
     heads, kv_heads = q.shape[1], k.shape[1]
     packed = extras.cu_seqlens_q is not None
     tiles = tiling.tiles_of("forward", q, v, spec, extras)
+    if tiles.specialized:
+        # Tuned by a call that shares its bucket; options, strides and Triton may differ.
+        if specialized.refuses(q, k, v, spec, extras) is None:
+            with launching(q):
+                specialized.launch(q, k, v, o, lse, spec, tiles)
+            return
+        tiles = tiling.table_tiles("forward", q, v, extras)
     num_blocks = _num_blocks(spec.max_seqlen_q, q.shape[2], tiles.BLOCK_M)
     grid = num_blocks * heads * _sequences(q, extras)
     if grid == 0:

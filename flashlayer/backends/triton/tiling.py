@@ -46,13 +46,15 @@ def precision(q: Tensor) -> str:
 def tiles_of(
     kernel: str, q: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> Any:
-    """The :class:`flashlayer.kernels.tiles.TileConfig` of a launch."""
+    """The :class:`flashlayer.kernels.tiles.TileConfig` of a launch, tuned or of the table."""
+    tuned = TUNED.get(bucket(kernel, q, v, spec, extras)) if TUNED else None
+    return table_tiles(kernel, q, v, extras) if tuned is None else tuned
+
+
+def table_tiles(kernel: str, q: Tensor, v: Tensor, extras: AttentionExtras) -> Any:
+    """The row of the tile table."""
     from flashlayer.kernels.tiles import tile_config
 
-    if TUNED:
-        tuned = TUNED.get(bucket(kernel, q, v, spec, extras))
-        if tuned is not None:
-            return tuned
     widest = max(q.shape[3], v.shape[3])
     return tile_config(kernel, target(q.device), precision(q), widest, _mask_kind(extras))
 
@@ -88,7 +90,7 @@ def bucket(
 
 
 def candidate_tiles(kernel: str, q: Tensor) -> list[Any]:
-    """Tiles that may suit a problem, for :func:`flashlayer.tune` to measure."""
+    """Tiles of the plain kernels that may suit a problem."""
     from flashlayer.kernels.tiles import candidates
 
     described = target(q.device) in ("sm_90", "sm_100")
@@ -131,9 +133,7 @@ def lacks_fences(kernel: str, x: Tensor) -> bool:
     """
     if target(x.device) != "sm_90":
         return False
-    import triton
-
-    version = _version(triton.__version__)
+    version = triton_version()
     tf32_dq = kernel == "dq" and input_precision(x) == "tf32"
     return version < (3, 7) or (version < (3, 9) and tf32_dq)
 
@@ -158,16 +158,17 @@ def from_tile(q: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 
 def row_copies(tiles: Any) -> int:
     """See ``load_rows`` of the backward kernels: more than 1 with Triton before 3.7 only."""
-    import triton
-
-    if interpreted() or _version(triton.__version__) >= (3, 7):
+    if interpreted() or triton_version() >= (3, 7):
         return 1
     return max(1, 32 * tiles.num_warps // tiles.BLOCK_M)
 
 
 @functools.cache
-def _version(text: str) -> tuple[int, int]:
-    major, minor, *_ = text.split(".")
+def triton_version() -> tuple[int, int]:
+    """The major and minor version of Triton."""
+    import triton
+
+    major, minor, *_ = triton.__version__.split(".")
     return int(major), int(minor)
 
 
@@ -191,10 +192,17 @@ def descriptor(x: Tensor, tiles: Any, rows: int, extras: AttentionExtras) -> Any
         or len(widths) != 1
         or widths[0] > 256  # the widest box that TMA copies
         or extras.attn_mask is not None
-        or x.numel() == 0
-        or x.stride(3) != 1
-        or x.data_ptr() % 16 != 0
-        or any(stride <= 0 or stride * x.element_size() % 16 != 0 for stride in x.stride()[:3])
+        or not has_tma_strides(x)
     ):
         return None
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, widths[0]])
+
+
+def has_tma_strides(x: Tensor) -> bool:
+    """Whether TMA can read a tensor that is not empty: whole rows, aligned to 16 bytes."""
+    return (
+        x.numel() > 0
+        and x.stride(3) == 1
+        and x.data_ptr() % 16 == 0
+        and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+    )

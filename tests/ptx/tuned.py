@@ -1,0 +1,115 @@
+"""Runs :func:`flashlayer.tune` on the emulator, and a fresh process that reads what it wrote.
+
+    TRITON_CACHE_DIR=folder python -m tests.ptx.tuned write tiles.json
+    TRITON_CACHE_DIR=folder python -m tests.ptx.tuned read tiles.json
+
+Each prints one JSON object. An emulator has no speed: how long a kernel takes is made up.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import flashlayer
+from flashlayer import flash_attention, tuning
+from flashlayer.backends import triton as backend
+from flashlayer.backends.triton import tiling
+from flashlayer.kernels import tiles
+from tests.ptx.driver import Device, emulated
+from tests.ptx.specialized import SPECIALIZED_FAULTS
+
+HOPPER = "hopper_forward_kernel"
+PLAIN = tiles.TileConfig(64, 64, 4, 2)
+SPECIALIZED, *_ = tiles.specialized_candidates(64)
+(OFF_BY_ONE,) = (f for f in SPECIALIZED_FAULTS if f.name == "mask comparison off by one")
+
+
+def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    q = torch.randn(1, 1, 70, 64, dtype=torch.bfloat16)
+    return q, *torch.randn(2, 1, 1, 90, 64, dtype=torch.bfloat16)
+
+
+def tune(
+    path: Path | None, hopper_seconds: float, drift: float = 0.0, **options: Any
+) -> dict[str, Any]:
+    """What ``tune`` chooses where the plain kernel takes a second.
+
+    ``drift`` is added to the lse of later rounds; ``options`` are those of the device.
+    """
+    run_once = tuning._timed
+
+    def timed(run: Any, device: torch.device) -> tuple[float, Any]:
+        before = len(emulator.launches)
+        _, (o, lse) = run_once(run, device)
+        (launch,) = emulator.launches[before:]
+        return hopper_seconds if launch.kernel == HOPPER else 1.0, (o, lse + drift)
+
+    backend.TUNED.clear()
+    with (
+        emulated(90, **options) as emulator,
+        mock.patch.object(tiling, "candidate_tiles", return_value=[PLAIN]),
+        mock.patch.object(tiles, "specialized_candidates", return_value=[SPECIALIZED]),
+        mock.patch.object(tuning, "ROUNDS", 1),
+        mock.patch.object(tuning, "_timed", timed),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always", RuntimeWarning)
+        chosen = flashlayer.tune(*problem(), causal=True, backward=False, path=path)
+    return {
+        "chosen": chosen["forward"],
+        "launched": sorted({launch.kernel for launch in emulator.launches}),
+        "warnings": [str(w.message) for w in caught if w.category is RuntimeWarning],
+    }
+
+
+def launched(device: Device, call: Any) -> list[str]:
+    before = len(device.launches)
+    call()
+    return [launch.kernel for launch in device.launches[before:]]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Which kernel calls take once the file is read."""
+    q, k, v = problem()
+    options: dict[str, Any] = {"causal": True, "backend": "triton"}
+    compiled = torch.compile(
+        lambda q, k, v: flash_attention(q, k, v, **options), backend="aot_eager", fullgraph=True
+    )
+    calls = {
+        "alike": lambda: flash_attention(q, k, v, **options),
+        "compiled": lambda: compiled(q, k, v),
+        "fp16": lambda: flash_attention(q.half(), k.half(), v.half(), **options),
+        "softcap": lambda: flash_attention(q, k, v, softcap=3.0, **options),
+        "strided": lambda: flash_attention(q.mT.contiguous().mT, k, v, **options),
+        "longer": lambda: flash_attention(q.repeat(1, 1, 2, 1), k, v, **options),
+    }
+    with emulated(90) as device, mock.patch.object(tuning, "_fastest", side_effect=AssertionError):
+        flashlayer.tune(q, k, v, causal=True, backward=False, path=path)
+        return {name: launched(device, call) for name, call in calls.items()}
+
+
+def main() -> None:
+    command, path = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    if command == "read":
+        print(json.dumps(read(path)))
+        return
+    results = {
+        "slower": tune(None, 2.0),
+        "wrong": tune(None, 0.5, edit=OFF_BY_ONE.edit([])),
+        "unstable": tune(None, 0.5, drift=2**-20),
+        "faster": tune(path, 0.5),
+    }
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
