@@ -35,6 +35,7 @@ from flashlayer import testing
 from flashlayer.backends import split_keys
 from flashlayer.backends import triton as backend
 from flashlayer.backends.triton import launch, tiling
+from flashlayer.problem import build_problem
 
 CPU = torch.device("cpu")
 SHRUNK = 2048  # kernels are the same at every length, and short inputs are soon drawn
@@ -95,19 +96,24 @@ def _shrunk(cases: list[Case]) -> list[Case]:
     return list(dict.fromkeys(replace(x, batch=1, heads=2, seqlen=SHRUNK) for x in cases))
 
 
+def _tile_rows(case: Case, target: str) -> list[dict[str, Any]]:
+    """Tiles of each kernel: every candidate of each is in one of the rows."""
+    x = torch.empty(1, 1, SHRUNK, case.head_dim, dtype=DTYPES[case.dtype])
+    problem = build_problem(x, x, x, causal=case.causal)
+    with mock.patch.object(tiling, "target", return_value=target):
+        candidates = {
+            kernel: backend.candidate_tiles(kernel, problem) for kernel in ("forward", "dkdv", "dq")
+        }
+    return [
+        {kernel: tiles for kernel, tiles in zip(candidates, row, strict=True) if tiles is not None}
+        for row in itertools.zip_longest(*candidates.values())
+    ]
+
+
 @cache
 def calls(target: str) -> dict[str, list[Callable[[], None]]]:
     """What to compile for each stage."""
     speed = _shrunk(gpu_stages.speed_cases(rehearsal=False))
-    with mock.patch.object(tiling, "target", return_value=target):
-        candidates = {
-            kernel: backend.candidate_tiles(kernel, torch.empty(0, dtype=torch.bfloat16))
-            for kernel in ("forward", "dkdv", "dq")
-        }
-    rows = [
-        {kernel: tiles for kernel, tiles in zip(candidates, row, strict=True) if tiles is not None}
-        for row in itertools.zip_longest(*candidates.values())
-    ]
     return {
         "kernels": [
             partial(_problem, make, DTYPES[dtype])
@@ -115,7 +121,7 @@ def calls(target: str) -> dict[str, list[Callable[[], None]]]:
             for dtype in ("bf16", "fp16")
         ],
         "speed": [partial(_case, case) for case in speed],
-        "tiles": [partial(_case, case, row) for case in speed for row in rows],
+        "tiles": [partial(_case, case, row) for case in speed for row in _tile_rows(case, target)],
         "options": [partial(_case, case) for case in gpu_stages.option_cases(rehearsal=False)],
     }
 

@@ -137,7 +137,7 @@ MAY_OPEN = {
     # compiles the kernels as the backend launches them
     "codegen.py": ("flashlayer.kernels", "flashlayer.backends.triton", "flashlayer.spec"),
     # compiles what the stages of a GPU run will launch
-    "gpu_compile.py": ("flashlayer.backends",),
+    "gpu_compile.py": ("flashlayer.backends", "flashlayer.problem"),
     "codegen_specialized.py": ("flashlayer.kernels", "flashlayer.backends.triton"),
     # read the kernels' source and watch them run
     "5_kernel.ipynb": ("flashlayer.kernels",),
