@@ -176,7 +176,9 @@ def _attend(
     if isinstance(mask, WindowMask):
         has_bias = position_bias is not None
         signature = query.shape[2], key.shape[2], query.dtype, has_bias
-        if torch.compiler.is_compiling():  # symbolic sizes can't be looked up
+        # Symbolic sizes can't be looked up: a compiler's, or those of another tracer.
+        symbolic = any(isinstance(size, torch.SymInt) for size in signature[:2])
+        if torch.compiler.is_compiling() or symbolic:
             found = _arguments(mask, *signature)
         elif (found := mask.arguments.get(signature)) is None:
             # All layers of a step share the mask: in a short step this took half of their time.
