@@ -97,17 +97,26 @@ def _shrunk(cases: list[Case]) -> list[Case]:
 
 
 def _tile_rows(case: Case, target: str) -> list[dict[str, Any]]:
-    """Tiles of each kernel: every candidate of each is in one of the rows."""
+    """Tiles of each kernel: every candidate of each is in one of the rows.
+
+    Those that start the heaviest blocks first come last: one of them is tried a kernel.
+    """
     x = torch.empty(1, 1, SHRUNK, case.head_dim, dtype=DTYPES[case.dtype])
     problem = build_problem(x, x, x, causal=case.causal)
     with mock.patch.object(tiling, "target", return_value=target):
         candidates = {
             kernel: backend.candidate_tiles(kernel, problem) for kernel in ("forward", "dkdv", "dq")
         }
-    return [
+    rows = [
         {kernel: tiles for kernel, tiles in zip(candidates, row, strict=True) if tiles is not None}
         for row in itertools.zip_longest(*candidates.values())
     ]
+    if case.causal:
+        rows += [
+            {kernel: replace(tiles, heaviest_first=True) for kernel, tiles in row.items()}
+            for row in rows
+        ]
+    return rows
 
 
 @cache

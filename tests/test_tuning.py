@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import flashlayer
 from flashlayer import flash_attention, tuning
 from flashlayer.backends import triton as backend
 from flashlayer.backends.triton import tiling
-from flashlayer.kernels.tiles import TileConfig, candidates
+from flashlayer.kernels.tiles import TileConfig, candidates, tile_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -33,7 +34,9 @@ def test_what_is_chosen_is_used_for_the_bucket_alone(monkeypatch: pytest.MonkeyP
     chosen = flashlayer.tune(q, k, v, causal=True)
     assert chosen.keys() == {"forward", "dkdv", "dq"}
     for kernel, tiles in chosen.items():
-        assert TileConfig(**tiles) in candidates(kernel, "fp32")
+        config = replace(TileConfig(**tiles), heaviest_first=False)
+        table = tile_config(kernel, "interpreter", "fp32", 8)
+        assert config in [*candidates(kernel, "fp32"), table]
     tuned = dict(backend.TUNED)
     used = []
     original = tiling.tiles_of
@@ -62,6 +65,27 @@ def test_results_are_kept_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(backend.TUNED) == 1
     flashlayer.tune(*draw(40), path=path, backward=False)
     assert len(json.loads(path.read_text())) == 2
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_which_candidates_are_timed(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those far behind no further; at last, if causal, the order of the fastest one's programs."""
+    near, fastest, slow = (TileConfig(16, n, 4, 1) for n in (16, 32, 64))
+    ordered, table = replace(fastest, heaviest_first=True), TileConfig(64, 32, 4, 1)
+    seconds = {near: 1.2, fastest: 1.0, slow: 1.3, ordered: 0.9, table: 2.0}
+    timed: list[TileConfig] = []
+
+    def time(run: object, device: object) -> tuple[float, None]:
+        timed.extend(backend.TUNED.values())
+        return seconds[timed[-1]], None
+
+    monkeypatch.setattr(tuning, "ROUNDS", 2)
+    monkeypatch.setattr(tuning, "_timed", time)
+    monkeypatch.setattr(tiling, "candidate_tiles", lambda *_: [near, fastest, slow])
+    chosen = flashlayer.tune(*draw(), causal=causal, backward=False)
+    first = [near, fastest, slow, near, fastest]
+    assert timed == first + [fastest, ordered, table, fastest, ordered] * causal
+    assert chosen["forward"] == asdict(ordered if causal else fastest)
 
 
 def test_a_call_that_triton_refuses() -> None:

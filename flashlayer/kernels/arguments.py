@@ -22,6 +22,7 @@ CHANGING = (
     "seqlen_q",
     "seqlen_k",
     "num_blocks",
+    "heads_together",
     "offset",
     "window_left",
     "window_right",

@@ -143,7 +143,7 @@ def delta_kernel(
     ``o``, ``do`` :class:`Strided`; lse, dlse (or None) ``(B, heads, seqlen_q)``, contiguous, as
     ``statistics``, a :class:`RowStatistics`.
     """
-    block, head, batch = program_coordinates(tl.cdiv(seqlen_q, BLOCK_M), heads)
+    block, head, batch = program_coordinates(tl.cdiv(seqlen_q, BLOCK_M), heads, None)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     valid = rows < seqlen_q
     at = (batch, head, 0)
@@ -180,6 +180,7 @@ def dkdv_kernel(
     seqlen_q,
     seqlen_k,
     num_blocks,
+    heads_together,
     scale: tl.float64,
     offset,
     window_left,
@@ -197,7 +198,7 @@ def dkdv_kernel(
     Arguments as in the forward kernel; do like o, dk like k, dv like v. The tiles are transposed:
     keys down, queries across.
     """
-    block, kv_head, batch = program_coordinates(num_blocks, kv_heads)
+    block, kv_head, batch = program_coordinates(num_blocks, kv_heads, heads_together)
     entry, q_begin, k_begin, q_length, k_length = sequence(
         batch, extras.packing, seqlen_q, seqlen_k
     )
@@ -308,6 +309,7 @@ def dq_kernel(
     seqlen_q,
     seqlen_k,
     num_blocks,
+    heads_together,
     scale: tl.float64,
     offset,
     window_left,
@@ -322,7 +324,14 @@ def dq_kernel(
 ):
     """One block of queries of one head per program, with the forward kernel's loop over keys."""
     missing, block, head, batch, place = query_block(
-        num_blocks, heads, extras.packing, seqlen_q, seqlen_k, window_right, BLOCK_M
+        num_blocks,
+        heads,
+        heads_together,
+        extras.packing,
+        seqlen_q,
+        seqlen_k,
+        window_right,
+        BLOCK_M,
     )
     if extras.packing is not None and missing:
         return

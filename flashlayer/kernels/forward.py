@@ -173,6 +173,7 @@ def forward_kernel(
     seqlen_q,
     seqlen_k,
     num_blocks,
+    heads_together,
     scale: tl.float64,
     offset,
     window_left,
@@ -189,14 +190,22 @@ def forward_kernel(
 
     ``q``, ``o`` :class:`Strided` of ``heads`` heads; ``k``, ``v`` of ``heads // group``; ``lse``
     ``(B, heads, seqlen_q)`` contiguous, whose dtype is the one of the accumulation. ``num_blocks``
-    counts the blocks of the longest sequence. Scores are ``SCALE_SIGN * scale * q k^T`` with
+    counts the blocks of the longest sequence; ``heads_together``, or None, orders the programs, see
+    ``program_coordinates``. Scores are ``SCALE_SIGN * scale * q k^T`` with
     ``scale > 0``: the sign goes into q, where it is exact, so that the factor after the maximum is
     positive. ``k_descriptor`` and ``v_descriptor``, or None, load the tiles of the FULL range
     (TMA). ``offset`` is None for the bottom right of each packed sequence. Options that are off are
     None: a side of the window, a field of ``extras``; the softcap by ``FLAGS.SOFTCAP``.
     """
     missing, block, head, batch, place = query_block(
-        num_blocks, heads, extras.packing, seqlen_q, seqlen_k, window_right, BLOCK_M
+        num_blocks,
+        heads,
+        heads_together,
+        extras.packing,
+        seqlen_q,
+        seqlen_k,
+        window_right,
+        BLOCK_M,
     )
     if extras.packing is not None and missing:
         return

@@ -31,6 +31,7 @@ from flashlayer.kernels.gluon_api import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from flashlayer.kernels.primitives import program_coordinates
 
 LN2 = gl.constexpr(math.log(2))
 CONSUMERS = gl.constexpr(2)
@@ -51,7 +52,12 @@ class Tiles(NamedTuple):
 
 
 class Barriers(NamedTuple):
-    """mbarriers, as many as buffers of a kind; ``turn``: one for each consumer."""
+    """mbarriers, as many as buffers of a kind.
+
+    ``turn``: one for each consumer, if they take turns. An mbarrier that no partition uses would
+    be a race: Triton gives its bytes to the values that the partitions capture, which it writes
+    with no barrier after the initialisation.
+    """
 
     q_loaded: Any
     k_loaded: Any
@@ -290,11 +296,11 @@ def ring(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def block_of_program(heads, group, seqlen_q, k_length, num_blocks, offset, CONFIG: gl.constexpr):
+def block_of_program(
+    heads, group, seqlen_q, k_length, num_blocks, heads_together, offset, CONFIG: gl.constexpr
+):
     """The block of this program. Causal: the last queries see most keys and start first."""
-    program = gl.program_id(0)
-    index = program % num_blocks
-    head = program // num_blocks % heads
+    index, head, batch = program_coordinates(num_blocks, heads, heads_together)
     stop = k_length
     if CONFIG.CAUSAL:
         index = num_blocks - 1 - index
@@ -302,7 +308,6 @@ def block_of_program(heads, group, seqlen_q, k_length, num_blocks, offset, CONFI
         stop = gl.minimum(last_row + offset + 1, k_length)
     # A block without a visible key takes one tile, all of it masked.
     num_tiles = gl.maximum((stop + CONFIG.BLOCK_N - 1) // CONFIG.BLOCK_N, 1)
-    batch = program // num_blocks // heads
     q_start = index * CONSUMERS * ROWS
     return Block(batch, head, head // group, q_start, seqlen_q, k_length, offset, num_tiles)
 
@@ -319,6 +324,7 @@ def hopper_forward_kernel(
     seqlen_q,
     k_length,
     num_blocks,
+    heads_together,
     offset,
     scale_log2,
     CONFIG: gl.constexpr,
@@ -332,7 +338,9 @@ def hopper_forward_kernel(
     ``scale_log2 > 0`` is the factor of scores times ``log2(e)``. ``CAUSAL``: query ``i`` sees keys
     up to ``i + offset``.
     """
-    block = block_of_program(heads, group, seqlen_q, k_length, num_blocks, offset, CONFIG)
+    block = block_of_program(
+        heads, group, seqlen_q, k_length, num_blocks, heads_together, offset, CONFIG
+    )
     results = Results(
         o.ptr + block.batch.to(gl.int64) * o.batch_stride + block.head.to(gl.int64) * o.head_stride,
         o.row_stride.to(gl.int64),
@@ -343,13 +351,14 @@ def hopper_forward_kernel(
         k=buffers(k, CONFIG.STAGES, CONFIG.BLOCK_N, CONFIG),
         v=buffers(v, CONFIG.STAGES, CONFIG.BLOCK_N, CONFIG),
     )
+    q_loaded = ring(CONSUMERS, 1)
     barriers = Barriers(
-        q_loaded=ring(CONSUMERS, 1),
+        q_loaded=q_loaded,
         k_loaded=ring(CONFIG.STAGES, 1),
         k_free=ring(CONFIG.STAGES, CONSUMERS),
         v_loaded=ring(CONFIG.STAGES, 1),
         v_free=ring(CONFIG.STAGES, CONSUMERS),
-        turn=ring(CONSUMERS, 1),
+        turn=ring(CONSUMERS, 1) if CONFIG.TAKE_TURNS else q_loaded,
     )
     fence_async_shared()  # TMA, in the asynchronous proxy, must find the barriers initialised
     pass_turn(barriers.turn, 1, CONFIG)  # the first turn is that of consumer 0

@@ -126,22 +126,42 @@ def sequence(batch, packing, seqlen_q, seqlen_k):
 
 
 @triton.jit
-def program_coordinates(num_blocks, heads):
-    """Block, head and batch entry of this program; the blocks of one head are neighbours."""
+def program_coordinates(num_blocks, heads, heads_together):
+    """Block, head and batch entry of this program.
+
+    Programs start in the order of their numbers. The blocks of one head are neighbours, or block 0
+    of ``heads_together`` heads comes first, then block 1 of them, and after their last block the
+    next heads'. Where block 0 has most tiles to visit, the last programs to start then have few,
+    and multiprocessors run out of work at about the same time.
+    """
     program = tl.program_id(0)
-    head = program // num_blocks
-    return program % num_blocks, head % heads, head // heads
+    head = program // num_blocks  # of all batch entries
+    block = program % num_blocks
+    if heads_together is not None:
+        first = head - head % heads_together
+        present = tl.minimum(heads_together, tl.num_programs(0) // num_blocks - first)
+        place = program - first * num_blocks
+        head = first + place % present
+        block = place // present
+    return block, head % heads, head // heads
 
 
 @triton.jit
 def query_block(
-    num_blocks, heads, packing, seqlen_q, seqlen_k, window_right, BLOCK_M: tl.constexpr
+    num_blocks,
+    heads,
+    heads_together,
+    packing,
+    seqlen_q,
+    seqlen_k,
+    window_right,
+    BLOCK_M: tl.constexpr,
 ):
     """The block of queries of this program: ``(missing, block, head, batch)`` and its sequence.
 
     ``num_blocks`` counts the blocks of the longest packed sequence; in others the last are missing.
     """
-    block, head, batch = program_coordinates(num_blocks, heads)
+    block, head, batch = program_coordinates(num_blocks, heads, heads_together)
     entry, q_begin, k_begin, q_length, k_length = sequence(batch, packing, seqlen_q, seqlen_k)
     blocks = num_blocks
     if packing is not None:

@@ -33,6 +33,11 @@ class TileConfig:
         specialized: the warp-specialised forward kernel of :mod:`flashlayer.kernels.hopper`, whose
             two consumers share ``BLOCK_M`` and have ``num_warps`` each. Never in the table.
         takes_turns: whether its consumers take turns.
+        heaviest_first: whether programs of a causal call start in the order of their work over as
+            many heads as the L2 cache has room for, and not head by head; see
+            ``program_coordinates``. Never in the table: by a model of the scheduler it fills up to
+            1.6 times as much of the chip (``python -m benchmarks schedule``), but nobody measured
+            what it costs the L2 cache.
     """
 
     BLOCK_M: int
@@ -42,6 +47,7 @@ class TileConfig:
     descriptors: bool = False
     specialized: bool = False
     takes_turns: bool = False
+    heaviest_first: bool = False
 
     def launch_options(self) -> dict[str, int]:
         """What a kernel launch takes."""

@@ -35,6 +35,7 @@ class Case:
         specialized: the forward pass by the warp-specialised kernel, with so many stages, and
             whether its consumers take turns.
         gradients: whether there is a backward pass.
+        heaviest_first: whether programs start in the order of their work.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Case:
     splits: int = 0
     specialized: tuple[int, bool] | None = None
     gradients: bool = True
+    heaviest_first: bool = False
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         """The tensors, the same every time."""
@@ -415,6 +417,15 @@ _TMA = [
     Case("bf16 TMA documents", dense(q=400, k=400, options=documents(300, 100)), **TMA),
 ]
 
+_ORDERED = [
+    replace(case, name=f"{case.name}, heaviest first", heaviest_first=True)
+    for case in (
+        Case("bf16 causal heads", dense(batch=2, heads=6, kv_heads=3, q=150, k=140, causal=True)),
+        Case("bf16 causal packed", packed(causal=True)),
+        Case("bf16 TMA causal heads", dense(batch=2, heads=3, q=200, causal=True), **TMA),
+    )
+]
+
 
 def _specialized(name: str, stages: int = 2, *, turns: bool = False, **problem: Any) -> Case:
     """A forward pass of the warp-specialised kernel."""
@@ -459,6 +470,7 @@ _SPECIALIZED = [
     _specialized("fp16 specialized rows in NaN", q=100, k=190, layout="in NaN", causal=True),
     _specialized("bf16 specialized one query", 3, q=1, k=300),
     _specialized("bf16 specialized one key", q=300, k=1, causal=True, diagonal="top_left"),
+    replace(SPECIALIZED_QUICK[0], name="bf16 specialized heaviest first", heaviest_first=True),
     _specialized("bf16 specialized whole tiles", 3, turns=True, q=256, k=256, causal=True),
     *_any_lengths(32),
 ]
@@ -470,6 +482,7 @@ TABLE = [
     *_PACKED,
     *_HEAD_DIMS,
     *_TMA,
+    *_ORDERED,
     *SPECIALIZED_QUICK,
     *_SPECIALIZED,
 ]

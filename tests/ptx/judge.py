@@ -168,7 +168,10 @@ def _tiles(case: Case) -> Any:
                 for each in tiles.specialized_candidates(head_dim)
                 if (each.num_stages, each.takes_turns) == case.specialized
             )
-        return dataclasses.replace(config, descriptors=case.descriptors or config.descriptors)
+        descriptors = case.descriptors or config.descriptors
+        return dataclasses.replace(
+            config, descriptors=descriptors, heaviest_first=case.heaviest_first
+        )
 
     return mock.patch.object(tiles, "tile_config", changed)
 

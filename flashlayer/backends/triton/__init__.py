@@ -13,7 +13,7 @@ from torch import Tensor
 from flashlayer.backends import split_keys
 from flashlayer.backends.triton import specialized, tiling
 from flashlayer.backends.triton.launch import launch_backward, launch_forward
-from flashlayer.backends.triton.tiling import TUNED, bucket, interpreted
+from flashlayer.backends.triton.tiling import TUNED, bucket, interpreted, table_tiles
 from flashlayer.spec import (
     AttentionExtras,
     AttentionSpec,
@@ -32,6 +32,7 @@ __all__ = [
     "forward",
     "name",
     "refuses",
+    "table_tiles",
 ]
 
 name = "triton"

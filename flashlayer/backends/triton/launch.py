@@ -55,6 +55,7 @@ def launch_forward(
             heads=heads,
             group=heads // kv_heads,
             num_blocks=num_blocks,
+            heads_together=tiling.heads_together(tiles, spec, heads, spec.max_seqlen_k, k, v),
             scale=max(abs(spec.scale), 1e-30),  # with sign 0 any positive factor will do
             FLAGS=flags(q, spec, extras, SCALE_SIGN=sign, EDGE_STAGES=edge_stages, ROW_SUMS=sums),
             **scalars(q, k, spec, extras),
@@ -169,6 +170,7 @@ def _launch_dkdv(call: _BackwardCall, dk: Tensor, dv: Tensor) -> None:
         dv=strided(dv, packed),
         kv_heads=kv_heads,
         num_blocks=num_blocks,
+        heads_together=tiling.heads_together(tiles, spec, kv_heads, spec.max_seqlen_q, q, do),
         FLAGS=flags(q, spec, extras, EDGE_STAGES=edge_stages, ROW_COPIES=copies, **constants),
         **stages,
     )
@@ -194,6 +196,7 @@ def _launch_dq(call: _BackwardCall, dq: Tensor) -> None:
         heads=heads,
         group=heads // k.shape[1],
         num_blocks=num_blocks,
+        heads_together=tiling.heads_together(tiles, spec, heads, spec.max_seqlen_k, k, v),
         FLAGS=flags(q, spec, extras, EDGE_STAGES=edge_stages),
         **stages,
     )

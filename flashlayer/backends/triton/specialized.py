@@ -74,6 +74,7 @@ def launch(
         seqlen_q=seqlen_q,
         k_length=keys,
         num_blocks=num_blocks,
+        heads_together=tiling.heads_together(tiles, spec, heads, None, k, v),
         offset=min(spec.offset(seqlen_q, k.shape[2]) + (spec.window_right or 0), keys),
         scale_log2=spec.scale * math.log2(math.e),
         CONFIG=Config(tiles.BLOCK_N, head_dim, tiles.num_stages, causal, tiles.takes_turns),

@@ -163,6 +163,36 @@ def row_copies(tiles: Any) -> int:
     return max(1, 32 * tiles.num_warps // tiles.BLOCK_M)
 
 
+def heads_together(
+    tiles: Any, spec: AttentionSpec, heads: int, longest: int | None, *streamed: Tensor
+) -> int | None:
+    """How many heads' programs start in the order of their work; None: head by head.
+
+    As many as half of the L2 cache has room for: programs that read the same tiles at different
+    times find them there.
+
+    Args:
+        tiles: the launch's.
+        spec: without a right side of the window all programs have the same work.
+        heads: heads of the programs; those of ``streamed`` are fewer or more.
+        longest: rows of the longest packed sequence.
+        streamed: what programs read tile by tile.
+    """
+    if not tiles.heaviest_first or spec.window_right is None:
+        return None
+    x = streamed[0]
+    rows = x.shape[2] if longest is None else longest
+    row_bytes = sum(x.shape[3] * x.element_size() for x in streamed)
+    every = max(x.shape[1] * rows * row_bytes, 1)
+    return max(_l2_bytes(x.device) // 2 * heads // every, 1)
+
+
+def _l2_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    return 1 << 18  # so small that tests have more heads than it holds
+
+
 @functools.cache
 def triton_version() -> tuple[int, int]:
     """The major and minor version of Triton."""
