@@ -6,7 +6,16 @@ from importlib import import_module
 
 COMMANDS = {
     name: f"benchmarks.{name}"
-    for name in ("attention", "codegen", "context", "gpu", "gpu_compile", "scaling", "training")
+    for name in (
+        "attention",
+        "codegen",
+        "context",
+        "gpu",
+        "gpu_compile",
+        "scaling",
+        "schedule",
+        "training",
+    )
 }
 
 

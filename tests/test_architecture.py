@@ -139,6 +139,8 @@ MAY_OPEN = {
     # compiles what the stages of a GPU run will launch
     "gpu_compile.py": ("flashlayer.backends", "flashlayer.problem"),
     "codegen_specialized.py": ("flashlayer.kernels", "flashlayer.backends.triton"),
+    # models the order in which the backend starts programs
+    "schedule.py": ("flashlayer.kernels", "flashlayer.backends.triton", "flashlayer.spec"),
     # read the kernels' source and watch them run
     "5_kernel.ipynb": ("flashlayer.kernels",),
     "6_backward.ipynb": ("flashlayer.kernels",),

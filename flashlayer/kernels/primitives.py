@@ -132,14 +132,16 @@ def program_coordinates(num_blocks, heads, heads_together):
     Programs start in the order of their numbers. The blocks of one head are neighbours, or block 0
     of ``heads_together`` heads comes first, then block 1 of them, and after their last block the
     next heads'. Where block 0 has most tiles to visit, the last programs to start then have few,
-    and multiprocessors run out of work at about the same time.
+    and multiprocessors run out of work at about the same time. What is over after full groups of
+    heads is the first group: a small last one would leave much of the chip idle.
     """
     program = tl.program_id(0)
     head = program // num_blocks  # of all batch entries
     block = program % num_blocks
     if heads_together is not None:
-        first = head - head % heads_together
-        present = tl.minimum(heads_together, tl.num_programs(0) // num_blocks - first)
+        over = tl.num_programs(0) // num_blocks % heads_together
+        first = tl.maximum(head - (head - over + heads_together) % heads_together, 0)
+        present = tl.where(head < over, over, heads_together)
         place = program - first * num_blocks
         head = first + place % present
         block = place // present

@@ -35,9 +35,8 @@ class TileConfig:
         takes_turns: whether its consumers take turns.
         heaviest_first: whether programs of a causal call start in the order of their work over as
             many heads as the L2 cache has room for, and not head by head; see
-            ``program_coordinates``. Never in the table: by a model of the scheduler it fills up to
-            1.6 times as much of the chip (``python -m benchmarks schedule``), but nobody measured
-            what it costs the L2 cache.
+            ``program_coordinates``. Never in the table: a model of the scheduler has more of the
+            chip at work (``python -m benchmarks schedule``), but it was never timed.
     """
 
     BLOCK_M: int
