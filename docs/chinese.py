@@ -21,6 +21,7 @@ TRANSLATIONS = sorted((DOCS / "zh").glob("*" + SUFFIX))
 # Pages written in Chinese as a whole, and what they render; their keys are hashes of whole files.
 PAGES = {
     "zh/index.md": ["chapter/index.md"],
+    "zh/playground.md": ["chapter/playground.md"],
     "zh/exercises.md": [
         "exercises/README.md",
         *(f"exercises/exercise_{n}.py" for n in range(1, 7)),

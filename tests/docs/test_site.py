@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from docs.notebooks import NOTEBOOKS
+from tests.docs.browser import chromium
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -55,7 +56,8 @@ def test_primes_are_not_raised_twice(site: Path) -> None:
     assert "&#x02032;</mi>" not in page
 
 
-PAGES = [f"{path.stem}.html" for path in NOTEBOOKS] + ["index.html", "exercises.html"]
+PAGES = [f"{path.stem}.html" for path in NOTEBOOKS]
+PAGES += ["index.html", "exercises.html", "playground.html"]
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -84,3 +86,12 @@ def test_a_chinese_notebook_has_the_english_outputs(site: Path) -> None:
     english, translated = (re.findall(code, page, re.DOTALL) for page in pages)
     assert len(english) > 15
     assert translated == english
+
+
+def test_the_playground_is_on_its_pages(site: Path) -> None:
+    for page, words in {"chapter": "Read on", "zh": "继续阅读"}.items():
+        dom = chromium("--dump-dom", (site / page / "playground.html").as_uri())
+        assert dom.count("<h1>") == 1
+        assert dom.count("<table") == 4
+        assert words in dom
+        assert "5.4023" in dom
