@@ -16,10 +16,10 @@
     presetTooLarge: { type: "fp16", scores: [8, 12.5, 3, 11, 14, 9, 2, 10] },
     presetTooLow: { type: "fp16", scores: [-18, -20, -19, -22, -18.5, -21, -19.5, -20] },
     presetSum: { type: "fp16", scores: [10, 10.5, 10, 10.5, 10, 10.5, 10, 10.5] },
-    presetRising: { type: "bf16", scores: [-60, -40, -20, 0, 20, 40, 60, 80], size: 2 },
-    presetFalling: { type: "bf16", scores: [80, 79, 76, 60, 40, 20, 0, -20], size: 2 },
+    presetRising: { type: "fp16", scores: [-3, -2.5, -1, 0, 1, 2.5, 3, 4], size: 2 },
+    presetFalling: { type: "fp16", scores: [4, 3, 2.5, 1, 0, -1, -2.5, -3], size: 2 },
     presetStall: { type: "bf16", scores: repeat([1, 0], [15, -6]), size: 1 },
-    presetMasked: { type: "fp16", scores: [...repeat([4, -Infinity]), 2, 3, 1, 2.5] },
+    presetMasked: { type: "fp16", scores: [...repeat([4, -Infinity]), 2, 3, 1, 2.5], size: 2 },
     presetNothing: { type: "fp16", scores: repeat([8, -Infinity]) },
   };
 
