@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unicodedata import category
 
 import pytest
 from bs4 import BeautifulSoup
@@ -43,6 +44,15 @@ def test_formulas_are_mathml(site: Path) -> None:
     page = (site / "chapter" / "1_softmax.html").read_text(encoding="utf-8")
     assert page.count("<math") > 10
     assert "$" not in re.sub(r"<pre.*?</pre>|<script.*?</script>", "", page, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("folder", ["chapter", "zh"])
+def test_a_formula_keeps_its_punctuation(site: Path, folder: str) -> None:
+    page = html.unescape((site / folder / "6_backward.html").read_text(encoding="utf-8"))
+    found = re.findall(r"</math>([^<\w\s])[^<\w\s]*(</span>)?", page)
+    ends = [end for mark, end in found if category(mark) in {"Po", "Pe", "Pf"}]
+    assert len(ends) > 10
+    assert all(ends)
 
 
 def test_a_named_function_leads_to_its_reference_or_listing(site: Path) -> None:
