@@ -161,7 +161,8 @@ def merge_entropies(entropies: Tensor, lses: Tensor, lse: Tensor) -> Tensor:
         lse: ``(..., M)``, of all parts together.
     """
     log_w = lses - _finite(lse).unsqueeze(-1)
-    return (torch.exp(log_w) * (entropies - log_w.clamp_min(LOWEST))).sum(dim=-1)
+    log_w = log_w.clamp(LOWEST, 0)  # 0 but for rounding where one part has it all
+    return (torch.exp(log_w) * (entropies - log_w)).sum(dim=-1)
 
 
 def _finite(m: Tensor) -> Tensor:

@@ -213,7 +213,9 @@ def store_auxiliary(results, at, valid, l_i, aux_i, FLAGS: tl.constexpr):
     if results.entropy_ptr is not None:
         t_i = aux_i[0] if FLAGS.ROW_SUMS == 1 else tl.sum(aux_i[0], 1)  # [BLOCK_M]
         l_i = tl.where(l_i == 0.0, 1.0, l_i)
-        tl.store(results.entropy_ptr + at, tl.log(l_i) - t_i / l_i * LN2, mask=valid)
+        # Of a row that is all on one key the two terms are equal, but for rounding.
+        entropy = tl.maximum(tl.log(l_i) - t_i / l_i * LN2, 0.0)
+        tl.store(results.entropy_ptr + at, entropy, mask=valid)
     if results.max_ptr is not None:
         max_i = aux_i[len(aux_i) - 1]
         tl.store(results.max_ptr + at, max_i * LN2 if BASE_2 else max_i, mask=valid)
