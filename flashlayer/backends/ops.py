@@ -238,7 +238,7 @@ def _backward_fake(
     return _empty_gradients(q, k, v, backend, *unflatten(*options))
 
 
-def _backward(module: Any, *arguments: Any) -> tuple[Tensor, ...]:
+def _backward(module: Any, *arguments: Any) -> Any:
     """The module's backward, with ``dentropy``, which is last, if it is given."""
     *plain, dentropy = arguments
     if dentropy is None:

@@ -97,9 +97,9 @@ def ulysses_attention(
     if numbers is None:
         return out if return_aux is None else (out, AuxOutput())
     columns = AllToAll.apply(group, sizes, False, numbers).unbind(dim=-1)
-    aux = as_output(request, columns[0], columns[request.lse :])
     if return_lse:
-        return out, aux.lse
+        return out, columns[0].contiguous()
+    aux = as_output(request, columns[0], columns[request.lse :])
     largest = aux.max_scores
     return out, aux._replace(max_scores=None if largest is None else largest.detach())
 

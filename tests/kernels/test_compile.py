@@ -98,14 +98,13 @@ def test_wide_types(tmp_path: Path) -> None:
     check(ledger(tmp_path, *arguments, "--masks", "causal", "--options", "none")["rows"], None)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_numbers_from_inside_the_softmax(tmp_path: Path, target: str) -> None:
+def test_numbers_from_inside_the_softmax(tmp_path: Path) -> None:
     """They take registers, for which the tiles leave room; no exponential is taken twice."""
-    arguments = ("--targets", target, "--dtypes", "bf16", "--head-dims", "64", "128")
+    arguments = ("--targets", "sm_100", "--dtypes", "bf16", "--head-dims", "128")
     rows = ledger(tmp_path, *arguments, "--masks", "causal", "--options", "return_aux")["rows"]
-    check(rows, {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}[target])
-    forward = [row for row in rows if row["kernel"] == "forward_kernel"]
-    assert all(row["per_score"]["exp2"] < 1.2 for row in forward)
+    check(rows, "tcgen05")
+    (forward,) = (row for row in rows if row["kernel"] == "forward_kernel")
+    assert forward["per_score"]["exp2"] < 1.2
 
 
 def test_refuses_to_compile_interpreted_kernels(tmp_path: Path) -> None:
