@@ -254,6 +254,10 @@ class Problem(NamedTuple):
     extras: AttentionExtras
 
 
+# Gradients, tangents and saved tensors: a Tensor, or None where an option is off.
+Tensors = tuple[Any, ...]
+
+
 class Backend(Protocol):
     """One way to compute attention: a module of :mod:`flashlayer.backends` with these names."""
 
@@ -267,6 +271,24 @@ class Backend(Protocol):
         self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
     ) -> tuple[Tensor, Tensor]:
         """``o`` (B, H, Sq, Dv) in q's dtype; ``lse`` (B, H, Sq), fp32 or fp64, any strides."""
+        ...
+
+    def has_tangents(self, spec: AttentionSpec, extras: AttentionExtras) -> bool:
+        """Whether ``forward_tangents`` covers these options; else they go through ``tiled``."""
+        ...
+
+    def forward_tangents(
+        self,
+        primals: tuple[Tensor, Tensor, Tensor],
+        tangents: Tensors,
+        spec: AttentionSpec,
+        extras: AttentionExtras,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``o``, ``lse`` and their tangents in the direction of those of q, k and v.
+
+        A tangent that is None is zero; the extras are constants. The tangent of an ``lse`` of -inf
+        is 0. Only backends of which ``has_tangents`` is ever true have this.
+        """
         ...
 
     def empty_results(self, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,10 +316,6 @@ class Backend(Protocol):
         ``backward`` itself is None where ``forward`` is left to PyTorch's autograd.
         """
         ...
-
-
-# Gradients, tangents and saved tensors: a Tensor, or None where an option is off.
-Tensors = tuple[Any, ...]
 
 
 # Not a tuple, which torch.func would flatten; not frozen, which would double its cost.

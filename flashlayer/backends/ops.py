@@ -23,6 +23,7 @@ from flashlayer.spec import (
     AttentionExtras,
     AttentionSpec,
     Problem,
+    Tensors,
     is_observed,
     is_sharded,
 )
@@ -56,6 +57,20 @@ class Entrance:
                 extras = _sharding().on_mesh(q, k, v, extras)
             return forward_op(q, k, v, self.name, *flatten(spec, extras))
         return self.module.forward(q, k, v, spec, extras)
+
+    def has_tangents(self, spec: AttentionSpec, extras: AttentionExtras) -> bool:
+        """See :class:`flashlayer.spec.Backend`."""
+        return self.module.has_tangents(spec, extras)
+
+    def forward_tangents(
+        self,
+        primals: tuple[Tensor, Tensor, Tensor],
+        tangents: Tensors,
+        spec: AttentionSpec,
+        extras: AttentionExtras,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See :class:`flashlayer.spec.Backend`."""
+        return self.module.forward_tangents(primals, tangents, spec, extras)
 
     def backward(
         self,

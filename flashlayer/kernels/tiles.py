@@ -189,6 +189,7 @@ _INTERPRETER = {
     "forward": (64, 32, 4, 1),
     "dkdv": (32, 64, 4, 1),
     "dq": (64, 32, 4, 1),
+    "tangents": (64, 32, 4, 1),
 }
 
 
@@ -203,7 +204,7 @@ def tile_config(
     """Tile sizes and launch options of one kernel.
 
     Args:
-        kernel: ``"forward"``, ``"dkdv"`` or ``"dq"``.
+        kernel: ``"forward"``, ``"dkdv"``, ``"dq"`` or ``"tangents"``.
         target: ``"sm_80"``, ``"sm_90"``, ``"sm_100"``, ``"gfx942"`` or ``"interpreter"``.
         dtype: ``"half"`` (fp16, bf16), ``"fp32"``, ``"tf32"`` (fp32 with TF32 allowed), ``"fp64"``.
         head_dim: the larger of the two head dimensions, 1 to 512 in half precision, else to 256.
