@@ -66,7 +66,13 @@ WINDOW = 1023
 # Where each option is compiled on its own, unless --options or --full say otherwise.
 OPTIONS_TARGET, OPTIONS_DTYPE, OPTIONS_HEAD_DIMS = "sm_90", "bf16", (64, 128)
 # Products of BLOCK_M, BLOCK_N and the head dimension that the mathematics needs.
-PRODUCTS = {"forward_kernel": 2, "dkdv_kernel": 4, "dq_kernel": 3, "dmask_kernel": 2}
+PRODUCTS = {
+    "forward_kernel": 2,
+    "dkdv_kernel": 4,
+    "dq_kernel": 3,
+    "dmask_kernel": 2,
+    "tangent_kernel": 6,
+}
 
 
 def _window(spec: AttentionSpec) -> AttentionSpec:
@@ -121,6 +127,8 @@ OPTIONS: dict[str, Callable[[AttentionSpec, Tensor], tuple[AttentionSpec, Attent
     ),
     "all": _everything,
 }
+# Tangents of q, k and v: forward mode, instead of a forward and a backward pass.
+OPTIONS["tangents"] = OPTIONS["none"]
 OPTIONS |= dict.fromkeys(codegen_specialized.VARIANTS, OPTIONS["none"])
 
 
@@ -185,6 +193,9 @@ def record_launches(case: Case) -> list[Launch]:
         if case.options in codegen_specialized.VARIANTS:
             stack.enter_context(codegen_specialized.chosen(case.options, case.head_dim))
             backend.forward(q, kv, kv, spec, extras)
+            return launches
+        if case.options == "tangents":
+            backend.forward_tangents((q, kv, kv), (q, kv, kv), spec, extras)
             return launches
         o, lse = backend.forward(q, kv, kv, spec, extras)
         backend.backward(torch.empty_like(o), None, q, kv, kv, o, lse, spec, extras)

@@ -273,8 +273,8 @@ class Backend(Protocol):
         """``o`` (B, H, Sq, Dv) in q's dtype; ``lse`` (B, H, Sq), fp32 or fp64, any strides."""
         ...
 
-    def has_tangents(self, spec: AttentionSpec, extras: AttentionExtras) -> bool:
-        """Whether ``forward_tangents`` covers these options; else they go through ``tiled``."""
+    def has_tangents(self, problem: Problem) -> bool:
+        """Whether ``forward_tangents`` covers a problem; else tangents go through ``tiled``."""
         ...
 
     def forward_tangents(

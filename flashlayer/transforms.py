@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
 from flashlayer.spec import (
@@ -106,42 +106,46 @@ def with_tangents(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor] | None:
     levels = _functorch_levels()
     if forward_ad._current_level < 0 or (levels and levels[-1] != TransformType.Jvp):
         return None
-    unpacked = [(x, None) if x is None else forward_ad.unpack_dual(x) for x in tensors]
-    primals, tangents = zip(*unpacked, strict=True)
-    in_levels = levels[:-1]
+    primals, tangents = _unpacked(tensors)
     batched = any(x is not None and _is_batched(x) for x in (*primals, *tangents))
-    if batched or not _has_kernel(call, in_levels, tensors, tangents):
+    if batched or not _has_kernel(call, primals, tangents):
         return None
-    o, lse, *results = AttentionWithTangents.apply(call, *tangents[:3], *primals)
-    o_tangent, lse_tangent = results
+    o, lse, o_tangent, lse_tangent = AttentionWithTangents.apply(call, *tangents[:3], *primals)
     return forward_ad.make_dual(o, o_tangent), forward_ad.make_dual(lse, lse_tangent)
 
 
 def forward_tangents(call: Call, primals: Tensors, tangents: Tensors) -> Tensors:
     """Tangents of o and lse in the direction of those of q, k, v and the extras."""
-    if _has_kernel(call, _functorch_levels(), primals, tangents):
-        primals = tuple(None if x is None else forward_ad.unpack_dual(x).primal for x in primals)
+    primals, _ = _unpacked(primals)  # saved inputs may still carry the very tangents they came with
+    if _has_kernel(call, primals, tangents):
         return AttentionWithTangents.apply(call, *tangents[:3], *primals)[2:]
     return _push(_tiled_forward(call), primals, tangents)
 
 
 def _functorch_levels() -> list[TransformType]:
     """The transforms of torch.func that are going on, the innermost last."""
-    return [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    return [level.key() for level in get_interpreter_stack() or ()]
 
 
-def _has_kernel(
-    call: Call, outer: list[TransformType], primals: Tensors, tangents: Tensors
-) -> bool:
-    """Whether the backend computes tangents in these directions, within the ``outer`` levels.
+def _unpacked(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """Primals and tangents of the innermost level."""
+    pairs = [(x, None) if x is None else forward_ad.unpack_dual(x) for x in tensors]
+    primals, tangents = zip(*pairs, strict=True)
+    return primals, tangents
 
-    The kernel's own tangents have none: forward mode over forward mode goes through ``tiled``.
+
+def _has_kernel(call: Call, primals: Tensors, tangents: Tensors) -> bool:
+    """Whether the backend computes tangents in these directions.
+
+    The kernel's tangents have none of their own: if an outer level is forward mode, the tiled
+    algorithm is differentiated twice.
     """
+    q, k, v, *extras = primals
     return (
-        TransformType.Jvp not in outer
+        TransformType.Jvp not in _functorch_levels()[:-1]
         and any(x is not None for x in tangents[:3])
         and all(x is None for x in tangents[3:])
-        and call.backend.has_tangents(call.spec, as_extras(primals[3:]))
+        and call.backend.has_tangents(Problem(q, k, v, call.spec, as_extras(extras)))
     )
 
 
@@ -157,14 +161,14 @@ class AttentionWithTangents(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, *tensors: Any) -> Tensors:
         """Call the backend; where something must see the call, the tiled algorithm."""
-        primals, extras = tensors[3:], as_extras(tensors[6:])
+        q, k, v, *rest = tensors[3:]
         # PyTorch's formulas make zero tensors that have no memory.
         tangents = tuple(None if x is None or x._is_zerotensor() else x for x in tensors[:3])
-        if not is_observed(primals[0]):
-            return call.backend.forward_tangents(primals[:3], tangents, call.spec, extras)
-        directions = *tangents, *(None for _ in primals[3:])
-        o, lse = call.backend.forward(*primals[:3], call.spec, extras)
-        return o, lse, *_push(_tiled_forward(call), primals, directions)
+        if not is_observed(q):
+            return call.backend.forward_tangents((q, k, v), tangents, call.spec, as_extras(rest))
+        o, lse = call.backend.forward(q, k, v, call.spec, as_extras(rest))
+        directions = *tangents, *(None for _ in rest)
+        return o, lse, *_push(_tiled_forward(call), (q, k, v, *rest), directions)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:

@@ -58,9 +58,9 @@ class Entrance:
             return forward_op(q, k, v, self.name, *flatten(spec, extras))
         return self.module.forward(q, k, v, spec, extras)
 
-    def has_tangents(self, spec: AttentionSpec, extras: AttentionExtras) -> bool:
+    def has_tangents(self, problem: Problem) -> bool:
         """See :class:`flashlayer.spec.Backend`."""
-        return self.module.has_tangents(spec, extras)
+        return self.module.has_tangents(problem)
 
     def forward_tangents(
         self,

@@ -146,7 +146,7 @@ def backward(
     return dq, dk, dv, d_mask, extras.sinks_gradient(lse, delta)
 
 
-def has_tangents(spec: AttentionSpec, extras: AttentionExtras) -> bool:
+def has_tangents(problem: Problem) -> bool:
     """False: tangents are pushed through :func:`forward` itself."""
     return False
 

