@@ -121,14 +121,15 @@ def tangent_kernel(
     window_right,
     softcap: tl.float64,
     extras,
+    GIVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FLAGS: tl.constexpr,
 ):
     """One block of queries of one head per program, with the forward kernel's loop over keys.
 
-    Arguments as in the forward kernel; tangents like what they are of, those of q, k and v None
-    where absent. Of the options the window, the softcap, packing, ALiBi and sinks, which are
+    Arguments as in the forward kernel; tangents like what they are of, and where not ``GIVEN``
+    None. Of the options the window, the softcap, packing, ALiBi and sinks, which are
     constants here. The tangent of an lse of -inf is 0.
     """
     missing, block, head, batch, place = query_block(
@@ -161,10 +162,10 @@ def tangent_kernel(
     if FLAGS.SCALE_SIGN != 1:
         q_tile = scaled(q_tile, FLAGS.SCALE_SIGN)
     left = ()
-    if q_tangent is not None:
+    if GIVEN.q:
         tangent_tile = load_tiles(row_pointer(q_tangent, q_at), q_tangent, rows, valid)
         left += scaled(tangent_tile, FLAGS.SCALE_SIGN) if FLAGS.SCALE_SIGN != 1 else tangent_tile
-    if k_tangent is not None:
+    if GIVEN.k:
         left += q_tile
     k_ptr = row_pointer(k, k_at)
     v_ptr = row_pointer(v, k_at)
@@ -197,21 +198,23 @@ def tangent_kernel(
             if RANGE != FULL:
                 x = tl.where(in_window(i, j, window, k_length), x, float("-inf"))
             x_tangent = None
-            if q_tangent is not None or k_tangent is not None:
+            if GIVEN.q or GIVEN.k:
                 right = ()
-                if q_tangent is not None:
+                if GIVEN.q:
                     right += k_tile
-                if k_tangent is not None:
+                if GIVEN.k:
                     ptr = row_pointer(k_tangent, k_at)
                     right += load_stream(ptr, k_tangent, None, k_at, k_start, columns, keys, RANGE)
                 x_tangent = dot_rows(left, right, INPUT_PRECISION) * tangent_scale
                 if FLAGS.SOFTCAP:
                     x_tangent *= softcap_grad(tanh_score)
             v_tile = load_stream(v_ptr, v, None, k_at, k_start, columns, keys, RANGE)
-            dv_tile = None
-            if v_tangent is not None:
+            tangent_of_v = None
+            if GIVEN.v:
                 ptr = row_pointer(v_tangent, k_at)
-                dv_tile = load_stream(ptr, v_tangent, None, k_at, k_start, columns, keys, RANGE)
+                tangent_of_v = load_stream(
+                    ptr, v_tangent, None, k_at, k_start, columns, keys, RANGE
+                )
             m_i, l_i, acc, mean, tangent_acc = tangent_update(
                 m_i,
                 l_i,
@@ -222,7 +225,7 @@ def tangent_kernel(
                 x_tangent,
                 scale,
                 v_tile,
-                dv_tile,
+                tangent_of_v,
                 MODIFIED,
                 FLAGS,
             )

@@ -74,6 +74,7 @@ def launch_tangents(
 
     ``tangents`` are those of q, k and v, None where absent.
     """
+    from flashlayer.kernels.arguments import Given
     from flashlayer.kernels.tangents import tangent_kernel
 
     q, k, v = primals
@@ -108,6 +109,7 @@ def launch_tangents(
             group=heads // k.shape[1],
             num_blocks=num_blocks,
             scale=max(abs(spec.scale), 1e-30),  # with sign 0 any positive factor will do
+            GIVEN=Given(*(x is not None for x in tangents)),
             FLAGS=flags(q, spec, extras, SCALE_SIGN=sign),
             **numbers,
             **tiles.launch_options() | stages,
