@@ -44,7 +44,7 @@ from flashlayer.backends import triton as backend
 from flashlayer.backends.triton import launch as backend_launch
 from flashlayer.backends.triton import tiling
 from flashlayer.kernels.primitives import INTERPRETED
-from flashlayer.spec import AttentionExtras, AttentionSpec
+from flashlayer.spec import AttentionExtras, AttentionSpec, Problem
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -320,6 +320,11 @@ def run_cases(cases: list[Case]) -> list[dict[str, Any]]:
     ]
 
 
+def _has_tangents(case: Case) -> bool:
+    q = torch.empty(1, 1, 1, case.head_dim, dtype=DTYPES[case.dtype], device="meta")
+    return backend.has_tangents(Problem(q, q, q, AttentionSpec(1.0), AttentionExtras()))
+
+
 def matrix(args: argparse.Namespace) -> Iterator[Case]:
     """The cases that the command line asks for."""
     axes = (args.targets, args.dtypes, args.head_dims, args.masks, args.groups, OPTIONS)
@@ -335,7 +340,8 @@ def matrix(args: argparse.Namespace) -> Iterator[Case]:
                 everywhere = case.options in ("packed", "intervals")
                 wanted |= everywhere and case.dtype == OPTIONS_DTYPE
             wanted |= case.options in codegen_specialized.VARIANTS
-        if wanted:
+            wanted |= case.options == "tangents" and case.mask == "causal"
+        if wanted and (case.options != "tangents" or _has_tangents(case)):
             yield case
 
 
@@ -366,9 +372,9 @@ def main(argv: list[str] | None = None) -> int:
         "--options",
         nargs="+",
         choices=OPTIONS,
-        help="these everywhere (default: none everywhere; packed and intervals in bf16 at 64 and "
-        "128; each "
-        "option on its own, and all of them, on sm_90 in bf16 at 64 and 128, causal)",
+        help="these everywhere (default: none everywhere; tangents, causal; packed and intervals "
+        "in bf16 at 64 and 128; each option on its own, and all of them, on sm_90 in bf16 at 64 and "
+        "128, causal)",
     )
     parser.add_argument("--full", action="store_true", help="every option everywhere")
     parser.add_argument("--jobs", type=int, default=2, help="processes")

@@ -114,7 +114,6 @@ def finalize(state: SoftmaxState) -> Tensor:
 
 def lse(state: SoftmaxState) -> Tensor:
     """Log-sum-exp of the scores ``(..., M)``, natural log; -inf for a row without a visible key."""
-    # l = 0 only where m = -inf; the derivative of log(0) would be NaN.
     return state.m + torch.log(torch.where(state.l == 0, 1, state.l))
 
 
