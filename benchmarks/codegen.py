@@ -44,7 +44,7 @@ from flashlayer.backends import triton as backend
 from flashlayer.backends.triton import launch as backend_launch
 from flashlayer.backends.triton import tiling
 from flashlayer.kernels.primitives import INTERPRETED
-from flashlayer.spec import AttentionExtras, AttentionSpec
+from flashlayer.spec import AttentionExtras, AttentionSpec, Problem
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -66,7 +66,13 @@ WINDOW = 1023
 # Where each option is compiled on its own, unless --options or --full say otherwise.
 OPTIONS_TARGET, OPTIONS_DTYPE, OPTIONS_HEAD_DIMS = "sm_90", "bf16", (64, 128)
 # Products of BLOCK_M, BLOCK_N and the head dimension that the mathematics needs.
-PRODUCTS = {"forward_kernel": 2, "dkdv_kernel": 4, "dq_kernel": 3, "dmask_kernel": 2}
+PRODUCTS = {
+    "forward_kernel": 2,
+    "dkdv_kernel": 4,
+    "dq_kernel": 3,
+    "dmask_kernel": 2,
+    "tangent_kernel": 6,
+}
 
 
 def _window(spec: AttentionSpec) -> AttentionSpec:
@@ -125,6 +131,8 @@ OPTIONS: dict[str, Callable[[AttentionSpec, Tensor], tuple[AttentionSpec, Attent
     ),
     "all": _everything,
 }
+# Tangents of q, k and v: forward mode, instead of a forward and a backward pass.
+OPTIONS["tangents"] = OPTIONS["none"]
 OPTIONS |= dict.fromkeys(codegen_specialized.VARIANTS, OPTIONS["none"])
 
 
@@ -189,6 +197,9 @@ def record_launches(case: Case) -> list[Launch]:
         if case.options in codegen_specialized.VARIANTS:
             stack.enter_context(codegen_specialized.chosen(case.options, case.head_dim))
             backend.forward(q, kv, kv, spec, extras)
+            return launches
+        if case.options == "tangents":
+            backend.forward_tangents((q, kv, kv), (q, kv, kv), spec, extras)
             return launches
         o, lse, *_ = backend.forward(q, kv, kv, spec, extras)
         backend.backward(torch.empty_like(o), None, q, kv, kv, o, lse, spec, extras)
@@ -313,6 +324,11 @@ def run_cases(cases: list[Case]) -> list[dict[str, Any]]:
     ]
 
 
+def _has_tangents(case: Case) -> bool:
+    q = torch.empty(1, 1, 1, case.head_dim, dtype=DTYPES[case.dtype], device="meta")
+    return backend.has_tangents(Problem(q, q, q, AttentionSpec(1.0), AttentionExtras()))
+
+
 def matrix(args: argparse.Namespace) -> Iterator[Case]:
     """The cases that the command line asks for."""
     axes = (args.targets, args.dtypes, args.head_dims, args.masks, args.groups, OPTIONS)
@@ -328,7 +344,8 @@ def matrix(args: argparse.Namespace) -> Iterator[Case]:
                 everywhere = case.options in ("packed", "intervals")
                 wanted |= everywhere and case.dtype == OPTIONS_DTYPE
             wanted |= case.options in codegen_specialized.VARIANTS
-        if wanted:
+            wanted |= case.options == "tangents" and case.mask == "causal"
+        if wanted and (case.options != "tangents" or _has_tangents(case)):
             yield case
 
 
@@ -359,9 +376,9 @@ def main(argv: list[str] | None = None) -> int:
         "--options",
         nargs="+",
         choices=OPTIONS,
-        help="these everywhere (default: none everywhere; packed and intervals in bf16 at 64 and "
-        "128; each "
-        "option on its own, and all of them, on sm_90 in bf16 at 64 and 128, causal)",
+        help="these everywhere (default: none everywhere; tangents, causal; packed, intervals in "
+        "bf16 at 64 and 128; each option on its own, and all of them, on sm_90 in bf16 at 64 and "
+        "128, causal)",
     )
     parser.add_argument("--full", action="store_true", help="every option everywhere")
     parser.add_argument("--jobs", type=int, default=2, help="processes")

@@ -17,8 +17,9 @@ Written by `python -m benchmarks codegen`; nothing here was run on a GPU.
   MMA / MUFU (exp2) / FMA / ALU (compare, select, integer, conversion) / memory / control (with the
   uniform datapath, which takes issue slots and no lanes).
 - **products**: multiply-adds of one trip in units of `BLOCK_M * BLOCK_N * D`. The mathematics needs
-  2 in the forward pass, 4 in dK/dV, 3 in dQ. More is waste: a padded head dimension, or a tile too
-  small for its warps, which then do the same work twice. (In fp32 the softmax adds a little.)
+  2 in the forward pass, 4 in dK/dV, 3 in dQ, 6 for tangents. More is waste: a padded head
+  dimension, or a tile too small for its warps, which then do the same work twice. (In fp32 the
+  softmax adds a little.)
 - **share of peak**: of the useful products, what the loop can reach, from no overlap of the matrix
   unit with the others to full overlap, and the busiest of the others. It is a bound from counts and
   published rates

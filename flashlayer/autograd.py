@@ -37,7 +37,9 @@ def attend(backend: Any, tiled: Backend, problem: Problem) -> tuple[Tensor, ...]
     if transforms.is_transformed():
         if compiling:
             return transforms.forward_in_graph(tiled, problem)
-        return TransformableAttention.apply(Call(backend, tiled, spec), *leaves)
+        call = Call(backend, tiled, spec)
+        dual = transforms.with_tangents(call, leaves)
+        return TransformableAttention.apply(call, *leaves) if dual is None else dual
     tracked = q.requires_grad or k.requires_grad or v.requires_grad
     if extras is not NO_EXTRAS:
         tracked = tracked or any(x is not None and x.requires_grad for x in extras)
@@ -137,7 +139,7 @@ class TransformableAttention(FlashAttentionFunction):
     @staticmethod
     @transforms.unbatched
     def jvp(ctx: Any, _call: None, *tangents: Tensor | None) -> Tensors:
-        """Push the tangents of q, k, v and the extras through the tiled forward."""
+        """The tangents of o and lse."""
         return transforms.forward_tangents(ctx.call, ctx.saved_tensors, tangents)
 
     @staticmethod

@@ -117,7 +117,7 @@ def finalize(state: SoftmaxState) -> Tensor:
 
 def lse(state: SoftmaxState) -> Tensor:
     """Log-sum-exp of the scores ``(..., M)``, natural log; -inf for a row without a visible key."""
-    return state.m + torch.log(state.l)
+    return state.m + torch.log(torch.where(state.l == 0, 1, state.l))
 
 
 def update_weighted_log(

@@ -271,6 +271,10 @@ class Problem(NamedTuple):
     extras: AttentionExtras
 
 
+# Gradients, tangents and saved tensors: a Tensor, or None where an option is off.
+Tensors = tuple[Any, ...]
+
+
 class Backend(Protocol):
     """One way to compute attention: a module of :mod:`flashlayer.backends` with these names."""
 
@@ -288,6 +292,24 @@ class Backend(Protocol):
 
         And what the spec asks for of ``max_scores`` and ``entropy`` (:meth:`AttentionSpec.asked`),
         ``(B, H, Sq)``, contiguous, in lse's dtype, as :class:`flashlayer.AuxOutput` defines them.
+        """
+        ...
+
+    def has_tangents(self, problem: Problem) -> bool:
+        """Whether ``forward_tangents`` covers a problem; else tangents go through ``tiled``."""
+        ...
+
+    def forward_tangents(
+        self,
+        primals: tuple[Tensor, Tensor, Tensor],
+        tangents: Tensors,
+        spec: AttentionSpec,
+        extras: AttentionExtras,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``o``, ``lse`` and their tangents in the direction of those of q, k and v.
+
+        A tangent that is None is zero; the extras are constants. The tangent of an ``lse`` of -inf
+        is 0. Only backends of which ``has_tangents`` is ever true have this.
         """
         ...
 
@@ -318,10 +340,6 @@ class Backend(Protocol):
         PyTorch's autograd.
         """
         ...
-
-
-# Gradients, tangents and saved tensors: a Tensor, or None where an option is off.
-Tensors = tuple[Any, ...]
 
 
 # Not a tuple, which torch.func would flatten; not frozen, which would double its cost.

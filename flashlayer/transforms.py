@@ -1,7 +1,8 @@
-"""What no flash kernel has: the second derivative, forward mode and vmap.
+"""What no flash kernel's backward pass has: the second derivative, forward mode and vmap.
 
-Tangents are pushed through the tiled algorithm, which is plain PyTorch: a tangent is one more
-tensor of the primal's size, so memory stays O(Sq + Sk).
+The tangents of o and lse come from the backend's own kernel where it has one for the call. All else
+is pushed through the tiled algorithm, which is plain PyTorch: a tangent is one more tensor of the
+primal's size, so memory stays O(Sq + Sk).
 """
 
 from __future__ import annotations
@@ -13,9 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
-from flashlayer.spec import Backend, Call, Problem, Tensors, as_extras, in_input_order
+from flashlayer.spec import (
+    Backend,
+    Call,
+    Problem,
+    Tensors,
+    as_extras,
+    in_input_order,
+    is_observed,
+)
 
 # Of torch's older vmap, whose tensors have no public interface.
 _is_batched: Any = vars(torch._C)["_functorch"].is_legacy_batchedtensor
@@ -102,8 +112,28 @@ def gradients(
     return in_input_order(grads, tensors[3:])
 
 
+def with_tangents(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor] | None:
+    """``o`` and ``lse`` with the tangents that q, k and v give them, in one pass over the keys.
+
+    None where the backend has no kernel for it, or where the tangents are not those of the
+    innermost transform: a Function then finds them at their own level.
+    """
+    levels = _functorch_levels()
+    if forward_ad._current_level < 0 or (levels and levels[-1] != TransformType.Jvp):
+        return None
+    primals, tangents = _unpacked(tensors)
+    batched = any(x is not None and _is_batched(x) for x in (*primals, *tangents))
+    if batched or not _has_kernel(call, primals, tangents):
+        return None
+    o, lse, o_tangent, lse_tangent = AttentionWithTangents.apply(call, *tangents[:3], *primals)
+    return forward_ad.make_dual(o, o_tangent), forward_ad.make_dual(lse, lse_tangent)
+
+
 def forward_tangents(call: Call, primals: Tensors, tangents: Tensors) -> Tensors:
     """Tangents of o, lse and entropy in the direction of those of q, k, v and the extras."""
+    primals, _ = _unpacked(primals)  # saved inputs may still carry the very tangents they came with
+    if _has_kernel(call, primals, tangents):
+        return AttentionWithTangents.apply(call, *tangents[:3], *primals)[2:]
     o, lse, *more = _push(_tiled_forward(call), primals, tangents)
     if call.spec.max_scores:
         more[0] = None
@@ -113,6 +143,92 @@ def forward_tangents(call: Call, primals: Tensors, tangents: Tensors) -> Tensors
 def _without_auxiliary(call: Call) -> Call:
     spec = dataclasses.replace(call.spec, max_scores=False, entropy=False)
     return dataclasses.replace(call, spec=spec)
+
+
+def _functorch_levels() -> list[TransformType]:
+    """The transforms of torch.func that are going on, the innermost last."""
+    return [level.key() for level in get_interpreter_stack() or ()]
+
+
+def _unpacked(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """Primals and tangents of the innermost level."""
+    pairs = [(x, None) if x is None else forward_ad.unpack_dual(x) for x in tensors]
+    primals, tangents = zip(*pairs, strict=True)
+    return primals, tangents
+
+
+def _has_kernel(call: Call, primals: Tensors, tangents: Tensors) -> bool:
+    """Whether the backend computes tangents in these directions.
+
+    The kernel's tangents have none of their own: if an outer level is forward mode, the tiled
+    algorithm is differentiated twice.
+    """
+    q, k, v, *extras = primals
+    return (
+        TransformType.Jvp not in _functorch_levels()[:-1]
+        and any(x is not None for x in tangents[:3])
+        and all(x is None for x in tangents[3:])
+        and call.backend.has_tangents(Problem(q, k, v, call.spec, as_extras(extras)))
+    )
+
+
+class AttentionWithTangents(torch.autograd.Function):
+    """``apply(call, q', k', v', q, k, v, *extras) -> (o, lse, o', lse')``, in one pass.
+
+    A tangent that is None is zero. Tangents are linear in their direction: with ``L = <u, o'> +
+    <w, lse'>`` the gradient with respect to (q', k', v') is that of ``<u, o> + <w, lse>`` with
+    respect to (q, k, v), and the gradient with respect to (q, k, v) is the tangent of that one in
+    the direction (q', k', v').
+    """
+
+    @staticmethod
+    def forward(call: Call, *tensors: Any) -> Tensors:
+        """Call the backend; where something must see the call, the tiled algorithm."""
+        q, k, v, *rest = tensors[3:]
+        # PyTorch's formulas make zero tensors that have no memory.
+        tangents = tuple(None if x is None or x._is_zerotensor() else x for x in tensors[:3])
+        if not is_observed(q):
+            return call.backend.forward_tangents((q, k, v), tangents, call.spec, as_extras(rest))
+        o, lse = call.backend.forward(q, k, v, call.spec, as_extras(rest))
+        directions = *tangents, *(None for _ in rest)
+        return o, lse, *_push(_tiled_forward(call), (q, k, v, *rest), directions)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
+        """Keep what the derivatives need."""
+        ctx.call = inputs[0]
+        ctx.save_for_backward(*inputs[1:], *output[:2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @unbatched
+    def backward(
+        ctx: Any, do: Tensor | None, dlse: Tensor | None, u: Tensor | None, w: Tensor | None
+    ) -> Tensors:
+        """The backend's backward for o and lse, and the second derivative for their tangents."""
+        q_tangent, k_tangent, v_tangent, *saved = ctx.saved_tensors
+        tangents, primals = (q_tangent, k_tangent, v_tangent), saved[:-2]
+        grads = of_tangents = (None,) * len(primals)
+        if do is not None or dlse is not None:
+            grads = gradients(ctx.call, do, dlse, (), *saved)
+        if u is not None or w is not None:
+            u = torch.zeros_like(saved[-2]) if u is None else u
+            of_tangents = gradients(ctx.call, u, w, (), *saved)
+            directions = *tangents, *(None for _ in primals[3:])
+            second = FlashAttentionSecond.apply(ctx.call, u, w, *primals, *directions)[2:]
+            grads = tuple(
+                b if a is None else a if b is None else a + b
+                for a, b in zip(grads, second, strict=True)
+            )
+        of_tangents = (
+            None if x is None else grad for x, grad in zip(tangents, of_tangents, strict=False)
+        )
+        return None, *of_tangents, *grads
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensors, tuple[int | None, ...]]:
+        """One call for each element of the mapped dimension."""
+        return map_batch(AttentionWithTangents.apply, info.batch_size, in_dims, args)
 
 
 class FlashAttentionBackward(torch.autograd.Function):

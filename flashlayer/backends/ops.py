@@ -23,6 +23,7 @@ from flashlayer.spec import (
     AttentionExtras,
     AttentionSpec,
     Problem,
+    Tensors,
     is_observed,
     is_sharded,
     no_entropy_gradient,
@@ -59,6 +60,20 @@ class Entrance:
             o, lse, *more = forward_op(q, k, v, self.name, *flatten(spec, extras))
             return o, lse, *spec.asked(*more)
         return self.module.forward(q, k, v, spec, extras)
+
+    def has_tangents(self, problem: Problem) -> bool:
+        """See :class:`flashlayer.spec.Backend`."""
+        return self.module.has_tangents(problem)
+
+    def forward_tangents(
+        self,
+        primals: tuple[Tensor, Tensor, Tensor],
+        tangents: Tensors,
+        spec: AttentionSpec,
+        extras: AttentionExtras,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See :class:`flashlayer.spec.Backend`."""
+        return self.module.forward_tangents(primals, tangents, spec, extras)
 
     def backward(
         self,

@@ -169,6 +169,11 @@ def backward(
     return dq, dk, dv, d_mask, extras.sinks_gradient(lse, delta)
 
 
+def has_tangents(problem: Problem) -> bool:
+    """False: tangents are pushed through :func:`forward` itself."""
+    return False
+
+
 def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """See :class:`flashlayer.spec.Backend`."""
     o = q.new_empty(*q.shape[:3], v.shape[-1])

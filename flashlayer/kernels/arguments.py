@@ -167,6 +167,17 @@ class Broadcast(NamedTuple):
     keys: bool
 
 
+class Given(NamedTuple):
+    """Which of q, k and v have a tangent (constexpr).
+
+    Triton 3.6 can't compare a tuple that holds None, as those of packed tensors do, with None.
+    """
+
+    q: bool
+    k: bool
+    v: bool
+
+
 class Window(NamedTuple):
     """Keys ``i + offset - left`` to ``i + offset + right`` of query ``i``; None is unbounded.
 

@@ -125,6 +125,17 @@ def spread(rows, tile, ROW_SUMS: tl.constexpr):
 
 
 @triton.jit
+def tile_exponents(m_i, x, scale, MODIFIED: tl.constexpr, FLAGS: tl.constexpr):
+    """The new ``m_i``, and the exponents of 2 of the factor of earlier sums and of p."""
+    BASE_2: tl.constexpr = FLAGS.BASE_2
+    tile_max = tl.max(x, 1) if MODIFIED else tl.max(x, 1) * scale
+    m_new = tl.maximum(m_i, tile_max)  # [BLOCK_M]
+    log2_rescale = log2_ratio(m_i, m_new, scale, True, BASE_2)  # [BLOCK_M]
+    log2_p = log2_ratio(x, m_new[:, None], scale, MODIFIED, BASE_2)  # [BLOCK_M, BLOCK_N]
+    return m_new, log2_rescale, log2_p
+
+
+@triton.jit
 def online_softmax_update(
     m_i,
     l_i,
@@ -148,13 +159,11 @@ def online_softmax_update(
     ``m_i`` is never -inf: -inf - -inf is NaN. It starts at :func:`lowest`, and while a row has no
     visible key p is ``exp(-inf - lowest) = 0``.
     """
-    BASE_2: tl.constexpr = FLAGS.BASE_2
     ROW_SUMS: tl.constexpr = FLAGS.ROW_SUMS
     INPUT_PRECISION: tl.constexpr = FLAGS.INPUT_PRECISION
-    tile_max = tl.max(x, 1) if MODIFIED else tl.max(x, 1) * scale
-    m_new = tl.maximum(m_i, tile_max)  # [BLOCK_M]
-    rescale = tl.exp2(log2_ratio(m_i, m_new, scale, True, BASE_2))  # [BLOCK_M]
-    p = tl.exp2(log2_ratio(x, m_new[:, None], scale, MODIFIED, BASE_2))  # [BLOCK_M, BLOCK_N]
+    m_new, log2_rescale, log2_p = tile_exponents(m_i, x, scale, MODIFIED, FLAGS)
+    rescale = tl.exp2(log2_rescale)  # [BLOCK_M]
+    p = tl.exp2(log2_p)  # [BLOCK_M, BLOCK_N]
     l_i = l_i * spread(rescale, p, ROW_SUMS) + row_sums(p, ROW_SUMS)
     if kept is not None:
         p = p * kept

@@ -85,6 +85,12 @@ _HALF = {
             256: (64, 32, 8, 1),
             512: (16, 16, 8, 1),
         },
+        "tangents": {
+            96: (64, 32, 4, 2),
+            128: (32, 32, 4, 2),
+            192: (16, 32, 4, 1),
+            256: (16, 32, 8, 1),
+        },
     },
     "sm_90": {
         "forward": {
@@ -104,6 +110,7 @@ _HALF = {
             256: (128, 32, 8, 2),
             512: (32, 32, 8, 1),
         },
+        "tangents": {96: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (16, 32, 8, 1)},
     },
     "sm_100": {
         "forward": {
@@ -119,6 +126,7 @@ _HALF = {
             256: (64, 32, 8, 2),
             512: (32, 32, 8, 1),
         },
+        "tangents": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (16, 32, 8, 1)},
     },
     "gfx942": {
         "forward": {
@@ -140,6 +148,7 @@ _HALF = {
             256: (32, 16, 4, 1),
             512: (16, 16, 4, 1),
         },
+        "tangents": {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
     },
 }
 # A dense mask's tile takes registers too, and its loads none of the stages. An interval mask takes
@@ -167,6 +176,7 @@ _WIDE = {
         "forward": {64: (64, 64, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
         "dkdv": {64: (32, 64, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
         "dq": {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+        "tangents": {64: (32, 32, 4, 1), 128: (16, 32, 8, 1)},
     },
     "fp32": {
         "forward": {
@@ -177,11 +187,13 @@ _WIDE = {
         },
         "dkdv": {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 32, 8, 1)},
         "dq": {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+        "tangents": {64: (32, 16, 8, 1), 128: (16, 16, 8, 1)},
     },
     "fp64": {
         "forward": {64: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
         "dkdv": {64: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
         "dq": {64: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
+        "tangents": {128: (16, 16, 4, 1)},
     },
 }
 # Small and not square, so that small tests cross many tile edges.
@@ -189,6 +201,7 @@ _INTERPRETER = {
     "forward": (64, 32, 4, 1),
     "dkdv": (32, 64, 4, 1),
     "dq": (64, 32, 4, 1),
+    "tangents": (64, 32, 4, 1),
 }
 
 
@@ -203,10 +216,11 @@ def tile_config(
     """Tile sizes and launch options of one kernel.
 
     Args:
-        kernel: ``"forward"``, ``"dkdv"`` or ``"dq"``.
+        kernel: ``"forward"``, ``"dkdv"``, ``"dq"`` or ``"tangents"``.
         target: ``"sm_80"``, ``"sm_90"``, ``"sm_100"``, ``"gfx942"`` or ``"interpreter"``.
         dtype: ``"half"`` (fp16, bf16), ``"fp32"``, ``"tf32"`` (fp32 with TF32 allowed), ``"fp64"``.
-        head_dim: the larger of the two head dimensions, 1 to 512 in half precision, else to 256.
+        head_dim: the larger of the two head dimensions, 1 to 512 in half precision, else to 256;
+            for ``"tangents"`` half of that.
         mask: ``"none"``, ``"dense"`` or ``"intervals"``.
     """
     if target == "interpreter":

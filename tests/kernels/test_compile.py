@@ -47,7 +47,7 @@ def check(
 
 def check_loops(rows: list[dict]) -> None:
     """The hot loop does the products that the mathematics has, and no more."""
-    products = {"forward_kernel": 2, "dkdv_kernel": 4, "dq_kernel": 3}
+    products = {"forward_kernel": 2, "dkdv_kernel": 4, "dq_kernel": 3, "tangent_kernel": 6}
     for row in rows:
         if row["kernel"] != "delta_kernel":
             assert row["products"] == products[row["kernel"]], row
@@ -91,6 +91,17 @@ def test_the_warp_specialised_kernel(tmp_path: Path) -> None:
     rows = ledger(tmp_path, *arguments, "--masks", "causal", "--options", "specialized")["rows"]
     assert len(rows) == 2
     check(rows, "wgmma", ("hopper_forward_kernel",))
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction"), [("sm_80", "mma"), ("sm_90", "wgmma"), ("gfx942", "mfma")]
+)
+def test_tangents(tmp_path: Path, target: str, instruction: str) -> None:
+    arguments = ("--targets", target, "--dtypes", "bf16", "--head-dims", "64", "128")
+    rows = ledger(tmp_path, *arguments, "--masks", "causal", "--options", "tangents")["rows"]
+    check(rows, instruction, ("tangent_kernel",))
+    if target != "gfx942":  # whose loops are not read
+        check_loops(rows)
 
 
 def test_wide_types(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from flashlayer.kernels.tiles import candidates, delta_rows, head_tiles, tile_config
+from flashlayer.kernels.tiles import TileConfig, candidates, delta_rows, head_tiles, tile_config
 
 DTYPES = {"half": 512, "tf32": 256, "fp32": 256, "fp64": 256}  # and their widest head dimension
 
@@ -34,6 +34,13 @@ def test_no_cover_by_one_or_two_tiles_is_narrower() -> None:
         assert sum(tiles[:-1]) < head_dim
 
 
+def check_row(config: TileConfig) -> None:
+    assert is_power_of_two(config.BLOCK_M)
+    assert is_power_of_two(config.BLOCK_N)
+    assert config.num_warps in (4, 8)
+    assert config.num_stages >= 1
+
+
 @pytest.mark.parametrize("mask", ["none", "dense", "intervals"])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942", "interpreter"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -41,12 +48,16 @@ def test_no_cover_by_one_or_two_tiles_is_narrower() -> None:
 def test_every_head_dimension_has_a_row(kernel: str, dtype: str, target: str, mask: str) -> None:
     for head_dim in range(1, DTYPES[dtype] + 1):
         config = tile_config(kernel, target, dtype, head_dim, mask)
-        assert is_power_of_two(config.BLOCK_M)
-        assert is_power_of_two(config.BLOCK_N)
-        assert config.num_warps in (4, 8)
-        assert config.num_stages >= 1
+        check_row(config)
         if target != "interpreter":
             assert config in candidates(kernel, dtype)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942", "interpreter"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tangents_have_rows_up_to_half_the_widest_head(dtype: str, target: str) -> None:
+    for head_dim in range(1, DTYPES[dtype] // 2 + 1):
+        check_row(tile_config("tangents", target, dtype, head_dim))
 
 
 def test_delta_takes_whole_rows() -> None:

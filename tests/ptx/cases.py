@@ -37,6 +37,7 @@ class Case:
         gradients: whether there is a backward pass.
         heaviest_first: whether programs start in the order of their work.
         auxiliary: whether the largest score and the entropy are asked for and judged, not the rest.
+        tangents: forward mode instead of both passes, with tangents of q, k and v.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Case:
     gradients: bool = True
     heaviest_first: bool = False
     auxiliary: bool = False
+    tangents: bool = False
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         """The tensors, the same every time."""
@@ -293,6 +295,7 @@ QUICK = [
     Case("bf16 split-key decoding", dense(heads=4, q=1, k=200, options=sinks), splits=3),
     Case("bf16 TMA causal", dense(q=140, k=400, causal=True, layout="bshd"), **TMA),
     Case("bf16 intervals of heads", dense(q=150, k=333, options=intervals(1, 2), causal=True)),
+    Case("bf16 tangents causal", dense(q=70, k=160, causal=True, softcap=2.0), tangents=True),
 ]
 
 _GEOMETRY = [
@@ -446,6 +449,29 @@ _ORDERED = [
     )
 ]
 
+_TANGENTS = [
+    replace(case, name=f"{case.name}, tangents", tangents=True)
+    for case in (
+        Case("bf16 full three tiles", dense(q=129, k=260)),
+        Case("bf16 window", dense(q=150, k=150, window_size=(20, 7), layout="bshd")),
+        Case("bf16 rows without keys", dense(q=150, k=70, causal=True, layout="in NaN")),
+        Case("bf16 hidden NaN", causal_hiding(BF16, 64)),
+        Case("bf16 ALiBi and sinks", dense(options=lambda *x: slopes(*x) | sinks(*x), causal=True)),
+        Case("bf16 packed, one empty", packed(causal=True, past=5)),
+        Case("fp16 logits of 10,000", dense(FP16, q=90, k=140, dim=16, magnitude=1e3)),
+        Case("bf16 D40 Dv 59", dense(dim=40, value_dim=59, causal=True)),
+        Case("fp16 D96", dense(FP16, dim=96, causal=True)),
+        Case("bf16 D128", dense(q=80, k=140, dim=128, causal=True)),
+        Case("bf16 D192", dense(heads=1, q=40, k=70, dim=192, causal=True)),
+        Case("bf16 D256", dense(heads=1, q=40, k=70, dim=256, causal=True)),
+        Case("fp32 D24", dense(FP32, q=33, k=40, dim=24, causal=True)),
+        Case("fp32 D128", dense(FP32, heads=1, q=17, k=33, dim=128)),
+        Case("tf32", dense(FP32, q=40, k=70, causal=True), **TF32),
+        Case("tf32 D128", dense(FP32, heads=1, q=33, k=40, dim=128), **TF32),
+        Case("fp64 D24", dense(FP64, q=33, k=40, dim=24, causal=True, softcap=2.0)),
+    )
+]
+
 
 def _specialized(name: str, stages: int = 2, *, turns: bool = False, **problem: Any) -> Case:
     """A forward pass of the warp-specialised kernel."""
@@ -504,6 +530,7 @@ TABLE = [
     *_HEAD_DIMS,
     *_TMA,
     *_ORDERED,
+    *_TANGENTS,
     *SPECIALIZED_QUICK,
     *_SPECIALIZED,
 ]

@@ -18,6 +18,7 @@ from flashlayer import AuxOutput, AuxRequest, flash_attention, flash_attention_v
 from flashlayer.backends import split_keys
 from flashlayer.kernels import tiles
 from flashlayer.testing import accuracy
+from tests import tangents
 from tests.ptx.cases import Case
 from tests.ptx.driver import Device, emulated
 from tests.ptx.formats import EmulatorError, Race
@@ -122,6 +123,9 @@ def _execute(
             results = _auxiliary(case, q, k, v, arguments)
         elif case.splits:
             results = _decode(q, k, v, case.splits, **arguments)
+        elif case.tangents:
+            directions = [torch.randn_like(x) for x in (q, k, v)]
+            results = tangents.check((q, k, v), directions, **arguments)
         else:
             arguments["gradients"] = case.gradients
             results = accuracy.assert_attention_close("triton", q, k, v, **arguments)
@@ -204,16 +208,21 @@ def _tiles(case: Case) -> Any:
 @contextlib.contextmanager
 def _tf32_allowed() -> Iterator[None]:
     """TF32 in the kernels, and in the standard attention that they are measured by."""
-    run = accuracy.run
 
-    def run_in_tf32(attention: Any, *args: Any, **options: Any) -> Results:
-        with _TF32Products() if attention == "standard" else contextlib.nullcontext():
-            return run(attention, *args, **options)
+    def in_tf32(run: Callable[..., Results]) -> Callable[..., Results]:
+        def run_in_tf32(attention: Any, *args: Any, **options: Any) -> Results:
+            with _TF32Products() if attention == "standard" else contextlib.nullcontext():
+                return run(attention, *args, **options)
+
+        return run_in_tf32
 
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        with mock.patch.object(accuracy, "run", run_in_tf32):
+        with (
+            mock.patch.object(accuracy, "run", in_tf32(accuracy.run)),
+            mock.patch.object(tangents, "push", in_tf32(tangents.push)),
+        ):
             yield
     finally:
         torch.backends.cuda.matmul.fp32_precision = before

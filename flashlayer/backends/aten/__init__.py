@@ -172,6 +172,11 @@ def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty_strided(x.shape, strides, dtype=dtype)
 
 
+def has_tangents(problem: Problem) -> bool:
+    """False: ATen's kernel has none."""
+    return False
+
+
 def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """See :class:`flashlayer.spec.Backend`."""
     _, heads, seqlen, _ = q.shape

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from flashlayer.backends import split_keys
 from flashlayer.backends.triton import specialized, tiling
-from flashlayer.backends.triton.launch import launch_backward, launch_forward
+from flashlayer.backends.triton.launch import launch_backward, launch_forward, launch_tangents
 from flashlayer.backends.triton.tiling import TUNED, bucket, interpreted, table_tiles
 from flashlayer.spec import (
     AttentionExtras,
     AttentionSpec,
     Problem,
+    Tensors,
     accumulation_dtype,
     longest_sequence,
 )
@@ -31,6 +32,8 @@ __all__ = [
     "empty_results",
     "entropy_gradient",
     "forward",
+    "forward_tangents",
+    "has_tangents",
     "name",
     "refuses",
     "table_tiles",
@@ -114,6 +117,39 @@ def _forward(
     if o.numel() > 0:
         launch_forward(q, k, v, o, lse, max_scores, entropy, spec, extras)
     return o, lse, *spec.asked(max_scores, entropy)
+
+
+def has_tangents(problem: Problem) -> bool:
+    """Outputs and LSE, no masks, no dropout, and room for two accumulators: half the widest D."""
+    q, _, v, spec, extras = problem
+    if not (extras.attn_mask is extras.intervals is extras.dropout_seed is None):
+        return False
+    if spec.max_scores or spec.entropy:
+        return False
+    widest = MAX_HEAD_DIM if q.element_size() == 2 else MAX_WIDE_HEAD_DIM
+    return max(q.shape[-1], v.shape[-1]) <= widest // 2
+
+
+def forward_tangents(
+    primals: tuple[Tensor, Tensor, Tensor],
+    tangents: Tensors,
+    spec: AttentionSpec,
+    extras: AttentionExtras,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :class:`flashlayer.spec.Backend`."""
+    q, k, v = primals
+    results = *empty_results(q, v), *empty_results(q, v)
+    if _needs_fp32(q):
+        wide_tangents = tuple(None if x is None else x.float() for x in tangents)
+        wide = (q.float(), k.float(), v.float()), wide_tangents, spec, _in_fp32(extras)
+        o, lse, o_tangent, lse_tangent = forward_tangents(*wide)
+        return results[0].copy_(o), lse, results[2].copy_(o_tangent), lse_tangent
+    if extras.cu_seqlens_q is not None:  # no program writes the tokens past the last sequence
+        for x, value in zip(results, (0, -torch.inf, 0, 0), strict=True):
+            x.fill_(value)
+    if results[0].numel() > 0:
+        launch_tangents(primals, tangents, results, _with_lengths(spec, extras), extras)
+    return results
 
 
 def backward(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashlayer.backends.triton import specialized, tiling
 from flashlayer.backends.triton.arguments import base_2, flags, options, scalars, strided
-from flashlayer.spec import AttentionExtras, AttentionSpec
+from flashlayer.spec import AttentionExtras, AttentionSpec, Tensors
 
 
 def launch_forward(
@@ -63,6 +63,59 @@ def launch_forward(
             FLAGS=flags(q, spec, extras, SCALE_SIGN=sign, EDGE_STAGES=edge_stages, ROW_SUMS=sums),
             **scalars(q, k, spec, extras),
             **stages,
+        )
+
+
+def launch_tangents(
+    primals: tuple[Tensor, Tensor, Tensor],
+    tangents: Tensors,
+    results: tuple[Tensor, Tensor, Tensor, Tensor],
+    spec: AttentionSpec,
+    extras: AttentionExtras,
+) -> None:
+    """Fill ``results``: o, which is not empty, lse, and the tangents of both.
+
+    ``tangents`` are those of q, k and v, None where absent.
+    """
+    from flashlayer.kernels.arguments import Given
+    from flashlayer.kernels.tangents import tangent_kernel
+
+    q, k, v = primals
+    o, lse, o_tangent, lse_tangent = results
+    heads = q.shape[1]
+    packed = extras.cu_seqlens_q is not None
+    tiles = tiling.tiles_of("tangents", q, v, spec, extras)
+    num_blocks = _num_blocks(spec.max_seqlen_q, q.shape[2], tiles.BLOCK_M)
+    grid = num_blocks * heads * _sequences(q, extras)
+    if grid == 0:
+        return
+    q_tangent, k_tangent, v_tangent = (None if x is None else strided(x, packed) for x in tangents)
+    sign = (spec.scale > 0) - (spec.scale < 0)
+    stages = {"num_stages": 1} if tiling.lacks_fences("tangents", q) else {}
+    options_of_dropout = ("threshold", "keep_scale")
+    numbers = {n: x for n, x in scalars(q, k, spec, extras).items() if n not in options_of_dropout}
+    launch: Any = tangent_kernel[(grid,)]
+    with launching(q):
+        launch(
+            q=strided(q, packed),
+            k=strided(k, packed),
+            v=strided(v, packed),
+            q_tangent=q_tangent,
+            k_tangent=k_tangent,
+            v_tangent=v_tangent,
+            o=strided(o, packed),
+            lse_ptr=lse,
+            o_tangent=strided(o_tangent, packed),
+            lse_tangent_ptr=lse_tangent,
+            extras=options(extras, sinks=True),
+            heads=heads,
+            group=heads // k.shape[1],
+            num_blocks=num_blocks,
+            scale=max(abs(spec.scale), 1e-30),  # with sign 0 any positive factor will do
+            GIVEN=Given(*(x is not None for x in tangents)),
+            FLAGS=flags(q, spec, extras, SCALE_SIGN=sign),
+            **numbers,
+            **tiles.launch_options() | stages,
         )
 
 
