@@ -1,5 +1,6 @@
 """The site builds without a warning, and its pages load nothing from the network."""
 
+import html
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from docs.notebooks import NOTEBOOKS
+from tests.docs.browser import chromium
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -48,6 +50,23 @@ def test_a_named_function_leads_to_its_reference_or_listing(site: Path) -> None:
     assert 'href="../api/source.html#flashlayer-online-softmax-py"' in chapter
 
 
+@pytest.mark.parametrize("folder", ["chapter", "zh"])
+def test_a_quoted_line_leads_to_that_line(site: Path, folder: str) -> None:
+    def text(markup: str) -> str:
+        return html.unescape(re.sub("<[^>]*>", "", markup))
+
+    page = (site / folder / "checklist.html").read_text(encoding="utf-8")
+    listing = (site / "api" / "source.html").read_text(encoding="utf-8")
+    link = r'href="\.\./api/source\.html#(\S+-(\d+))">(.*?)<span class="line">(.*?)</span></a>'
+    quotes = re.findall(link, page)
+    assert len(quotes) >= 18
+    for anchor, number, quote, place in quotes:
+        line = text(listing.split(f'<a id="{anchor}" ')[1].split("\n")[0])
+        assert text(quote) in line
+        assert re.search(rf">\s*{number}", line)
+        assert place.endswith(f".py:{number}")
+
+
 def test_primes_are_not_raised_twice(site: Path) -> None:
     """A prime set as an exponent is too small to see: m' would read m."""
     page = (site / "chapter" / "2_online_softmax.html").read_text(encoding="utf-8")
@@ -55,7 +74,8 @@ def test_primes_are_not_raised_twice(site: Path) -> None:
     assert "&#x02032;</mi>" not in page
 
 
-PAGES = [f"{path.stem}.html" for path in NOTEBOOKS] + ["index.html", "exercises.html"]
+PAGES = [f"{path.stem}.html" for path in NOTEBOOKS]
+PAGES += ["index.html", "exercises.html", "playground.html", "checklist.html"]
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -84,3 +104,12 @@ def test_a_chinese_notebook_has_the_english_outputs(site: Path) -> None:
     english, translated = (re.findall(code, page, re.DOTALL) for page in pages)
     assert len(english) > 15
     assert translated == english
+
+
+def test_the_playground_is_on_its_pages(site: Path) -> None:
+    for page, words in {"chapter": "Read on", "zh": "继续阅读"}.items():
+        dom = chromium("--dump-dom", (site / page / "playground.html").as_uri())
+        assert dom.count("<h1>") == 1
+        assert dom.count("<table") == 4
+        assert words in dom
+        assert "5.4023" in dom
