@@ -84,7 +84,7 @@ STEPS: dict[str, dict[str, Step]] = {
         "store_tiles(dv)": ("dv_out", {"dv": "stored"}),
     },
     "dq_kernel": {
-        "dq_acc = zero_tiles": ("init_dq", {"dq": "dq_acc"}),
+        "dq_acc = zero_tiles": ("init_dq", {"dq": "dq_acc", "shift": "shift", "delta": "delta"}),
         "ranges = key_tile_ranges": ("ranges", {}),
         "k_tile = load_stream": ("load", {}),
         "scores = dot_rows": ("scores", {"tile": "scores"}),
@@ -367,6 +367,7 @@ def presets() -> dict[str, dict[str, Any]]:
         "unseen": {"tensors": dense(8, 5), "options": {"causal": True}},
         "huge": {"tensors": huge_logit(), "naive": True},
         "split": {"tensors": dense(1, 16), "parts": 2},
+        "half": {"tensors": [x.half() for x in dense(4, 16)], "half": True},
         "backward": {"tensors": dense(8, 8), "options": {"causal": True}, "backward": True},
     }
 
@@ -376,7 +377,8 @@ def run(preset: dict[str, Any]) -> tuple[dict[str, Any], set[tuple[str, str]]]:
     from flashlayer.kernels import tiles
 
     def small(kernel: str, *_: Any) -> tiles.TileConfig:
-        return tiles.TileConfig(TILE, TILE, num_warps=4, num_stages=1)
+        keys = 8 if preset.get("half") else TILE  # the least for four sums of a row
+        return tiles.TileConfig(TILE, keys, num_warps=4, num_stages=1)
 
     q, k, v = (x.clone() for x in preset["tensors"])
     recorder = Recorder(q, k)
@@ -386,7 +388,7 @@ def run(preset: dict[str, Any]) -> tuple[dict[str, Any], set[tuple[str, str]]]:
         x.requires_grad_(preset.get("backward", False))
     with (
         mock.patch.object(tiles, "tile_config", small),
-        mock.patch.object(tiles, "delta_rows", lambda value_dim: q.shape[-2]),
+        mock.patch.object(tiles, "delta_rows", return_value=q.shape[-2]),
         mock.patch.object(split_keys, "num_splits", return_value=preset.get("parts", 1)),
         recorder.running(),
     ):
@@ -402,7 +404,7 @@ def run(preset: dict[str, Any]) -> tuple[dict[str, Any], set[tuple[str, str]]]:
         name: array(x[0] if q.ndim == 4 else x.swapaxes(0, 1)) for name, x in tensors.items()
     }
     by_head["lse"] = array(lse if q.ndim == 3 else lse[0])
-    made = {"tensors": by_head, "programs": recorder.programs}
+    made = {"half": preset.get("half", False), "tensors": by_head, "programs": recorder.programs}
     if preset.get("naive"):
         exp = (q @ k.transpose(2, 3)).exp()
         total = exp.sum(3, keepdim=True)

@@ -1,39 +1,239 @@
 "use strict";
 
 /* The stepper: replays what docs/stepper.py recorded (record.js) in the words of words.js. Nothing of
-   attention is computed here: every number shown was read from a running kernel. */
+   attention is computed here: every number that is shown was read from a running kernel. */
 (() => {
   const root = document.querySelector(".stepper");
   const language = document.documentElement.lang.startsWith("zh") ? "zh" : "en";
   const { presets, sources, formulas } = STEPPER_RECORD;
-  const TILE_KINDS = ["load", "scores", "mask", "p", "rebuild", "dp", "ds"];
-  const REGISTERS = ["m", "rescale", "l", "acc", "delta", "dq", "dk", "dv"];
-  const STORED = { out: ["out"], lse: ["lse"], delta: ["delta"], dk_out: ["dk"], dv_out: ["dv"], dq_out: ["dq"], parts_out: ["out"], parts_lse: ["lse"] };
-  const SYMBOLS = { m: "m", rescale: "α", l: "l", acc: "acc", out: "o", lse: "LSE", delta: "δ", dq: "dQ", dk: "dK", dv: "dV" };
 
-  const now = { preset: "full", at: 0, trail: [] };
+  // What a table shows of a record's field, and the fields that a program keeps from step to step.
+  const SYMBOLS = {
+    m: "m", rescale: "α", l: "l", acc: "acc", out: "o", shift: "LSE", lse: "LSE", delta: "δ", dq: "dQ",
+    dk: "dK", dv: "dV",
+  };
+  const REGISTERS = ["m", "rescale", "l", "acc", "shift", "delta", "dq", "dk", "dv"];
+  // The field that a step of this kind stores.
+  const STORED = {
+    out: "out", lse: "lse", delta: "delta", shift: "lse", dk_out: "dk", dv_out: "dv", dq_out: "dq",
+    parts_out: "out", parts_lse: "lse",
+  };
+  const OF_TILE = ["load", "scores", "mask", "p", "rebuild", "dp", "ds"]; // change what a tile holds
+
+  const now = {};
+  const places = {};
 
   function word(name, fill = {}) {
     return STEPPER_WORDS[name][language].replace(/\{(\w+)\}/g, (_, field) => fill[field]);
   }
 
-  /* A number of the record, which writes inf and nan as strings. */
-  function show(x, digits) {
-    const number = Number(x === "inf" ? Infinity : x === "-inf" ? -Infinity : x);
-    if (Number.isNaN(number)) return "NaN";
-    if (!Number.isFinite(number)) return number > 0 ? "inf" : "-inf";
-    const size = Math.abs(number);
+  /* A number of the record, in which those that are not finite are strings. */
+  function show(x, digits = 5) {
+    if (typeof x === "string") return x === "nan" ? "NaN" : x;
+    const size = Math.abs(x);
     if (size !== 0 && (size < 1e-3 || size >= 1e5)) {
-      return number.toExponential(digits > 3 ? 2 : 0).replace("e+", "e");
+      return x.toExponential(digits > 3 ? 2 : 0).replace("e+", "e");
     }
-    return String(Number(number.toPrecision(digits)));
+    return String(Number(x.toPrecision(digits)));
   }
 
-  /* "0-3" of a first number and a count. */
-  function span([first, count]) {
-    if (count < 1) return "-";
-    return count === 1 ? String(first) : `${first}\u2013${first + count - 1}`;
+  const count = (n) => Array.from({ length: n }, (_, i) => i);
+  const inside = ([first, size], x) => x >= first && x < first + size;
+  const overKeys = (program) => program.kernel === "dkdv_kernel"; // its rows are keys
+
+  /* "4-7", of a first number and how many there are. */
+  function span([first, size]) {
+    return size === 1 ? String(first) : `${first}\u2013${first + size - 1}`;
   }
+
+  // --- The record, step by step -------------------------------------------------------------
+
+  /* All steps of a preset in order, each with its program. */
+  function trailOf(preset) {
+    return preset.programs.flatMap((program, number) =>
+      program.steps.map((step) => ({ program, number, step })),
+    );
+  }
+
+  /* What there is after a step, from all steps up to it. */
+  function replay(trail, at) {
+    const view = { memory: { q: new Map(), k: new Map() }, visited: [], bytes: [0, 0], earlier: [0, 0] };
+    for (const { program, number, step } of trail.slice(0, at + 1)) {
+      if (number !== view.number) {
+        view.earlier = view.earlier.map((sum, i) => sum + view.bytes[i]);
+        Object.assign(view, { number, program, registers: {}, tile: null, ranges: null });
+        view.bytes = [0, 0];
+      }
+      const loaded = step.bytes[0] - view.bytes[0];
+      Object.assign(view, { step, loaded, bytes: step.bytes, before: {} });
+      view.ranges = step.ranges ?? view.ranges;
+      if (step.kind === "load") {
+        const [rows, columns] = overKeys(program) ? [step.at, program.at] : [program.at, step.at];
+        view.tile = { rows, columns, head: step.head, ...example(program, step) };
+        view.visited.push(view.tile);
+      }
+      if (OF_TILE.includes(step.kind)) {
+        view.tile.kind = step.kind;
+        view.tile.numbers = step.tile;
+        view.tile.visible = step.visible ?? view.tile.visible;
+        if (step.tile) view.tile[step.kind] = step.tile;
+      }
+      if (step.kind === "max") view.tile.m = view.registers.m; // before it
+      for (const field of REGISTERS.filter((name) => name in step)) {
+        view.before[field] = view.registers[field];
+        view.registers[field] = step[field];
+      }
+      if (step.kind in STORED) store(view, STORED[step.kind]);
+    }
+    return view;
+  }
+
+  /* The pair of a tile that is worked out by hand: in forward in the row that is rescaled most. */
+  function example(program, load) {
+    const from = program.steps.indexOf(load);
+    const of = (kind) => program.steps.slice(from).find((step) => step.kind === kind);
+    const factors = of("rescale")?.rescale;
+    const p = (of("p") ?? of("rebuild")).tile;
+    const largest = (numbers) => numbers.indexOf(Math.max(...numbers));
+    const rows = factors && factors.some((x) => x > 0 && x < 1) ? factors.map((x) => (x > 0 ? -x : -2)) : null;
+    const row = largest(rows ?? p.map((numbers) => Math.max(0, ...numbers)));
+    return p.length === 0 || p[0].length === 0 ? {} : { row, column: largest(p[row]) };
+  }
+
+  /* Put what a step stores into the memory of the view, by row. */
+  function store(view, field) {
+    const { program, number, step } = view;
+    const side = overKeys(program) ? "k" : "q";
+    const several = now.preset.tensors.q.length > 1;
+    const parts = now.preset.programs.some(({ kernel }) => kernel === "update");
+    step[field].forEach((numbers, i) => {
+      const at = (program.at?.[0] ?? 0) + i;
+      let words = `${side}${at}`;
+      if (several) words = word("headRow", { head: program.head, row: words });
+      if (parts) words = program.at ? word("partRow", { part: number }) : word("update");
+      const found = view.memory[side].get(words) ?? { order: parts ? number : 1000 * program.head + at };
+      view.memory[side].set(words, { ...found, [field]: { numbers, step } });
+    });
+  }
+
+  // --- The step in words --------------------------------------------------------------------
+
+  const which = (rows, program) => word("rows", { rows: rows.map((i) => program.at[0] + i).join(", ") });
+
+  function sentence(view) {
+    const { step, program, registers, before } = view;
+    const fill = { rows: program.at ? span(program.at) : "", bytes: view.loaded };
+    const keys = overKeys(program) ? "Queries" : "";
+    const rows = (test) => count(program.at[1]).filter(test);
+    if (step.kind === "ranges") return rangesInWords(view, fill);
+    if (step.kind === "load") {
+      if (step.at[1] === 0) return word("loadEmpty");
+      fill.range = word(step.range === "full" ? "whole" : "edge");
+      return word(`load${keys}`, { ...fill, tile: span(step.at) });
+    }
+    if (step.kind === "mask" || step.kind === "rebuild") {
+      const pairs = (step.visible ?? step.tile).flat();
+      fill.pairs = pairs.length;
+      fill.hidden = step.visible ? pairs.filter((x) => !x).length : 0;
+    }
+    if (step.kind === "max") {
+      const first = rows((i) => before.m[i] < -1e30 && registers.m[i] > -1e30);
+      const rises = rows((i) => before.m[i] > -1e30 && registers.m[i] > before.m[i]);
+      const parts = [];
+      if (first.length) parts.push(word("maxFirst", { rows: which(first, program) }));
+      if (rises.length) parts.push(word("maxRises", { rows: which(rises, program) }));
+      fill.changed = parts.join(" ") || word("maxStays");
+    }
+    if (step.kind === "rescale") {
+      const below = rows((i) => step.rescale[i] < 1);
+      if (registers.l.flat().every((x) => x === 0)) fill.changed = word("rescaleFirst");
+      else if (below.length) fill.changed = word("rescaleSome", { rows: which(below, program) });
+      else fill.changed = word("rescaleNone");
+    }
+    if (step.kind === "out") {
+      const none = rows((i) => [registers.l[i]].flat().every((x) => x === 0));
+      fill.unseen = none.length ? word("outUnseen", { rows: which(none, program) }) : "";
+    }
+    return word(step.kind, fill);
+  }
+
+  function rangesInWords({ step, program }, fill) {
+    const keys = overKeys(program) ? "Queries" : "";
+    const spans = step.ranges.filter(([start, stop]) => stop > start);
+    if (spans.length === 0) return word("rangesNone", fill);
+    const base = program.base[keys ? 0 : 1];
+    const start = Math.min(...spans.map((s) => s[0]));
+    const size = Math.max(...spans.map((s) => s[1])) - start;
+    const [fullStart, fullStop] = step.ranges[1];
+    const full = { full: span([base + fullStart, fullStop - fullStart]) };
+    fill.keys = span([base + start, size]);
+    fill.full = fullStop > fullStart ? word("fullKeys", full) : "";
+    fill.skipped = size < now.preset.tensors[keys ? "q" : "k"][0].length ? word("skippedKeys") : "";
+    return word(`ranges${keys}`, fill);
+  }
+
+  /* A step's formula with the recorded numbers of one pair or row, the ones that are marked. */
+  function byHand(view) {
+    const { step, program, tile, registers, before } = view;
+    if (!tile || tile.row === undefined || !(step.kind in HANDS)) return "";
+    if (now.preset.half && step.kind !== "scores") return ""; // in units and roundings of their own
+    const { tensors } = now.preset;
+    const kv = Math.floor(tile.head / (tensors.q.length / tensors.k.length));
+    const [i, j] = [tile.row, tile.column];
+    const rows = count(tile.rows[1]).map((r) => tile.rows[0] + r);
+    const columns = count(tile.columns[1]).map((c) => tile.columns[0] + c);
+    const [q, k] = [tile.rows[0] + i, tile.columns[0] + j];
+    const n = (x) => (typeof x === "number" && x < 0 ? `(${show(x)})` : show(x));
+    const products = (a, b) => a.map((x, d) => `${n(x)} · ${n(b[d])}`).join(" + ");
+    const column = (name, head, at) => at.map((row) => tensors[name][head][row][0]);
+    const lse = tensors.lse[tile.head][q];
+    const delta = view.memory.q.get(`q${q}`)?.delta?.numbers;
+    const told = { delta, tensors, tile, registers, before, i, j, q, k, kv, rows, columns, n, products, column, lse };
+    const equation = HANDS[step.kind](told);
+    return equation && `${word(overKeys(program) ? "pairByHand" : "byHand", { q, k })} ${equation}`;
+  }
+
+  const pairs = ({ tensors, tile, q, k, kv, products }, a, b) =>
+    products(tensors[a][tile.head][q], tensors[b][kv][k]);
+  const HANDS = {
+    scores: (on) => `s = ${pairs(on, "q", "k")} = ${show(on.tile.scores[on.i][on.j])}`,
+    max: ({ registers, before, tile, i }) => {
+      const scores = (tile.mask ?? tile.scores)[i].map((x) => show(x)).join(", ");
+      return `m = max(${show(before.m[i])}, ${scores}) = ${show(registers.m[i])}`;
+    },
+    rescale: ({ registers, tile, i, n }) =>
+      `α = exp(${show(tile.m[i])} − ${n(registers.m[i])}) = ${show(registers.rescale[i])}`,
+    p: ({ registers, tile, i, j, n }) => {
+      const s = (tile.mask ?? tile.scores)[i][j];
+      return `p = exp(${show(s)} − ${n(registers.m[i])}) = ${show(tile.p[i][j])}`;
+    },
+    sum: ({ registers, before, tile, i, n }) => {
+      const p = tile.p[i].map((x) => show(x)).join(" + ");
+      return `l = ${n(registers.rescale[i])} · ${n(before.l[i])} + (${p}) = ${show(registers.l[i])}`;
+    },
+    acc: ({ registers, before, tile, i, kv, columns, n, products, column }) => {
+      const sum = products(tile.p[i], column("v", kv, columns));
+      return `acc = ${n(registers.rescale[i])} · ${n(before.acc[i][0])} + (${sum}) = ${show(registers.acc[i][0])}`;
+    },
+    rebuild: ({ tile, i, j, n, lse }) => `p = exp(${show(tile.scores[i][j])} − ${n(lse)}) = ${show(tile.rebuild[i][j])}`,
+    dp: (on) => `dP = ${pairs(on, "do", "v")} = ${show(on.tile.dp[on.i][on.j])}`,
+    ds: ({ tile, i, j, n, delta }) =>
+      `dS = ${n(tile.rebuild[i][j])} · (${show(tile.dp[i][j])} − ${n(delta)}) = ${show(tile.ds[i][j])}`,
+    dv: ({ registers, before, tile, j, rows, n, products, column }) => {
+      const sum = products(tile.rebuild.map((row) => row[j]), column("do", tile.head, rows));
+      return `dV = ${n(before.dv[j][0])} + (${sum}) = ${show(registers.dv[j][0])}`;
+    },
+    dk: ({ registers, before, tile, j, rows, n, products, column }) => {
+      const sum = products(tile.ds.map((row) => row[j]), column("q", tile.head, rows));
+      return `dK = ${n(before.dk[j][0])} + (${sum}) = ${show(registers.dk[j][0])}`;
+    },
+    dq: ({ registers, before, tile, i, kv, columns, n, products, column }) => {
+      const sum = products(tile.ds[i], column("k", kv, columns));
+      return `dQ = ${n(before.dq[i][0])} + (${sum}) = ${show(registers.dq[i][0])}`;
+    },
+  };
+
+  // --- Pieces of the page -------------------------------------------------------------------
 
   function element(tag, attributes = {}, ...children) {
     const made = document.createElement(tag);
@@ -45,410 +245,306 @@
     return made;
   }
 
-  const heading = (words, attributes = {}) => element("th", { scope: "col", ...attributes }, words);
-  const rowHeading = (words, attributes = {}) => element("th", { scope: "row", ...attributes }, words);
-  const hidden = (words) => element("span", { class: "unseen" }, words);
-
-  /* A table that scrolls in itself, also by the keyboard. */
-  function table(name, caption, heads, rows) {
-    const id = `stepper-${name}`;
-    const made = element(
-      "table",
-      { "aria-labelledby": id },
-      element("thead", {}, element("tr", {}, ...heads)),
-      element("tbody", {}, ...rows),
-    );
-    const scrolls = { class: "scroll", role: "region", tabindex: "0", "aria-labelledby": id };
-    return [element("p", { id, class: "caption" }, caption), element("div", scrolls, made)];
-  }
-
-  // --- The record, step by step -------------------------------------------------------------
-
-  /* Every step of a preset in order, with its program; a tile starts at `load`. */
-  function trailOf(preset) {
-    return presets[preset].programs.flatMap((program, number) =>
-      program.steps.map((step) => ({ program, number, step })),
-    );
-  }
-
-  /* What the page shows after a step: all steps up to it, replayed. */
-  function replay(trail, at) {
-    const view = { memory: {}, visited: [], moved: [0, 0], tiles: 0, spared: 0 };
-    for (const { program, number, step } of trail.slice(0, at + 1)) {
-      if (number !== view.number) {
-        if (view.bytes) view.moved = view.moved.map((sum, i) => sum + view.bytes[i]);
-        Object.assign(view, { number, program, registers: {}, tile: null, ranges: null, before: [0, 0] });
-      }
-      view.before = view.bytes && view.step && view.number === number ? view.bytes : [0, 0];
-      Object.assign(view, { step, bytes: step.bytes, changed: {} });
-      if (step.ranges) view.ranges = step.ranges;
-      if (step.kind === "load") {
-        const transposed = program.kernel === "dkdv_kernel";
-        const [rows, columns] = transposed ? [step.at, program.at] : [program.at, step.at];
-        view.tile = { rows, columns, head: step.head, range: step.range };
-        view.visited.push(view.tile);
-        view.tiles += 1;
-        view.spared += 4 * rows[1] * columns[1];
-      }
-      if (view.tile && TILE_KINDS.includes(step.kind)) {
-        view.tile.kind = step.kind;
-        if (step.tile) view.tile.numbers = step.tile;
-        if (step.visible) view.tile.visible = step.visible;
-      }
-      for (const name of REGISTERS) {
-        if (step[name] === undefined) continue;
-        view.changed[name] = view.registers[name] ?? null;
-        view.registers[name] = step[name];
-      }
-      for (const name of STORED[step.kind] ?? []) {
-        const [first] = program.at ?? [0];
-        step[name].forEach((numbers, i) => {
-          const merged = program.kernel === "update";
-          const place = merged ? "update" : [program.head, first + i, program.base?.[1]].join();
-          view.memory[name] ??= {};
-          view.memory[name][place] = { numbers, head: program.head, row: first + i, part: merged ? null : program.base };
-        });
-      }
-    }
-    return view;
-  }
-
-  // --- The step in words --------------------------------------------------------------------
-
-  function rowsWhere(test, at) {
-    const rows = Array.from({ length: at[1] }, (_, i) => i).filter(test);
-    const queries = rows.map((i) => at[0] + i).join(", ");
-    return `${word("query")} ${queries}`;
-  }
-
-  function some(test, at) {
-    return Array.from({ length: at[1] }, (_, i) => i).some(test);
-  }
-
-  function sentence(view) {
-    const { step, program, changed, registers } = view;
-    const fill = { rows: program.at ? span(program.at) : "" };
-    const transposed = program.kernel === "dkdv_kernel";
-    if (step.kind === "ranges") {
-      const base = program.base[transposed ? 0 : 1];
-      const spans = step.ranges.filter(([start, stop]) => stop > start);
-      if (spans.length === 0) return word("rangesNone", fill);
-      const start = Math.min(...spans.map((s) => s[0])), stop = Math.max(...spans.map((s) => s[1]));
-      const [fullStart, fullStop] = step.ranges[1];
-      fill.keys = span([base + start, stop - start]);
-      fill.skipped = stop - start < total(view, transposed) ? word("skippedKeys") : "";
-      const full = { full: span([base + fullStart, fullStop - fullStart]) };
-      fill.full = fullStop > fullStart ? word("fullKeys", full) : "";
-      return word(transposed ? "rangesQueries" : "ranges", fill);
-    }
-    if (step.kind === "load") {
-      if (step.at[1] === 0) return word("loadEmpty");
-      fill.tile = span(step.at);
-      fill.bytes = step.bytes[0] - view.before[0];
-      fill.range = word(step.range === "full" ? "whole" : "edge");
-      return word(transposed ? "loadQueries" : "load", fill);
-    }
-    if (step.visible || step.kind === "rebuild") {
-      const pairs = (step.visible ?? step.tile).flat();
-      Object.assign(fill, { pairs: pairs.length, hidden: step.visible ? pairs.filter((x) => !x).length : 0 });
-    }
-    if (step.kind === "max") {
-      const first = (i) => changed.m[i] < -1e30 && registers.m[i] > -1e30;
-      const rises = (i) => registers.m[i] > changed.m[i];
-      if (some(first, program.at)) fill.changed = word("maxFirst", { rows: rowsWhere(first, program.at) });
-      else if (some(rises, program.at)) fill.changed = word("maxRises", { rows: rowsWhere(rises, program.at) });
-      else fill.changed = word("maxStays");
-    }
-    if (step.kind === "rescale") {
-      const below = (i) => step.rescale[i] < 1;
-      if (registers.l.flat().every((x) => x === 0)) fill.changed = word("rescaleFirst");
-      else if (some(below, program.at)) fill.changed = word("rescaleSome", { rows: rowsWhere(below, program.at) });
-      else fill.changed = word("rescaleNone");
-    }
-    if (step.kind === "out") fill.unseen = registers.l.flat().includes(0) ? word("outUnseen") : "";
-    return word(step.kind, fill);
-  }
-
-  /* Queries or keys of the call. */
-  function total(view, queries) {
-    return presets[now.preset].tensors[queries ? "q" : "k"][0].length;
-  }
-
-  // --- Pieces of the page -------------------------------------------------------------------
-
-  function matrix(view) {
-    const { tensors, programs } = presets[now.preset];
-    const { program, tile } = view;
-    const head = tile?.head ?? program.head ?? 0;
-    const queries = tensors.q[0].length, keys = tensors.k[0].length;
-    const inside = ([first, count], i) => i >= first && i < first + count;
-    const transposed = program.kernel === "dkdv_kernel";
-    const owns = (side, i) => program.at && program.kernel !== "update" && (side === "k") === transposed && inside(program.at, i);
-    const heads = [element("td", { class: "corner" }), ...Array.from({ length: keys }, (_, j) => heading(`k${j}`, owns("k", j) ? { class: "own" } : {}))];
-    const rows = Array.from({ length: queries }, (_, i) => {
-      const cells = Array.from({ length: keys }, (_, j) => cell(view, head, i, j));
-      return element("tr", {}, rowHeading(`q${i}`, owns("q", i) ? { class: "own" } : {}), ...cells);
-    });
-    const what = tile ? word(`holds_${{ mask: "scores" }[tile.kind] ?? tile.kind}`) : "";
-    const legend = ["Now", "Hidden", "Past", "Skipped"].map((name) =>
-      element("span", {}, element("i", { class: name.toLowerCase(), "aria-hidden": "true" }), word(`legend${name}`)),
-    );
-    const said = element("p", { class: "holds" }, tile ? word("tileHolds", { what }) : "\u00a0");
-    return [...table("matrix", word("matrix", { head }), heads, rows), said, element("p", { class: "legend" }, ...legend)];
-  }
-
-  function cell(view, head, i, j) {
-    const { tile, program, ranges } = view;
-    const inside = ([first, count], x) => x >= first && x < first + count;
-    if (tile && inside(tile.rows, i) && inside(tile.columns, j)) {
-      const [row, column] = [i - tile.rows[0], j - tile.columns[0]];
-      const edges = [row === 0 && "top", row === tile.rows[1] - 1 && "bottom", column === 0 && "left", column === tile.columns[1] - 1 && "right"];
-      const masked = tile.visible && !tile.visible[row][column];
-      const names = ["now", ...edges.filter(Boolean), masked ? "hidden" : ""].join(" ").trim();
-      const number = tile.numbers?.[row][column];
-      const attributes = { class: names };
-      if (["p", "rebuild"].includes(tile.kind)) attributes.style = `--part: ${Math.round(100 * Math.min(number, 1))}%`;
-      return element("td", attributes, number === undefined ? "" : show(number, 3));
-    }
-    const visits = (t) => t.head === head && inside(t.rows, i) && inside(t.columns, j);
-    if (view.visited.some(visits)) return element("td", { class: "past" }, hidden(word("cellPast")));
-    const transposed = program.kernel === "dkdv_kernel";
-    if (ranges && inside(program.at, transposed ? j : i)) {
-      const base = program.base[transposed ? 0 : 1];
-      const x = (transposed ? i : j) - base;
-      if (!ranges.some(([start, stop]) => x >= start && x < stop)) {
-        return element("td", { class: "skipped" }, hidden(word("cellSkipped")));
-      }
-    }
-    return element("td", {});
-  }
-
-  /* Numbers of one row: a scalar, or one a column. */
-  function numberCells(numbers, attributes, before) {
-    return [numbers].flat().map((x, d) => {
-      const old = before === undefined || before === null ? undefined : [before].flat()[d];
-      const made = element("td", attributes, show(x, 5));
-      if (old !== undefined && old !== x) made.append(element("small", {}, word("was", { number: show(old, 4) })));
-      return made;
-    });
-  }
-
-  function columns(name, numbers) {
-    const count = [numbers].flat().length;
-    return heading(SYMBOLS[name], count > 1 ? { colspan: count } : {});
-  }
-
-  function registers(view) {
-    const { program, step } = view;
-    const names = REGISTERS.filter((name) => view.registers[name] !== undefined);
-    if (program.kernel === "update") return merged(view);
-    if (names.length === 0) return [element("p", { class: "caption" }, word("registers")), element("p", {}, word("noRegisters"))];
-    const ofKeys = program.kernel === "dkdv_kernel";
-    const rows = Array.from({ length: program.at[1] }, (_, i) => {
-      const cells = names.flatMap((name) => {
-        const attributes = name in view.changed ? { class: "changed" } : {};
-        return numberCells(view.registers[name][i], attributes, view.changed[name]?.[i]);
-      });
-      return element("tr", {}, rowHeading(`${ofKeys ? "k" : "q"}${program.at[0] + i}`), ...cells);
-    });
-    const heads = [element("td", { class: "corner" }), ...names.map((name) => columns(name, view.registers[name][0]))];
-    return table("registers", word("registers"), heads, rows);
-  }
-
-  /* The merge of the parts, whose state has one row. */
-  function merged(view) {
-    const steps = presets[now.preset].programs[view.number].steps;
-    const done = steps.slice(0, steps.indexOf(view.step) + 1);
-    const weights = done.find((step) => step.weights)?.weights;
-    const rows = steps[0].parts.map((lse, part) => {
-      const cells = [element("td", {}, show(lse, 5))];
-      if (weights) cells.push(element("td", view.step.weights ? { class: "changed" } : {}, show(weights[part], 5)));
-      return element("tr", {}, rowHeading(`${word("part")} ${part}`), ...cells);
-    });
-    const heads = [element("td", { class: "corner" }), heading("LSE"), ...(weights ? [heading("w")] : [])];
-    const names = REGISTERS.filter((name) => view.registers[name] !== undefined);
-    const cells = names.flatMap((name) => numberCells(view.registers[name][0], name in view.changed ? { class: "changed" } : {}));
-    const state = table("state", word("update"), names.map((name) => columns(name, view.registers[name][0])), [element("tr", {}, ...cells)]);
-    return [...table("registers", word("registers"), heads, rows), ...state];
-  }
-
-  function memory(view) {
-    const names = Object.keys(SYMBOLS).filter((name) => view.memory[name]);
-    if (names.length === 0) return [element("p", { class: "caption" }, word("memory")), element("p", {}, word("nothingWritten"))];
-    const heads = presets[now.preset].tensors.q.length;
-    const groups = [names.filter((name) => !["dk", "dv"].includes(name)), names.filter((name) => ["dk", "dv"].includes(name))];
-    return groups.filter((group) => group.length).flatMap((group, n) => {
-      const places = [...new Set(group.flatMap((name) => Object.keys(view.memory[name])))];
-      const order = (p) => Object.assign({ row: 0, head: 0 }, group.map((name) => view.memory[name][p]).find(Boolean));
-      const parts = presets[now.preset].programs.some((p) => p.kernel === "update");
-      places.sort((a, b) => order(a).head - order(b).head || order(a).row - order(b).row);
-      const rows = places.map((place) => {
-        const { row, head, part } = order(place);
-        let words = `${group.includes("dk") || group.includes("dv") ? "k" : "q"}${row}`;
-        if (heads > 1) words = word("headRow", { head, row: words });
-        if (parts) words = part ? `${word("part")} ${Math.round(part[1] / 8)}` : word("update");
-        const cells = group.flatMap((name) => {
-          const found = view.memory[name][place];
-          const width = [Object.values(view.memory[name])[0].numbers].flat().length;
-          const fresh = found && view.step[name] !== undefined && STORED[view.step.kind]?.includes(name) && (view.program.kernel === "update" ? !part : inProgram(view, row, head, part));
-          return found ? numberCells(found.numbers, fresh ? { class: "changed" } : {}) : Array.from({ length: width }, () => element("td", {}));
-        });
-        return element("tr", {}, rowHeading(words), ...cells);
-      });
-      const heads_ = [element("td", { class: "corner" }), ...group.map((name) => columns(name, Object.values(view.memory[name])[0].numbers))];
-      return table(`memory-${n}`, n === 0 ? word("memory") : "\u00a0", heads_, rows);
-    });
-  }
-
-  function inProgram({ program }, row, head, part) {
-    const [first, count] = program.at;
-    return head === program.head && row >= first && row < first + count && String(part) === String(program.base);
-  }
-
-  function naive() {
-    const { naive: found, tensors } = presets[now.preset];
-    if (!found) return [];
-    const keys = tensors.k[0].length;
-    const mark = (x) => (["inf", "nan"].includes(x) ? { class: "broken" } : {});
-    const heads = [element("td", { class: "corner" }), ...Array.from({ length: keys }, (_, j) => heading(`exp k${j}`)), heading("Σ"), heading(word("output"), { colspan: 2 })];
-    const rows = found.exp.map((exps, i) => {
-      const cells = [...exps, found.sum[i], ...found.out[i]].map((x) => element("td", mark(x), show(x, 3)));
-      return element("tr", {}, rowHeading(`q${i}`), ...cells);
-    });
-    return table("naive", word("naive"), heads, rows);
-  }
-
-  function source(view) {
-    const [name, first, last] = view.step.lines;
-    const listing = sources[name];
-    const lines = listing.lines.map((text, i) => {
-      const number = listing.first + i;
-      const indent = text.length - text.trimStart().length;
-      const [, code, comment] = /^(.*?)(#.*)?$/.exec(text.trim());
-      const on = number >= first && number <= last;
-      const attributes = { class: on ? "line at" : "line", style: `--indent: ${Math.max(indent - 4, 0)}` };
-      if (on) attributes["aria-current"] = "true";
-      const made = element("div", attributes, element("span", { class: "number", "aria-hidden": "true" }, String(number)), element("code", {}, code));
-      if (comment) made.lastChild.append(element("span", { class: "comment" }, comment));
-      return made;
-    });
-    const title = element("p", { id: "stepper-source", class: "caption" }, word("sourceTitle", { file: `flashlayer/${listing.file}`, line: first }));
-    const box = element("div", { class: "source", role: "region", tabindex: "0", "aria-labelledby": "stepper-source" }, ...lines);
-    places.source.replaceChildren(title, box);
-    const at = box.querySelector(".at");
-    box.scrollTop = at.offsetTop - box.clientHeight / 2;
-  }
-
-  // --- Controls -----------------------------------------------------------------------------
-
-  const places = {};
   function place(name, tag = "div", attributes = {}) {
     places[name] = element(tag, attributes);
     return places[name];
   }
 
+  const title = (words, attributes = {}) => element("p", { class: "title", ...attributes }, words);
+  const corner = () => element("td", { class: "corner" });
+  const heading = (words, attributes = {}) => element("th", { scope: "col", ...attributes }, words);
+  const rowHeading = (words, attributes = {}) => element("th", { scope: "row", ...attributes }, words);
+  const row = (...cells) => element("tr", {}, ...cells);
+
+  /* A table that scrolls in itself, also by the keyboard. */
+  function table(name, words, heads, rows) {
+    const id = `stepper-${name}`;
+    const parts = [element("thead", {}, row(...heads)), element("tbody", {}, ...rows)];
+    const made = element("table", { "aria-labelledby": id }, ...parts);
+    const scrolls = { class: "scroll", role: "region", tabindex: "0", "aria-labelledby": id };
+    return [title(words, { id }), element("div", scrolls, made)];
+  }
+
+  function matrix(view) {
+    const { tensors } = now.preset;
+    const { program, tile } = view;
+    const head = tile?.head ?? program.head ?? 0;
+    const mark = (side, i) => {
+      const own = program.at && (side === "k") === overKeys(program) && inside(program.at, i);
+      return { class: own ? "own" : "other" };
+    };
+    const keys = count(tensors.k[0].length), queries = count(tensors.q[0].length);
+    const heads = [corner(), ...keys.map((j) => heading(`k${j}`, mark("k", j)))];
+    const rows = queries.map((i) =>
+      row(rowHeading(`q${i}`, mark("q", i)), ...keys.map((j) => matrixCell(view, head, i, j))),
+    );
+    const key = ["now", "hidden", "past", "skipped"].map((name) =>
+      element("span", {}, element("i", { class: name, "aria-hidden": "true" }), word(`legend_${name}`)),
+    );
+    const what = tile ? word("tileHolds", { what: word(`holds_${tile.kind}`) }) : word("noTile");
+    return [
+      ...table("matrix", word("matrix", { head }), heads, rows),
+      element("p", { class: "holds" }, what),
+      element("p", { class: "legend" }, ...key),
+    ];
+  }
+
+  function matrixCell({ tile, program, ranges, visited }, head, i, j) {
+    const quiet = (name) =>
+      element("td", { class: name }, element("span", { class: "read" }, word(`cell_${name}`)));
+    const covers = (t) => t.head === head && inside(t.rows, i) && inside(t.columns, j);
+    if (tile && covers(tile)) {
+      const r = i - tile.rows[0], c = j - tile.columns[0];
+      const classes = ["now"];
+      if (r === 0) classes.push("top");
+      if (r === tile.rows[1] - 1) classes.push("bottom");
+      if (c === 0) classes.push("left");
+      if (c === tile.columns[1] - 1) classes.push("right");
+      if (r === tile.row && c === tile.column) classes.push("shown");
+      if (tile.visible && !tile.visible[r][c]) classes.push("hidden");
+      const number = tile.numbers?.[r][c];
+      const shade = ["p", "rebuild"].includes(tile.kind) ? `--part: ${Math.round(100 * number)}%` : "";
+      return element("td", { class: classes.join(" "), style: shade }, number === undefined ? "" : show(number, 3));
+    }
+    if (visited.some(covers)) return quiet("past");
+    const own = overKeys(program) ? j : i;
+    if (ranges && head === (tile?.head ?? program.head) && inside(program.at, own)) {
+      const x = overKeys(program) ? i - program.base[0] : j - program.base[1];
+      if (!ranges.some(([start, stop]) => x >= start && x < stop)) return quiet("skipped");
+    }
+    return element("td", {});
+  }
+
+  /* Cells of one field of a row: a number, or one a column; with what it was before. */
+  function cells(numbers, attributes = {}, before = undefined) {
+    return [numbers].flat().map((x, d) => {
+      const made = element("td", attributes, show(x));
+      const old = before === undefined ? x : [before].flat()[d];
+      if (old !== x) made.append(element("small", {}, word("was", { number: show(old) })));
+      return made;
+    });
+  }
+
+  const over = (field, numbers) => heading(SYMBOLS[field], { colspan: [numbers].flat().length });
+  const fresh = (yes) => (yes ? { class: "changed" } : {});
+
+  function registers(view) {
+    const { program, registers: kept, before, step } = view;
+    if (program.kernel === "update") return merged(view);
+    const fields = REGISTERS.filter((name) => name in kept);
+    if (fields.length === 0) return [title(word("registers")), element("p", {}, word("none"))];
+    const side = overKeys(program) ? "k" : "q";
+    const rows = count(program.at[1]).map((i) => {
+      const of = (name) => cells(kept[name][i], fresh(name in step), before[name]?.[i]);
+      return row(rowHeading(`${side}${program.at[0] + i}`), ...fields.flatMap(of));
+    });
+    const heads = [corner(), ...fields.map((name) => over(name, kept[name][0]))];
+    return table("registers", word("registers"), heads, rows);
+  }
+
+  /* The merge of the parts: a row for each, and the state of all. */
+  function merged({ program, step, registers: kept }) {
+    const done = program.steps.slice(0, program.steps.indexOf(step) + 1);
+    const weights = done.find((s) => s.weights)?.weights;
+    const rows = program.steps[0].parts.map((lse, part) => {
+      const weight = weights ? cells(weights[part], fresh(step.weights)) : [];
+      return row(rowHeading(word("partRow", { part })), ...cells(lse), ...weight);
+    });
+    const heads = [corner(), heading("LSE"), ...(weights ? [heading("w")] : [])];
+    const fields = REGISTERS.filter((name) => name in kept);
+    const state = fields.flatMap((name) => cells(kept[name][0], fresh(name in step)));
+    const over_ = fields.map((name) => over(name, kept[name][0]));
+    return [
+      ...table("registers", word("parts"), heads, rows),
+      ...table("state", word("state"), over_, [row(...state)]),
+    ];
+  }
+
+  function memory(view) {
+    const made = Object.entries(view.memory).flatMap(([side, rows]) => {
+      if (rows.size === 0) return [];
+      const sorted = [...rows].sort(([, a], [, b]) => a.order - b.order);
+      const found = (name) => sorted.map(([, stored]) => stored[name]).find(Boolean);
+      const fields = Object.keys(SYMBOLS).filter(found);
+      const width = (name) => [found(name).numbers].flat().length;
+      const body = sorted.map(([words, stored]) => {
+        const of = (name) => {
+          const number = stored[name];
+          if (!number) return count(width(name)).map(() => element("td"));
+          return cells(number.numbers, fresh(number.step === view.step));
+        };
+        return row(rowHeading(words), ...fields.flatMap(of));
+      });
+      const heads = [corner(), ...fields.map((name) => over(name, found(name).numbers))];
+      return table(`memory-${side}`, word(`memory_${side}`), heads, body);
+    });
+    return made.length ? made : [title(word("memory_q")), element("p", {}, word("none"))];
+  }
+
+  function naive({ naive: found, tensors }) {
+    if (!found) return [];
+    const mark = (x) => (typeof x === "string" ? { class: "broken" } : {});
+    const keys = tensors.k[0].map((_, j) => heading(`k${j}`));
+    const heads = [corner(), ...keys, heading("Σ"), heading("o", { colspan: found.out[0].length })];
+    const rows = found.exp.map((exps, i) => {
+      const numbers = [...exps, found.sum[i], ...found.out[i]];
+      return row(rowHeading(`q${i}`), ...numbers.map((x) => element("td", mark(x), show(x, 3))));
+    });
+    return table("naive", word("naive"), heads, rows);
+  }
+
+  function source({ step }) {
+    const [name, first, last] = step.lines;
+    const listing = sources[name];
+    const lines = listing.lines.map((text, n) => {
+      const number = listing.first + n;
+      const [, indent, code, comment] = /^( *)(.*?)(#.*)?$/.exec(text);
+      const on = number >= first && number <= last;
+      const attributes = { class: on ? "line at" : "line", style: `--indent: ${indent.length - 4}` };
+      const shown = element("code", {}, code);
+      if (comment) shown.append(element("span", { class: "comment" }, comment));
+      const made = element("div", attributes, element("span", { class: "number" }, String(number)), shown);
+      if (on) made.setAttribute("aria-current", "true");
+      return made;
+    });
+    const labelled = { role: "region", tabindex: "0", "aria-labelledby": "stepper-source" };
+    const box = element("div", { class: "source", ...labelled }, ...lines);
+    const words = word("sourceTitle", { file: `flashlayer/${listing.file}`, line: first });
+    places.source.replaceChildren(title(words, { id: "stepper-source" }), box);
+    const at = box.querySelector(".at");
+    box.scrollTop = at.offsetTop - (box.clientHeight - at.offsetHeight) / 2;
+  }
+
+  // --- Controls -----------------------------------------------------------------------------
+
   function build() {
-    const option = (name) => element("option", { value: name }, word(name));
-    const select = element("select", { onchange: () => begin(select.value) }, ...Object.keys(presets).map(option));
-    places.select = select;
-    const button = (name, sign, act) =>
-      (places[name] = element("button", { type: "button", "aria-label": word(name), title: word(name), onclick: act }, sign));
-    const slider = element("input", { type: "range", min: 0, "aria-label": word("step"), "aria-describedby": "stepper-help" });
+    const options = Object.keys(presets).map((name) => element("option", { value: name }, word(name)));
+    const select = element("select", { onchange: () => begin(select.value) }, ...options);
+    const button = (name, sign) => {
+      const attributes = { type: "button", "aria-label": word(name), title: word(name) };
+      places[name] = element("button", { ...attributes, onclick: () => go(target(name)) }, sign);
+      return places[name];
+    };
+    const named = { "aria-label": word("step"), "aria-describedby": "stepper-help" };
+    const slider = element("input", { type: "range", min: 0, ...named });
     slider.addEventListener("input", () => go(Number(slider.value)));
-    places.slider = slider;
+    Object.assign(places, { select, slider });
     root.replaceChildren(
       element("div", { class: "row" }, element("label", {}, word("problem"), " ", select)),
-      place("about", "p", { class: "about" }),
-      element("p", { id: "stepper-programs", class: "caption" }, word("programs")),
+      place("about", "p"),
+      title(word("programs"), { id: "stepper-programs" }),
       place("programs", "ol", { class: "programs", "aria-labelledby": "stepper-programs" }),
       element(
         "div",
-        { class: "row controls" },
-        button("first", "\u21e4", () => go(0)),
-        button("tileBack", "\u00ab", () => go(tileStep(-1))),
-        button("back", "\u2039", () => go(now.at - 1)),
-        button("forth", "\u203a", () => go(now.at + 1)),
-        button("tileForth", "\u00bb", () => go(tileStep(1))),
-        button("last", "\u21e5", () => go(now.trail.length - 1)),
+        { class: "row controls", role: "group", "aria-label": word("step") },
+        button("first", "\u21e4"),
+        button("tileBack", "\u00ab"),
+        button("back", "\u2039"),
+        button("forth", "\u203a"),
+        button("tileForth", "\u00bb"),
+        button("last", "\u21e5"),
         slider,
         place("count", "span", { class: "count" }),
       ),
       element("p", { id: "stepper-help", class: "help" }, word("help")),
-      place("sentence", "p", { role: "status", "aria-live": "polite", "aria-atomic": "true", class: "sentence" }),
-      element("div", { class: "views" }, place("matrix"), element("div", { class: "beside" }, place("formula"), place("source"))),
+      element(
+        "div",
+        { class: "told" },
+        place("sentence", "p", { role: "status", "aria-live": "polite", "aria-atomic": "true" }),
+        place("hand", "p", { class: "hand" }),
+      ),
+      element(
+        "div",
+        { class: "views" },
+        place("matrix"),
+        element("div", {}, title(word("formulaTitle")), place("formula", "div", { class: "formula" }), place("source")),
+      ),
       element("div", { class: "views" }, place("registers"), place("memory")),
       place("naive"),
       place("moved", "p", { class: "moved" }),
     );
-    document.addEventListener("keydown", key);
+    document.addEventListener("keydown", press);
   }
 
-  /* The step where the tile before or after this one starts, or a program without tiles. */
-  function tileStep(direction) {
-    const starts = now.trail.flatMap(({ step, program }, i) => (step.kind === "load" || step === program.steps[0] ? [i] : []));
-    const beyond = starts.filter((i) => (direction > 0 ? i > now.at : i < now.at));
-    if (direction > 0) return beyond[0] ?? now.trail.length - 1;
-    return beyond.at(-1) ?? 0;
+  /* The step that a button leads to. A tile starts where it is loaded, a program at its first step. */
+  function target(name) {
+    const last = now.trail.length - 1;
+    const starts = now.trail.flatMap(({ step, program }, at) =>
+      step.kind === "load" || step === program.steps[0] ? [at] : [],
+    );
+    if (name === "tileBack") return starts.filter((at) => at < now.at).at(-1) ?? 0;
+    if (name === "tileForth") return starts.find((at) => at > now.at) ?? last;
+    return { first: 0, back: now.at - 1, forth: now.at + 1, last }[name];
   }
 
-  function key(event) {
+  const KEYS = {
+    ArrowLeft: "back", ArrowRight: "forth", PageUp: "tileBack", PageDown: "tileForth", Home: "first",
+    End: "last",
+  };
+
+  function press(event) {
     const focus = document.activeElement;
-    const elsewhere = focus !== document.body && !root.contains(focus);
-    const moves = { ArrowRight: now.at + 1, ArrowLeft: now.at - 1, PageDown: tileStep(1), PageUp: tileStep(-1), Home: 0, End: now.trail.length - 1 };
-    const scrolls = focus.getAttribute("role") === "region" || focus.tagName === "SELECT";
+    const arrow = event.key.startsWith("Arrow");
+    // Only arrows reach it from the page; what scrolls or opens keeps its own keys.
+    const ours = root.contains(focus) || (arrow && focus === document.body);
+    const taken = focus === places.select || focus.getAttribute("role") === "region";
     const modified = event.ctrlKey || event.altKey || event.metaKey || event.shiftKey;
-    // Paging and Home belong to the page unless a control of the stepper has the focus.
-    const arrows = event.key === "ArrowRight" || event.key === "ArrowLeft";
-    if (!(event.key in moves) || modified || elsewhere || scrolls || (!arrows && focus === document.body)) return;
+    if (!(event.key in KEYS) || !ours || taken || modified) return;
     event.preventDefault();
-    go(moves[event.key]);
+    go(target(KEYS[event.key]));
   }
 
-  function begin(preset, at = 0) {
-    Object.assign(now, { preset, trail: trailOf(preset) });
-    places.select.value = preset;
-    places.about.textContent = word(`about_${preset}`);
+  function begin(name, at = 0) {
+    Object.assign(now, { name, preset: presets[name], trail: trailOf(presets[name]) });
+    places.select.value = name;
+    places.about.textContent = word(`about_${name}`);
     places.slider.max = now.trail.length - 1;
-    const heads = presets[preset].tensors.q.length;
-    const items = presets[preset].programs.map((program, number) => {
-      let words = program.at ? word(program.kernel, { rows: span(program.at) }) : word(program.kernel === "update" ? "update" : "absent");
-      if (heads > 1) words = word("headed", { rows: words, head: program.head });
+    const several = now.preset.tensors.q.length > 1;
+    const items = now.preset.programs.map((program, number) => {
+      let words = program.at ? word(program.kernel, { rows: span(program.at) }) : word("absent");
+      if (program.kernel === "update") words = word("update");
+      if (several) words = word("headed", { rows: words, head: program.head });
       const start = now.trail.findIndex((step) => step.number === number);
       return element("li", {}, element("button", { type: "button", onclick: () => go(start) }, words));
     });
     places.programs.replaceChildren(...items);
-    places.naive.replaceChildren(...naive());
+    places.naive.replaceChildren(...naive(now.preset));
     go(at);
   }
 
   function go(at) {
-    now.at = Math.min(Math.max(at, 0), now.trail.length - 1);
+    const last = now.trail.length - 1;
+    now.at = Math.min(Math.max(at, 0), last);
     const view = replay(now.trail, now.at);
-    const told = { step: now.at + 1, steps: now.trail.length };
+    const told = word("stepOf", { step: now.at + 1, steps: last + 1 });
     places.slider.value = now.at;
-    places.slider.setAttribute("aria-valuetext", word("stepOf", told));
-    places.count.textContent = word("stepOf", told);
+    places.slider.setAttribute("aria-valuetext", told);
+    places.count.textContent = told;
+    // Not `disabled`, which would take the focus away.
     for (const name of ["first", "tileBack", "back"]) places[name].setAttribute("aria-disabled", now.at === 0);
-    for (const name of ["last", "tileForth", "forth"]) places[name].setAttribute("aria-disabled", now.at === now.trail.length - 1);
+    for (const name of ["last", "tileForth", "forth"]) places[name].setAttribute("aria-disabled", now.at === last);
     [...places.programs.children].forEach((item, number) => {
       if (number === view.number) item.firstChild.setAttribute("aria-current", "step");
       else item.firstChild.removeAttribute("aria-current");
     });
     places.sentence.textContent = sentence(view);
+    places.hand.textContent = byHand(view);
     places.matrix.replaceChildren(...matrix(view));
     places.registers.replaceChildren(...registers(view));
     places.memory.replaceChildren(...memory(view));
-    const formula = element("div", { class: "formula" });
-    formula.innerHTML = formulas[view.step.kind] ?? "";
-    places.formula.replaceChildren(element("p", { class: "caption" }, word("formulaTitle")), formula);
+    places.formula.innerHTML = formulas[view.step.kind] ?? "";
     source(view);
-    const all = view.moved.map((sum, i) => sum + view.bytes[i]);
-    places.moved.textContent = word("moved", { loaded: view.bytes[0], stored: view.bytes[1], allLoaded: all[0], allStored: all[1], tiles: view.tiles, spared: view.spared });
-    history.replaceState(null, "", `#${now.preset}-${now.at + 1}`);
+    const [loaded, stored] = view.bytes;
+    const [allLoaded, allStored] = view.bytes.map((bytes, i) => bytes + view.earlier[i]);
+    const elements = view.visited.map(({ rows, columns }) => rows[1] * columns[1]);
+    const spared = 4 * elements.reduce((sum, size) => sum + size, 0);
+    const fill = { loaded, stored, allLoaded, allStored, tiles: view.visited.length, spared };
+    places.moved.textContent = word("moved", fill);
+    history.replaceState(null, "", `#${now.name}-${now.at + 1}`);
   }
 
   build();
-  const [, preset, step] = /^#(\w+)-(\d+)$/.exec(location.hash) ?? [];
-  if (preset in presets) begin(preset, Number(step) - 1);
-  else begin("full");
+  const [, name, step] = /^#([a-z]+)-(\d+)$/.exec(location.hash) ?? [];
+  if (name in presets) begin(name, Number(step) - 1);
+  else begin(Object.keys(presets)[0]);
 })();
