@@ -2,8 +2,10 @@
 
 import importlib
 import re
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 from docutils import nodes
 from latex2mathml.converter import convert
@@ -201,6 +203,33 @@ def anchor_lines(app: Sphinx, doctree: nodes.document) -> None:
             block["highlight_args"]["lineanchors"] = block.parent["ids"][0]
 
 
+class PunctuationOfFormulas(SphinxTransform):
+    """Keeps a formula on one line with its punctuation; browsers break around any formula."""
+
+    default_priority = 900
+
+    def apply(self) -> None:
+        """Wrap each formula, an opening mark before it and the closing ones after it."""
+        for formula in list(self.document.findall(nodes.math)):
+            parent = formula.parent
+            index = parent.index(formula)
+            before = parent[index - 1] if index else None
+            after = parent[index + 1] if index + 1 < len(parent) else None
+            whole = nodes.inline("", "", formula, classes=["nobreak"])
+            if isinstance(after, nodes.Text) and (marks := first_of(after, {"Po", "Pe", "Pf"})):
+                parent[index + 1] = nodes.Text(after[len(marks) :])
+                whole.append(nodes.Text(marks))
+            if isinstance(before, nodes.Text) and (marks := first_of(before[::-1], {"Ps", "Pi"})):
+                parent[index - 1] = nodes.Text(before[: -len(marks)])
+                whole.insert(0, nodes.Text(marks[::-1]))
+            parent[index] = whole if len(whole) > 1 else formula
+
+
+def first_of(text: str, kinds: set[str]) -> str:
+    """The characters at the start of a text that are of these Unicode categories."""
+    return "".join(takewhile(lambda mark: category(mark) in kinds, text))
+
+
 class LanguageLink(SphinxTransform):
     """Links each page of the chapter to the same page in the other language, below its title."""
 
@@ -234,6 +263,7 @@ def setup(app: Sphinx) -> None:
     """Register with Sphinx."""
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
     app.add_transform(LinksIntoTheRepository)
+    app.add_transform(PunctuationOfFormulas)
     app.add_transform(LanguageLink)
     app.connect("doctree-read", anchor_lines)
     app.connect("html-page-context", set_language)

@@ -12,28 +12,17 @@ from typing import Any
 
 import pytest
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+from docs.browser import chromium, find_chromium
+
 NODE = shutil.which("node")
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-)
 
 
-def chromium(*arguments: str) -> str:
-    """What Chromium prints, in a profile of its own; skips the test where there is none."""
-    if CHROMIUM is None:
-        pytest.skip(f"needs Chromium: none of {', '.join(NAMES)} is on the PATH")
-    with tempfile.TemporaryDirectory() as profile:
-        command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", *arguments]
-        return subprocess.run(
-            command, check=True, capture_output=True, text=True, timeout=120
-        ).stdout
+def browse(*arguments: str) -> str:
+    """What Chromium prints; skips the test where there is none."""
+    try:
+        return chromium(*arguments)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 def evaluate(scripts: Sequence[Path], expression: str, *, page: str | None = None) -> Any:
@@ -44,7 +33,7 @@ def evaluate(scripts: Sequence[Path], expression: str, *, page: str | None = Non
         expression: may be a call of a function with any statements in it.
         page: HTML that the scripts find; with None they need no document, and Node will do.
     """
-    if page is None and CHROMIUM is None and NODE is not None:
+    if page is None and NODE is not None and find_chromium() is None:
         code = "\n".join(script.read_text(encoding="utf-8") for script in scripts)
         code += f"\nconsole.log(JSON.stringify({expression}));"
         result = subprocess.run([NODE, "-"], input=code, check=True, capture_output=True, text=True)
@@ -62,7 +51,7 @@ def evaluate(scripts: Sequence[Path], expression: str, *, page: str | None = Non
             document.body.replaceChildren(told);</script>""",
             encoding="utf-8",
         )
-        told = re.search(r"<pre>(.*)</pre>", chromium("--dump-dom", path.as_uri()), re.DOTALL)
+        told = re.search(r"<pre>(.*)</pre>", browse("--dump-dom", path.as_uri()), re.DOTALL)
     assert told is not None
     answer = json.loads(html.unescape(told[1]))
     assert answer["errors"] == []
