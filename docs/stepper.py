@@ -97,28 +97,40 @@ STEPS: dict[str, dict[str, Step]] = {
 }
 # What each kind of step computes, in LaTeX.
 FORMULAS = {
-    "ranges": r"i + \mathit{offset} - \mathit{left} \le j \le i + \mathit{offset} + \mathit{right}",
+    "init": r"m_i = \mathrm{lowest} \qquad l_i = 0 \qquad \mathrm{acc}_i = 0",
+    "ranges": r"i + \mathrm{offset} - \mathrm{left} \le j \le i + \mathrm{offset} + \mathrm{right}",
     "scores": r"s_{ij} = q_i \cdot k_j",
-    "mask": r"s_{ij} = -\infty \quad \text{if } j \notin \mathit{visible}(i)",
-    "max": r"m^{new}_i = \max\left(m_i, \max_j s_{ij}\right)",
-    "rescale": r"\alpha_i = e^{m_i - m^{new}_i} = 2^{(m_i - m^{new}_i) \log_2 e}",
-    "p": r"p_{ij} = e^{s_{ij} - m^{new}_i}",
-    "sum": r"l^{new}_i = \alpha_i \, l_i + \sum_j p_{ij}",
-    "acc": r"acc^{new}_i = \alpha_i \, acc_i + \sum_j p_{ij} \, v_j",
-    "out": r"o_i = acc_i / l_i",
-    "lse": r"LSE_i = m_i + \log l_i",
-    "parts_max": r"m = \max_t LSE_t",
-    "parts_p": r"w_t = e^{LSE_t - m}",
-    "parts_sum": r"l = \sum_t w_t \qquad acc = \sum_t w_t \, o_t",
-    "parts_out": r"o = acc / l",
-    "parts_lse": r"LSE = m + \log l",
+    "mask": r"s_{ij} = -\infty \quad \text{if } j \notin \mathrm{visible}(i)",
+    "max": r"m^{\mathrm{new}}_i = \max\left(m_i, \max_j s_{ij}\right)",
+    "rescale": r"\alpha_i = e^{m_i - m^{\mathrm{new}}_i} = 2^{(m_i - m^{\mathrm{new}}_i) \log_2 e}",
+    "p": r"p_{ij} = e^{s_{ij} - m^{\mathrm{new}}_i}",
+    "sum": r"l^{\mathrm{new}}_i = \alpha_i \, l_i + \sum_j p_{ij}",
+    "acc": r"\mathrm{acc}^{\mathrm{new}}_i = \alpha_i \, \mathrm{acc}_i + \sum_j p_{ij} \, v_j",
+    "out": r"o_i = \mathrm{acc}_i / l_i",
+    "lse": r"\mathrm{LSE}_i = m_i + \log\, l_i",
+    "parts_max": r"m = \max_t \mathrm{LSE}_t",
+    "parts_p": r"w_t = e^{\mathrm{LSE}_t - m}",
+    "parts_sum": r"l = \sum_t w_t \qquad \mathrm{acc} = \sum_t w_t \, o_t",
+    "parts_out": r"o = \mathrm{acc} / l",
+    "parts_lse": r"\mathrm{LSE} = m + \log\, l",
     "delta": r"\delta_i = o_i \cdot do_i",
-    "rebuild": r"p_{ij} = e^{s_{ij} - LSE_i}",
+    "rebuild": r"p_{ij} = e^{s_{ij} - \mathrm{LSE}_i}",
     "dv": r"dv_j \leftarrow dv_j + \sum_i p_{ij} \, do_i",
     "dp": r"dp_{ij} = do_i \cdot v_j",
     "ds": r"ds_{ij} = p_{ij} \, (dp_{ij} - \delta_i)",
     "dk": r"dk_j \leftarrow dk_j + \sum_i ds_{ij} \, q_i",
     "dq": r"dq_i \leftarrow dq_i + \sum_j ds_{ij} \, k_j",
+    "init_dkdv": r"dk_j = 0 \qquad dv_j = 0",
+    "init_dq": r"dq_i = 0",
+    "dk_out": r"dk_j \leftarrow \mathrm{scale} \cdot dk_j",
+    "dq_out": r"dq_i \leftarrow \mathrm{scale} \cdot dq_i",
+    # In exponents of 2, with the terms of a row's sum in four places t.
+    "half_max": r"m^{\mathrm{new}}_i = \max\left(m_i, \log_2 e \, \max_j s_{ij}\right)",
+    "half_rescale": r"\alpha_i = 2^{m_i - m^{\mathrm{new}}_i}",
+    "half_p": r"p_{ij} = 2^{s_{ij} \log_2 e - m^{\mathrm{new}}_i}",
+    "half_sum": r"l^{\mathrm{new}}_{it} = \alpha_i \, l_{it} + \sum_{j \in t} p_{ij}",
+    "half_out": r"o_i = \mathrm{acc}_i / \sum_t l_{it}",
+    "half_lse": r"\mathrm{LSE}_i = m_i \log 2 + \log\, l_i",
 }
 FILES = ("kernels/forward.py", "kernels/backward.py", "online_softmax.py")
 KEYS_OF_TILE = ("k_start", "k_length", "BLOCK_N")
@@ -366,8 +378,8 @@ def presets() -> dict[str, dict[str, Any]]:
         "packed": {"tensors": packed, "options": {"cu_seqlens_q": edges, "causal": True}},
         "unseen": {"tensors": dense(8, 5), "options": {"causal": True}},
         "huge": {"tensors": huge_logit(), "naive": True},
-        "split": {"tensors": dense(1, 16), "parts": 2},
-        "half": {"tensors": [x.half() for x in dense(4, 16)], "half": True},
+        "split": {"tensors": dense(1, 12), "parts": 2},
+        "half": {"tensors": [x.half() for x in dense(4, 12)], "half": True},
         "backward": {"tensors": dense(8, 8), "options": {"causal": True}, "backward": True},
     }
 
@@ -404,7 +416,8 @@ def run(preset: dict[str, Any]) -> tuple[dict[str, Any], set[tuple[str, str]]]:
         name: array(x[0] if q.ndim == 4 else x.swapaxes(0, 1)) for name, x in tensors.items()
     }
     by_head["lse"] = array(lse if q.ndim == 3 else lse[0])
-    made = {"half": preset.get("half", False), "tensors": by_head, "programs": recorder.programs}
+    made = {"half": preset.get("half", False), "parts": preset.get("parts", 1)}
+    made |= {"tensors": by_head, "programs": recorder.programs}
     if preset.get("naive"):
         exp = (q @ k.transpose(2, 3)).exp()
         total = exp.sum(3, keepdim=True)

@@ -9,8 +9,8 @@
 
   // What a table shows of a record's field, and the fields that a program keeps from step to step.
   const SYMBOLS = {
-    m: "m", rescale: "α", l: "l", acc: "acc", out: "o", shift: "LSE", lse: "LSE", delta: "δ", dq: "dQ",
-    dk: "dK", dv: "dV",
+    m: "m", rescale: "α", l: "l", acc: "acc", out: "o", shift: "LSE", lse: "LSE", delta: "δ",
+    dq: "dQ", dk: "dK", dv: "dV",
   };
   const REGISTERS = ["m", "rescale", "l", "acc", "shift", "delta", "dq", "dk", "dv"];
   // The field that a step of this kind stores.
@@ -34,17 +34,20 @@
     if (size !== 0 && (size < 1e-3 || size >= 1e5)) {
       return x.toExponential(digits > 3 ? 2 : 0).replace("e+", "e");
     }
-    return String(Number(x.toPrecision(digits)));
+    return String(Number(x.toPrecision(size < 0.1 && digits === 3 ? 2 : digits)));
   }
 
   const count = (n) => Array.from({ length: n }, (_, i) => i);
   const inside = ([first, size], x) => x >= first && x < first + size;
   const overKeys = (program) => program.kernel === "dkdv_kernel"; // its rows are keys
 
-  /* "4-7", of a first number and how many there are. */
-  function span([first, size]) {
-    return size === 1 ? String(first) : `${first}\u2013${first + size - 1}`;
+  /* "q4-q7", of the first and how many there are. */
+  function span(side, [first, size]) {
+    return size === 1 ? `${side}${first}` : `${side}${first}\u2013${side}${first + size - 1}`;
   }
+
+  const own = (program) => (overKeys(program) ? "k" : "q");
+  const other = (program) => (overKeys(program) ? "q" : "k");
 
   // --- The record, step by step -------------------------------------------------------------
 
@@ -57,7 +60,8 @@
 
   /* What there is after a step, from all steps up to it. */
   function replay(trail, at) {
-    const view = { memory: { q: new Map(), k: new Map() }, visited: [], bytes: [0, 0], earlier: [0, 0] };
+    const view = { memory: { q: new Map(), k: new Map() }, visited: [] };
+    Object.assign(view, { bytes: [0, 0], earlier: [0, 0] });
     for (const { program, number, step } of trail.slice(0, at + 1)) {
       if (number !== view.number) {
         view.earlier = view.earlier.map((sum, i) => sum + view.bytes[i]);
@@ -94,42 +98,45 @@
     const of = (kind) => program.steps.slice(from).find((step) => step.kind === kind);
     const factors = of("rescale")?.rescale;
     const p = (of("p") ?? of("rebuild")).tile;
-    const largest = (numbers) => numbers.indexOf(Math.max(...numbers));
-    const rows = factors && factors.some((x) => x > 0 && x < 1) ? factors.map((x) => (x > 0 ? -x : -2)) : null;
-    const row = largest(rows ?? p.map((numbers) => Math.max(0, ...numbers)));
-    return p.length === 0 || p[0].length === 0 ? {} : { row, column: largest(p[row]) };
+    const largestOf = (numbers) => Math.max(...numbers);
+    const largest = (numbers) => numbers.indexOf(largestOf(numbers));
+    if (p.length === 0) return {};
+    const rescaled = factors?.some((x) => x > 0 && x < 1);
+    const row = largest(rescaled ? factors.map((x) => (x > 0 ? -x : -2)) : p.map(largestOf));
+    return { row, column: largest(p[row]) };
   }
 
   /* Put what a step stores into the memory of the view, by row. */
   function store(view, field) {
     const { program, number, step } = view;
-    const side = overKeys(program) ? "k" : "q";
+    const side = own(program);
     const several = now.preset.tensors.q.length > 1;
-    const parts = now.preset.programs.some(({ kernel }) => kernel === "update");
+    const parts = now.preset.parts > 1;
     step[field].forEach((numbers, i) => {
       const at = (program.at?.[0] ?? 0) + i;
       let words = `${side}${at}`;
       if (several) words = word("headRow", { head: program.head, row: words });
       if (parts) words = program.at ? word("partRow", { part: number }) : word("update");
-      const found = view.memory[side].get(words) ?? { order: parts ? number : 1000 * program.head + at };
+      const order = parts ? number : 1000 * program.head + at;
+      const found = view.memory[side].get(words) ?? { order };
       view.memory[side].set(words, { ...found, [field]: { numbers, step } });
     });
   }
 
   // --- The step in words --------------------------------------------------------------------
 
-  const which = (rows, program) => word("rows", { rows: rows.map((i) => program.at[0] + i).join(", ") });
+  const which = (rows, program) => rows.map((i) => `${own(program)}${program.at[0] + i}`).join(", ");
 
   function sentence(view) {
     const { step, program, registers, before } = view;
-    const fill = { rows: program.at ? span(program.at) : "", bytes: view.loaded };
+    const fill = { rows: program.at ? span(own(program), program.at) : "", bytes: view.loaded };
     const keys = overKeys(program) ? "Queries" : "";
     const rows = (test) => count(program.at[1]).filter(test);
     if (step.kind === "ranges") return rangesInWords(view, fill);
     if (step.kind === "load") {
       if (step.at[1] === 0) return word("loadEmpty");
       fill.range = word(step.range === "full" ? "whole" : "edge");
-      return word(`load${keys}`, { ...fill, tile: span(step.at) });
+      return word(`load${keys}`, { ...fill, tile: span(other(program), step.at) });
     }
     if (step.kind === "mask" || step.kind === "rebuild") {
       const pairs = (step.visible ?? step.tile).flat();
@@ -161,14 +168,15 @@
     const keys = overKeys(program) ? "Queries" : "";
     const spans = step.ranges.filter(([start, stop]) => stop > start);
     if (spans.length === 0) return word("rangesNone", fill);
+    const side = other(program);
     const base = program.base[keys ? 0 : 1];
     const start = Math.min(...spans.map((s) => s[0]));
     const size = Math.max(...spans.map((s) => s[1])) - start;
     const [fullStart, fullStop] = step.ranges[1];
-    const full = { full: span([base + fullStart, fullStop - fullStart]) };
-    fill.keys = span([base + start, size]);
+    const full = { full: span(side, [base + fullStart, fullStop - fullStart]) };
+    fill.keys = span(side, [base + start, size]);
     fill.full = fullStop > fullStart ? word("fullKeys", full) : "";
-    fill.skipped = size < now.preset.tensors[keys ? "q" : "k"][0].length ? word("skippedKeys") : "";
+    fill.skipped = size < now.preset.tensors[side][0].length ? word("skippedKeys") : "";
     return word(`ranges${keys}`, fill);
   }
 
@@ -188,7 +196,8 @@
     const column = (name, head, at) => at.map((row) => tensors[name][head][row][0]);
     const lse = tensors.lse[tile.head][q];
     const delta = view.memory.q.get(`q${q}`)?.delta?.numbers;
-    const told = { delta, tensors, tile, registers, before, i, j, q, k, kv, rows, columns, n, products, column, lse };
+    const places = { i, j, q, k, kv, rows, columns };
+    const told = { tensors, tile, registers, before, lse, delta, ...places, n, products, column };
     const equation = HANDS[step.kind](told);
     return equation && `${word(overKeys(program) ? "pairByHand" : "byHand", { q, k })} ${equation}`;
   }
@@ -213,12 +222,16 @@
     },
     acc: ({ registers, before, tile, i, kv, columns, n, products, column }) => {
       const sum = products(tile.p[i], column("v", kv, columns));
-      return `acc = ${n(registers.rescale[i])} · ${n(before.acc[i][0])} + (${sum}) = ${show(registers.acc[i][0])}`;
+      const old = `${n(registers.rescale[i])} · ${n(before.acc[i][0])}`;
+      return `acc = ${old} + (${sum}) = ${show(registers.acc[i][0])}`;
     },
-    rebuild: ({ tile, i, j, n, lse }) => `p = exp(${show(tile.scores[i][j])} − ${n(lse)}) = ${show(tile.rebuild[i][j])}`,
+    rebuild: ({ tile, i, j, n, lse }) =>
+      `p = exp(${show(tile.scores[i][j])} − ${n(lse)}) = ${show(tile.rebuild[i][j])}`,
     dp: (on) => `dP = ${pairs(on, "do", "v")} = ${show(on.tile.dp[on.i][on.j])}`,
-    ds: ({ tile, i, j, n, delta }) =>
-      `dS = ${n(tile.rebuild[i][j])} · (${show(tile.dp[i][j])} − ${n(delta)}) = ${show(tile.ds[i][j])}`,
+    ds: ({ tile, i, j, n, delta }) => {
+      const difference = `(${show(tile.dp[i][j])} − ${n(delta)})`;
+      return `dS = ${n(tile.rebuild[i][j])} · ${difference} = ${show(tile.ds[i][j])}`;
+    },
     dv: ({ registers, before, tile, j, rows, n, products, column }) => {
       const sum = products(tile.rebuild.map((row) => row[j]), column("do", tile.head, rows));
       return `dV = ${n(before.dv[j][0])} + (${sum}) = ${show(registers.dv[j][0])}`;
@@ -270,8 +283,7 @@
     const { program, tile } = view;
     const head = tile?.head ?? program.head ?? 0;
     const mark = (side, i) => {
-      const own = program.at && (side === "k") === overKeys(program) && inside(program.at, i);
-      return { class: own ? "own" : "other" };
+      return program.at && side === own(program) && inside(program.at, i) ? { class: "own" } : {};
     };
     const keys = count(tensors.k[0].length), queries = count(tensors.q[0].length);
     const heads = [corner(), ...keys.map((j) => heading(`k${j}`, mark("k", j)))];
@@ -303,12 +315,14 @@
       if (r === tile.row && c === tile.column) classes.push("shown");
       if (tile.visible && !tile.visible[r][c]) classes.push("hidden");
       const number = tile.numbers?.[r][c];
-      const shade = ["p", "rebuild"].includes(tile.kind) ? `--part: ${Math.round(100 * number)}%` : "";
-      return element("td", { class: classes.join(" "), style: shade }, number === undefined ? "" : show(number, 3));
+      const attributes = { class: classes.join(" ") };
+      if (number === undefined) return element("td", attributes);
+      const shaded = ["p", "rebuild"].includes(tile.kind);
+      if (shaded) attributes.style = `--part: ${Math.round(100 * number)}%`;
+      return element("td", attributes, show(number, 3));
     }
     if (visited.some(covers)) return quiet("past");
-    const own = overKeys(program) ? j : i;
-    if (ranges && head === (tile?.head ?? program.head) && inside(program.at, own)) {
+    if (ranges && inside(program.at, overKeys(program) ? j : i)) {
       const x = overKeys(program) ? i - program.base[0] : j - program.base[1];
       if (!ranges.some(([start, stop]) => x >= start && x < stop)) return quiet("skipped");
     }
@@ -333,10 +347,9 @@
     if (program.kernel === "update") return merged(view);
     const fields = REGISTERS.filter((name) => name in kept);
     if (fields.length === 0) return [title(word("registers")), element("p", {}, word("none"))];
-    const side = overKeys(program) ? "k" : "q";
     const rows = count(program.at[1]).map((i) => {
       const of = (name) => cells(kept[name][i], fresh(name in step), before[name]?.[i]);
-      return row(rowHeading(`${side}${program.at[0] + i}`), ...fields.flatMap(of));
+      return row(rowHeading(which([i], program)), ...fields.flatMap(of));
     });
     const heads = [corner(), ...fields.map((name) => over(name, kept[name][0]))];
     return table("registers", word("registers"), heads, rows);
@@ -393,26 +406,35 @@
     return table("naive", word("naive"), heads, rows);
   }
 
+  /* The listing of the function that is running, with the lines of the step marked. */
   function source({ step }) {
     const [name, first, last] = step.lines;
     const listing = sources[name];
-    const lines = listing.lines.map((text, n) => {
-      const number = listing.first + n;
+    if (now.listed !== name) places.source.replaceChildren(...list(listing));
+    now.listed = name;
+    const [words, box] = places.source.children;
+    words.textContent = word("sourceTitle", { file: `flashlayer/${listing.file}`, line: first });
+    [...box.children].forEach((line, n) => {
+      const on = listing.first + n >= first && listing.first + n <= last;
+      line.className = on ? "line at" : "line";
+      if (on) line.setAttribute("aria-current", "true");
+      else line.removeAttribute("aria-current");
+    });
+    const at = box.children[first - listing.first];
+    box.scrollTop = at.offsetTop - (box.clientHeight - at.offsetHeight) / 2;
+  }
+
+  function list({ lines, first }) {
+    const made = lines.map((text, n) => {
       const [, indent, code, comment] = /^( *)(.*?)(#.*)?$/.exec(text);
-      const on = number >= first && number <= last;
-      const attributes = { class: on ? "line at" : "line", style: `--indent: ${indent.length - 4}` };
       const shown = element("code", {}, code);
       if (comment) shown.append(element("span", { class: "comment" }, comment));
-      const made = element("div", attributes, element("span", { class: "number" }, String(number)), shown);
-      if (on) made.setAttribute("aria-current", "true");
-      return made;
+      const number = element("span", { class: "number" }, String(first + n));
+      return element("div", { style: `--indent: ${indent.length - 4}` }, number, shown);
     });
     const labelled = { role: "region", tabindex: "0", "aria-labelledby": "stepper-source" };
-    const box = element("div", { class: "source", ...labelled }, ...lines);
-    const words = word("sourceTitle", { file: `flashlayer/${listing.file}`, line: first });
-    places.source.replaceChildren(title(words, { id: "stepper-source" }), box);
-    const at = box.querySelector(".at");
-    box.scrollTop = at.offsetTop - (box.clientHeight - at.offsetHeight) / 2;
+    const box = element("div", { class: "source", ...labelled }, ...made);
+    return [title("", { id: "stepper-source" }), box];
   }
 
   // --- Controls -----------------------------------------------------------------------------
@@ -457,9 +479,15 @@
         "div",
         { class: "views" },
         place("matrix"),
-        element("div", {}, title(word("formulaTitle")), place("formula", "div", { class: "formula" }), place("source")),
+        element(
+          "div",
+          {},
+          title(word("formulaTitle")),
+          place("formula", "div", { class: "formula" }),
+          place("source"),
+        ),
       ),
-      element("div", { class: "views" }, place("registers"), place("memory")),
+      element("div", { class: "tables" }, place("registers"), place("memory")),
       place("naive"),
       place("moved", "p", { class: "moved" }),
     );
@@ -494,16 +522,22 @@
     go(target(KEYS[event.key]));
   }
 
+  function programInWords(program, number) {
+    if (program.kernel === "update") return word("update");
+    if (!program.at) return word("absent");
+    const rows = span(own(program), program.at);
+    if (now.preset.parts > 1) return word("partOf", { rows, part: number });
+    if (now.preset.tensors.q.length > 1) return word("headRow", { row: rows, head: program.head });
+    return word(program.kernel, { rows });
+  }
+
   function begin(name, at = 0) {
     Object.assign(now, { name, preset: presets[name], trail: trailOf(presets[name]) });
     places.select.value = name;
     places.about.textContent = word(`about_${name}`);
     places.slider.max = now.trail.length - 1;
-    const several = now.preset.tensors.q.length > 1;
     const items = now.preset.programs.map((program, number) => {
-      let words = program.at ? word(program.kernel, { rows: span(program.at) }) : word("absent");
-      if (program.kernel === "update") words = word("update");
-      if (several) words = word("headed", { rows: words, head: program.head });
+      const words = programInWords(program, number);
       const start = now.trail.findIndex((step) => step.number === number);
       return element("li", {}, element("button", { type: "button", onclick: () => go(start) }, words));
     });
@@ -521,8 +555,10 @@
     places.slider.setAttribute("aria-valuetext", told);
     places.count.textContent = told;
     // Not `disabled`, which would take the focus away.
-    for (const name of ["first", "tileBack", "back"]) places[name].setAttribute("aria-disabled", now.at === 0);
-    for (const name of ["last", "tileForth", "forth"]) places[name].setAttribute("aria-disabled", now.at === last);
+    const ends = { first: 0, tileBack: 0, back: 0, last, tileForth: last, forth: last };
+    for (const [name, end] of Object.entries(ends)) {
+      places[name].setAttribute("aria-disabled", now.at === end);
+    }
     [...places.programs.children].forEach((item, number) => {
       if (number === view.number) item.firstChild.setAttribute("aria-current", "step");
       else item.firstChild.removeAttribute("aria-current");
@@ -532,14 +568,16 @@
     places.matrix.replaceChildren(...matrix(view));
     places.registers.replaceChildren(...registers(view));
     places.memory.replaceChildren(...memory(view));
-    places.formula.innerHTML = formulas[view.step.kind] ?? "";
+    const half = now.preset.half && formulas[`half_${view.step.kind}`];
+    places.formula.innerHTML = half || (formulas[view.step.kind] ?? "");
     source(view);
     const [loaded, stored] = view.bytes;
     const [allLoaded, allStored] = view.bytes.map((bytes, i) => bytes + view.earlier[i]);
     const elements = view.visited.map(({ rows, columns }) => rows[1] * columns[1]);
     const spared = 4 * elements.reduce((sum, size) => sum + size, 0);
     const fill = { loaded, stored, allLoaded, allStored, tiles: view.visited.length, spared };
-    places.moved.textContent = word("moved", fill);
+    const merges = view.program.kernel === "update";
+    places.moved.textContent = word(merges ? "movedMerge" : "moved", fill) + word("spared", fill);
     history.replaceState(null, "", `#${now.name}-${now.at + 1}`);
   }
 
