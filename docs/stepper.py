@@ -191,16 +191,16 @@ class Source:
 
 def written(statement: ast.stmt) -> str:
     """A statement as STEPS writes it."""
-    if isinstance(statement, ast.Return):
-        return "return"
-    called = statement.value if isinstance(statement, ast.Assign | ast.Expr) else None
-    if not isinstance(called, ast.Call):
-        called = None
-    if isinstance(statement, ast.Expr):
-        return f"{ast.unparse(called.func)}({ast.unparse(called.args[1])})" if called else ""
-    first = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
-    name = ast.unparse(first).strip("()")
-    return f"{name} = {ast.unparse(called.func)}" if called else name
+    match statement:
+        case ast.Return():
+            return "return"
+        case ast.Expr(value=ast.Call(func=called, args=[_, what, *_])):
+            return f"{ast.unparse(called)}({ast.unparse(what)})"
+        case ast.Assign(targets=[target], value=ast.Call(func=called)):
+            return f"{ast.unparse(target).strip('()')} = {ast.unparse(called)}"
+        case ast.Assign(targets=[target]) | ast.AugAssign(target=target):
+            return ast.unparse(target)
+    return ""
 
 
 class Recorder:

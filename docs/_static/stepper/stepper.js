@@ -1,7 +1,8 @@
 "use strict";
 
 /* The stepper: replays what docs/stepper.py recorded (record.js) in the words of words.js. Nothing of
-   attention is computed here: every number that is shown was read from a running kernel. */
+   attention is computed here: every number that is shown was read from a running kernel or is an
+   input of it. */
 (() => {
   const root = document.querySelector(".stepper");
   const language = document.documentElement.lang.startsWith("zh") ? "zh" : "en";
@@ -125,7 +126,8 @@
 
   // --- The step in words --------------------------------------------------------------------
 
-  const which = (rows, program) => rows.map((i) => `${own(program)}${program.at[0] + i}`).join(", ");
+  const which = (rows, program) =>
+    rows.map((i) => `${own(program)}${program.at[0] + i}`).join(word("comma"));
 
   function sentence(view) {
     const { step, program, registers, before } = view;
@@ -492,6 +494,8 @@
       place("moved", "p", { class: "moved" }),
     );
     document.addEventListener("keydown", press);
+    const translation = document.querySelector(".language a");
+    translation?.addEventListener("click", () => (translation.hash = address()));
   }
 
   /* The step that a button leads to. A tile starts where it is loaded, a program at its first step. */
@@ -578,8 +582,12 @@
     const fill = { loaded, stored, allLoaded, allStored, tiles: view.visited.length, spared };
     const merges = view.program.kernel === "update";
     places.moved.textContent = word(merges ? "movedMerge" : "moved", fill) + word("spared", fill);
-    history.replaceState(null, "", `#${now.name}-${now.at + 1}`);
+    // Browsers refuse frequent changes of the address.
+    clearTimeout(now.timer);
+    now.timer = setTimeout(() => history.replaceState(null, "", address()), 300);
   }
+
+  const address = () => `#${now.name}-${now.at + 1}`;
 
   build();
   const [, name, step] = /^#([a-z]+)-(\d+)$/.exec(location.hash) ?? [];
