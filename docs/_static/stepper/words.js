@@ -86,11 +86,11 @@ const STEPPER_WORDS = {
   },
   about_backward: {
     en:
-      "8 queries and keys, causal. First delta; then dK and dV: each program owns a block" +
+      "8 queries and keys, causal. First δ; then dK and dV: each program owns a block" +
       " of keys and walks over queries; then dQ: each owns a block of queries and walks" +
       " over keys. P is rebuilt from the LSE.",
     zh:
-      "8 个查询和键，因果。先算 delta；再算 dK 和 dV：每个程序负责一块键，走过查询；然后算 " +
+      "8 个查询和键，因果。先算 δ；再算 dK 和 dV：每个程序负责一块键，走过查询；然后算 " +
       "dQ：每个程序负责一块查询，走过键。P 由 LSE 重新算出。",
   },
 
@@ -111,7 +111,7 @@ const STEPPER_WORDS = {
   partOf: { en: "part {part}: {rows}", zh: "第 {part} 部分：{rows}" },
   dkdv_kernel: { en: "dK, dV: {rows}", zh: "dK、dV：{rows}" },
   dq_kernel: { en: "dQ: {rows}", zh: "dQ：{rows}" },
-  delta_kernel: { en: "delta", zh: "delta" },
+  delta_kernel: { en: "δ", zh: "δ" },
   update: { en: "all parts", zh: "合并" },
   absent: { en: "no block", zh: "没有块" },
 
@@ -290,8 +290,8 @@ const STEPPER_WORDS = {
   parts_lse: { en: "And this is the LSE over all keys.", zh: "这就是所有键的 LSE。" },
 
   delta: {
-    en: "delta of each query: its output times the output's gradient, summed. One number a row.",
-    zh: "每个查询的 delta：输出乘以输出的梯度再求和。每行一个数。",
+    en: "δ of each query: its output times the output's gradient, summed. One number a row.",
+    zh: "每个查询的 δ：输出乘以输出的梯度再求和。每行一个数。",
   },
   shift: {
     en: "The LSE of each query, as the other two kernels subtract it.",
@@ -317,8 +317,8 @@ const STEPPER_WORDS = {
   },
   dp: { en: "The gradient of P: dO times the values.", zh: "P 的梯度：dO 乘以值。" },
   ds: {
-    en: "The gradient of the scores: P times (dP - delta), element by element.",
-    zh: "分数的梯度：P 逐元素乘以 (dP - delta)。",
+    en: "The gradient of the scores: P times (dP − δ), element by element.",
+    zh: "分数的梯度：P 逐元素乘以 (dP − δ)。",
   },
   dk: {
     en: "dK of the keys grows by dS transposed times Q.",
