@@ -350,7 +350,8 @@
     const fields = REGISTERS.filter((name) => name in kept);
     if (fields.length === 0) return [title(word("registers")), element("p", {}, word("none"))];
     const rows = count(program.at[1]).map((i) => {
-      const of = (name) => cells(kept[name][i], fresh(name in step), before[name]?.[i]);
+      const was = (name) => (name === "rescale" ? undefined : before[name]?.[i]); // α adds to nothing
+      const of = (name) => cells(kept[name][i], fresh(name in step), was(name));
       return row(rowHeading(which([i], program)), ...fields.flatMap(of));
     });
     const heads = [corner(), ...fields.map((name) => over(name, kept[name][0]))];

@@ -214,7 +214,7 @@ const STEPPER_WORDS = {
       " compiled. It adds nothing.",
     zh: "没有查询的瓦片：边缘有几个瓦片在编译内核时就固定了。它什么也不加。",
   },
-  edge: { en: " An edge of the mask crosses it.", zh: "掩码的边缘穿过它。" },
+  edge: { en: " The edge of what is visible crosses it.", zh: "可见范围的边缘穿过它。" },
   whole: { en: " All of its pairs are visible.", zh: "其中每一对都可见。" },
   scores: {
     en: "Scores: each query times each key of the tile, as a dot product. The scale is 1 here.",
