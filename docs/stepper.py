@@ -171,12 +171,11 @@ class Source:
     """One file: the statements of the functions that STEPS names, by line."""
 
     def __init__(self, name: str):
-        self.name = name
         self.path = Path(flashlayer.__file__).parent / name
-        self.lines = self.path.read_text(encoding="utf-8").splitlines()
+        text = self.path.read_text(encoding="utf-8")
         self.statements: dict[str, dict[int, ast.stmt]] = {}
         self.listings: dict[str, dict[str, Any]] = {}
-        for node in ast.walk(ast.parse("\n".join(self.lines))):
+        for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef) and node.name in STEPS:
                 self.statements[node.name] = {
                     line: part
@@ -185,7 +184,7 @@ class Source:
                     for line in range(part.lineno, (part.end_lineno or 0) + 1)
                 }
                 first = node.body[1].lineno if ast.get_docstring(node) else node.body[0].lineno
-                lines = self.lines[first - 1 : node.end_lineno]
+                lines = text.splitlines()[first - 1 : node.end_lineno]
                 self.listings[node.name] = {"file": name, "first": first, "lines": lines}
 
 
@@ -360,7 +359,7 @@ def dense(queries: int, keys: int, heads: int = 1, kv_heads: int = 1) -> tuple[T
 
 
 def huge_logit() -> tuple[Tensor, ...]:
-    """One key whose score overflows ``exp`` in fp32 for one query."""
+    """Scores of key 5 for queries 1 and 2 whose ``exp`` overflows fp32."""
     q, k, v = dense(4, 8)
     k[0, 0, 5] = q[0, 0, 2] * 24
     return q, k, v
@@ -449,8 +448,16 @@ SOURCES = {str(source.path): source for source in map(Source, FILES)}
 
 
 def text(recorded: dict[str, Any]) -> str:
-    """The record as a script: a page opened from a file may load no JSON."""
-    return PREFIX + json.dumps(recorded, separators=(",", ":")) + ";\n"
+    """The record as a script, since a page opened from a file may load no JSON; a preset a line."""
+
+    def members(of: dict[str, str]) -> str:
+        return "{" + ",\n".join(f'"{name}":{json}' for name, json in of.items()) + "}"
+
+    def compact(of: dict[str, Any]) -> dict[str, str]:
+        return {name: json.dumps(x, separators=(",", ":")) for name, x in of.items()}
+
+    parts = compact(recorded) | {"presets": members(compact(recorded["presets"]))}
+    return f"{PREFIX}{members(parts)};\n"
 
 
 if __name__ == "__main__":
