@@ -375,11 +375,16 @@ def presets() -> dict[str, dict[str, Any]]:
         "window": {"tensors": dense(12, 12), "options": {"window_size": (3, 1)}},
         "group": {"tensors": dense(4, 8, heads=2)},
         "packed": {"tensors": packed, "options": {"cu_seqlens_q": edges, "causal": True}},
-        "unseen": {"tensors": dense(8, 5), "options": {"causal": True}},
+        "unseen": {"tensors": dense(8, 3), "options": {"causal": True}},
         "huge": {"tensors": huge_logit(), "naive": True},
         "split": {"tensors": dense(1, 12), "parts": 2},
         "half": {"tensors": [x.half() for x in dense(4, 12)], "half": True},
         "backward": {"tensors": dense(8, 8), "options": {"causal": True}, "backward": True},
+        "edges": {
+            "tensors": dense(8, 8),
+            "options": {"causal": True, "window_size": (4, 0)},
+            "backward": True,
+        },
     }
 
 

@@ -93,18 +93,19 @@
     return view;
   }
 
-  /* The pair of a tile that is worked out by hand: in forward in the row that is rescaled most. */
+  /* The pair of a tile that is worked out by hand: of the row that is rescaled most or has the
+     largest exponential; in the backward pass of the largest gradient. */
   function example(program, load) {
     const from = program.steps.indexOf(load);
     const of = (kind) => program.steps.slice(from).find((step) => step.kind === kind);
+    const largest = (numbers) => numbers.indexOf(Math.max(...numbers));
+    const numbers = of("p")?.tile ?? of("ds").tile.map((row) => row.map(Math.abs));
+    if (numbers.length === 0) return {};
     const factors = of("rescale")?.rescale;
-    const p = (of("p") ?? of("rebuild")).tile;
-    const largestOf = (numbers) => Math.max(...numbers);
-    const largest = (numbers) => numbers.indexOf(largestOf(numbers));
-    if (p.length === 0) return {};
     const rescaled = factors?.some((x) => x > 0 && x < 1);
-    const row = largest(rescaled ? factors.map((x) => (x > 0 ? -x : -2)) : p.map(largestOf));
-    return { row, column: largest(p[row]) };
+    const ofRow = (row, i) => (!rescaled ? Math.max(...row) : factors[i] > 0 ? -factors[i] : -2);
+    const row = largest(numbers.map(ofRow));
+    return { row, column: largest(numbers[row]) };
   }
 
   /* Put what a step stores into the memory of the view, by row. */
@@ -178,7 +179,8 @@
     const full = { full: span(side, [base + fullStart, fullStop - fullStart]) };
     fill.keys = span(side, [base + start, size]);
     fill.full = fullStop > fullStart ? word("fullKeys", full) : "";
-    fill.skipped = size < now.preset.tensors[side][0].length ? word("skippedKeys") : "";
+    const others = now.preset.parts > 1 ? "otherParts" : "skippedKeys";
+    fill.skipped = size < now.preset.tensors[side][0].length ? word(others) : "";
     return word(`ranges${keys}`, fill);
   }
 
@@ -225,7 +227,7 @@
     acc: ({ registers, before, tile, i, kv, columns, n, products, column }) => {
       const sum = products(tile.p[i], column("v", kv, columns));
       const old = `${n(registers.rescale[i])} · ${n(before.acc[i][0])}`;
-      return `acc = ${old} + (${sum}) = ${show(registers.acc[i][0])}`;
+      return `acc[0] = ${old} + (${sum}) = ${show(registers.acc[i][0])}`;
     },
     rebuild: ({ tile, i, j, n, lse }) =>
       `p = exp(${show(tile.scores[i][j])} − ${n(lse)}) = ${show(tile.rebuild[i][j])}`,
@@ -236,15 +238,15 @@
     },
     dv: ({ registers, before, tile, j, rows, n, products, column }) => {
       const sum = products(tile.rebuild.map((row) => row[j]), column("do", tile.head, rows));
-      return `dV = ${n(before.dv[j][0])} + (${sum}) = ${show(registers.dv[j][0])}`;
+      return `dV[0] = ${n(before.dv[j][0])} + (${sum}) = ${show(registers.dv[j][0])}`;
     },
     dk: ({ registers, before, tile, j, rows, n, products, column }) => {
       const sum = products(tile.ds.map((row) => row[j]), column("q", tile.head, rows));
-      return `dK = ${n(before.dk[j][0])} + (${sum}) = ${show(registers.dk[j][0])}`;
+      return `dK[0] = ${n(before.dk[j][0])} + (${sum}) = ${show(registers.dk[j][0])}`;
     },
     dq: ({ registers, before, tile, i, kv, columns, n, products, column }) => {
       const sum = products(tile.ds[i], column("k", kv, columns));
-      return `dQ = ${n(before.dq[i][0])} + (${sum}) = ${show(registers.dq[i][0])}`;
+      return `dQ[0] = ${n(before.dq[i][0])} + (${sum}) = ${show(registers.dq[i][0])}`;
     },
   };
 
@@ -324,7 +326,7 @@
       return element("td", attributes, show(number, 3));
     }
     if (visited.some(covers)) return quiet("past");
-    if (ranges && inside(program.at, overKeys(program) ? j : i)) {
+    if (ranges && now.preset.parts === 1 && inside(program.at, overKeys(program) ? j : i)) {
       const x = overKeys(program) ? i - program.base[0] : j - program.base[1];
       if (!ranges.some(([start, stop]) => x >= start && x < stop)) return quiet("skipped");
     }

@@ -12,6 +12,7 @@ const STEPPER_WORDS = {
   huge: { en: "one huge logit", zh: "一个巨大的 logit" },
   split: { en: "split keys, merged by LSE", zh: "切分键，再按 LSE 合并" },
   half: { en: "fp16: exponents of 2", zh: "fp16：以 2 为底的指数" },
+  edges: { en: "the backward pass with a window", zh: "带窗口的反向传播" },
   backward: { en: "the backward pass (causal)", zh: "反向传播（因果）" },
   about_full: {
     en:
@@ -52,12 +53,14 @@ const STEPPER_WORDS = {
   },
   about_unseen: {
     en:
-      "8 queries, 5 keys, causal and aligned at the end: queries 0 to 2 see no key. Their m" +
-      " is never -inf, so no -inf - -inf arises; l stays 0, the output is 0 and the LSE" +
-      " -inf.",
+      "8 queries, 3 keys, causal and aligned at the end: queries 0 to 4 see no key. For the" +
+      " first block no tile is visited. In the second, m of query 4 stays the least finite" +
+      " number and not -inf, so that no -inf - -inf arises; l stays 0. Such rows give 0," +
+      " and an LSE of -inf.",
     zh:
-      "8 个查询，5 个键，因果，末端对齐：查询 0 到 2 看不到任何键。它们的 m 从不为 -inf，所" +
-      "以不会出现 -inf - -inf；l 保持为 0，输出为 0，LSE 为 -inf。",
+      "8 个查询，3 个键，因果，末端对齐：查询 0 到 4 看不到任何键。第一块不访问任何瓦片。在" +
+      "第二块中，查询 4 的 m 一直是最小的有限数而不是 -inf，所以不会出现 -inf - -inf；l 保" +
+      "持为 0。这样的行输出 0，LSE 为 -inf。",
   },
   about_huge: {
     en:
@@ -84,14 +87,23 @@ const STEPPER_WORDS = {
       "在半精度中，log2(e) 只乘进缩放因子一次，所以 m 是 2 的指数。每行的分母保存为四个和，" +
       "在 GPU 上每个线程一个，最后才相加。瓦片有 8 个键。",
   },
+  about_edges: {
+    en:
+      "8 queries and keys, causal; query i sees the keys i - 4 to i. Seen from a block of" +
+      " keys, the tiles on both edges of the window need a mask. The kernel is compiled for" +
+      " as many tiles on an edge as there may be; one without a query adds nothing.",
+    zh:
+      "8 个查询和键，因果；查询 i 看得到键 i - 4 到 i。从一块键来看，窗口两侧边缘上的瓦片都" +
+      "需要掩码。内核按边缘上最多可能有的瓦片数编译；没有查询的瓦片什么也不加。",
+  },
   about_backward: {
     en:
-      "8 queries and keys, causal. First δ; then dK and dV: each program owns a block" +
-      " of keys and walks over queries; then dQ: each owns a block of queries and walks" +
-      " over keys. P is rebuilt from the LSE.",
+      "8 queries and keys, causal. First δ; then dK and dV: each program owns a block of" +
+      " keys and walks over queries; then dQ: each owns a block of queries and walks over" +
+      " keys. P is rebuilt from the LSE.",
     zh:
-      "8 个查询和键，因果。先算 δ；再算 dK 和 dV：每个程序负责一块键，走过查询；然后算 " +
-      "dQ：每个程序负责一块查询，走过键。P 由 LSE 重新算出。",
+      "8 个查询和键，因果。先算 δ；再算 dK 和 dV：每个程序负责一块键，走过查询；然后算 dQ：" +
+      "每个程序负责一块查询，走过键。P 由 LSE 重新算出。",
   },
 
   first: { en: "First step", zh: "第一步" },
@@ -184,17 +196,18 @@ const STEPPER_WORDS = {
     zh: "载入 {rows}。还不知道任何键：m 是最小的有限数，l 和 acc 为 0。",
   },
   ranges: {
-    en: "Which keys does any of {rows} see? {keys}.{skipped}{full}",
-    zh: "{rows} 中有哪个能看到的键？{keys}。{skipped}{full}",
+    en: "Keys visible to {rows}: {keys}.{skipped}{full}",
+    zh: "{rows} 可见的键：{keys}。{skipped}{full}",
   },
   rangesQueries: {
-    en: "Which queries see any of {rows}? {keys}.{skipped}{full}",
-    zh: "哪些查询能看到 {rows} 中的某个键？{keys}。{skipped}{full}",
+    en: "Queries to which {rows} are visible: {keys}.{skipped}{full}",
+    zh: "看得到 {rows} 的查询：{keys}。{skipped}{full}",
   },
   rangesNone: {
-    en: "Which keys does any of {rows} see? None: the program visits no tile.",
-    zh: "{rows} 中有哪个能看到的键？没有：这个程序不访问任何瓦片。",
+    en: "Keys visible to {rows}: none. The program visits no tile.",
+    zh: "{rows} 可见的键：没有。这个程序不访问任何瓦片。",
   },
+  otherParts: { en: " The others are another part's.", zh: "其余的属于另一部分。" },
   skippedKeys: { en: " All others are skipped: never loaded.", zh: "其余的全部跳过，从不载入。" },
   fullKeys: {
     en: " In {full} every pair is visible: no mask is needed.",
@@ -225,7 +238,7 @@ const STEPPER_WORDS = {
     zh: "{pairs} 对中有 {hidden} 对被遮住：它们的分数变为 -inf。",
   },
   max: { en: "The running maximum m: {changed}", zh: "运行最大值 m：{changed}" },
-  maxFirst: { en: "{rows}: the first one.", zh: "{rows} 得到第一个。" },
+  maxFirst: { en: "set for the first time in {rows}.", zh: "{rows} 第一次有了最大值。" },
   maxRises: { en: "it rises for {rows}.", zh: "{rows} 的最大值上升。" },
   maxStays: { en: "it stays as it is.", zh: "没有变化。" },
   rescale: {
