@@ -37,7 +37,7 @@ def differences(ours: Any, theirs: Any, where: str = "record") -> list[str]:
         pairs = enumerate(zip(ours, theirs, strict=True))
         return [d for i, pair in pairs for d in differences(*pair, f"{where}[{i}]")]
     if isinstance(ours, int | float) and isinstance(theirs, int | float):
-        same = math.isclose(ours, theirs, rel_tol=1e-4, abs_tol=1e-6)
+        same = math.isclose(ours, theirs, rel_tol=1e-4, abs_tol=2e-5)
     else:
         same = ours == theirs
     return [] if same else [f"{where}: {ours!r:.80} is {theirs!r:.80} today"]
