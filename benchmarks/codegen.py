@@ -119,6 +119,10 @@ OPTIONS: dict[str, Callable[[AttentionSpec, Tensor], tuple[AttentionSpec, Attent
         replace(spec, dropout_p=0.1),
         AttentionExtras(dropout_seed=_seed(q)),
     ),
+    "return_aux": lambda spec, q: (
+        replace(spec, max_scores=True, entropy=True),
+        AttentionExtras(),
+    ),
     "all": _everything,
 }
 OPTIONS |= dict.fromkeys(codegen_specialized.VARIANTS, OPTIONS["none"])
@@ -186,7 +190,7 @@ def record_launches(case: Case) -> list[Launch]:
             stack.enter_context(codegen_specialized.chosen(case.options, case.head_dim))
             backend.forward(q, kv, kv, spec, extras)
             return launches
-        o, lse = backend.forward(q, kv, kv, spec, extras)
+        o, lse, *_ = backend.forward(q, kv, kv, spec, extras)
         backend.backward(torch.empty_like(o), None, q, kv, kv, o, lse, spec, extras)
     return launches
 

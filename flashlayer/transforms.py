@@ -6,6 +6,7 @@ tensor of the primal's size, so memory stays O(Sq + Sk).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -63,8 +64,8 @@ def unbatched(method: Callable[..., Tensors]) -> Callable[..., Tensors]:
     return each
 
 
-def forward_in_graph(tiled: Backend, problem: Problem) -> tuple[Tensor, Tensor]:
-    """``o`` and ``lse`` under a transform inside ``torch.compile``, from plain operations.
+def forward_in_graph(tiled: Backend, problem: Problem) -> tuple[Tensor, ...]:
+    """A backend's results under a transform inside ``torch.compile``, from plain operations.
 
     Dynamo drops the tangents of a Function without an error.
 
@@ -79,17 +80,39 @@ def forward_in_graph(tiled: Backend, problem: Problem) -> tuple[Tensor, Tensor]:
     return tiled.forward(*problem)
 
 
-def gradients(call: Call, do: Tensor | None, dlse: Tensor | None, *saved: Any) -> Tensors:
-    """Differentiable gradients of q, k, v and the extras; ``saved`` ends with o and lse."""
+def gradients(
+    call: Call, do: Tensor | None, dlse: Tensor | None, more: Tensors, *saved: Any
+) -> Tensors:
+    """Differentiable gradients of q, k, v and the extras; ``saved`` ends with o and lse.
+
+    Raises:
+        NotImplementedError: the gradient of an entropy, the last of ``more``, is asked for.
+    """
     *tensors, o, lse = saved
+    if call.spec.entropy:
+        if more[-1] is not None:
+            raise NotImplementedError(
+                "the gradient of the entropy is not differentiable and has no torch.func "
+                "transform: use backend='standard'"
+            )
+        tensors.pop()
+    call = _without_auxiliary(call)
     do = torch.zeros_like(o) if do is None else do
     grads = FlashAttentionBackward.apply(call, do, dlse, o.detach(), lse.detach(), *tensors)
     return in_input_order(grads, tensors[3:])
 
 
 def forward_tangents(call: Call, primals: Tensors, tangents: Tensors) -> Tensors:
-    """Tangents of o and lse in the direction of those of q, k, v and the extras."""
-    return _push(_tiled_forward(call), primals, tangents)
+    """Tangents of o, lse and entropy in the direction of those of q, k, v and the extras."""
+    o, lse, *more = _push(_tiled_forward(call), primals, tangents)
+    if call.spec.max_scores:
+        more[0] = None
+    return o, lse, *more
+
+
+def _without_auxiliary(call: Call) -> Call:
+    spec = dataclasses.replace(call.spec, max_scores=False, entropy=False)
+    return dataclasses.replace(call, spec=spec)
 
 
 class FlashAttentionBackward(torch.autograd.Function):
