@@ -23,6 +23,7 @@ TRANSLATIONS = sorted((DOCS / "zh").glob("*" + SUFFIX))
 PAGES = {
     "zh/index.md": ["chapter/index.md"],
     "zh/playground.md": ["chapter/playground.md"],
+    "zh/stepper.md": ["chapter/stepper.md"],
     "zh/checklist.md": ["chapter/checklist.md"],
     "zh/exercises.md": [
         "exercises/README.md",

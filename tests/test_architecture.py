@@ -137,6 +137,8 @@ TRAIN = {
 
 # Who outside the package looks into its rooms, and into which.
 MAY_OPEN = {
+    # watches the kernels at work, in small tiles and with split keys
+    "stepper.py": ("flashlayer.kernels.tiles", "flashlayer.backends.split_keys"),
     # compiles the kernels as the backend launches them
     "codegen.py": ("flashlayer.kernels", "flashlayer.backends.triton", "flashlayer.spec"),
     # compiles what the stages of a GPU run will launch

@@ -87,7 +87,7 @@ def test_primes_are_not_raised_twice(site: Path) -> None:
 
 
 PAGES = [f"{path.stem}.html" for path in NOTEBOOKS]
-PAGES += ["index.html", "exercises.html", "playground.html", "checklist.html"]
+PAGES += ["index.html", "exercises.html", "stepper.html", "playground.html", "checklist.html"]
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -125,6 +125,14 @@ def test_the_playground_is_on_its_pages(site: Path) -> None:
         assert dom.count("<table") == 4
         assert words in dom
         assert "5.4023" in dom
+
+
+def test_the_stepper_is_on_its_pages(site: Path) -> None:
+    for page, words in {"chapter": "Load q0\u2013q3.", "zh": "载入 q0\u2013q3。"}.items():
+        dom = browse("--dump-dom", (site / page / "stepper.html").as_uri())
+        assert dom.count("<h1>") == 1
+        assert words in dom
+        assert 'class="line at"' in dom
 
 
 @pytest.fixture(scope="module")
