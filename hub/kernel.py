@@ -8,6 +8,8 @@ models.
 
 from flashlayer import distributed, integrations, masks, testing
 from flashlayer.functional import (
+    AuxOutput,
+    AuxRequest,
     available_backends,
     dropout_keep_mask,
     flash_attention,
@@ -25,6 +27,8 @@ from flashlayer.modules import FlashAttention, KVCache
 from flashlayer.tuning import tune
 
 __all__ = [
+    "AuxOutput",
+    "AuxRequest",
     "FlashAttention",
     "FlashMultiheadAttention",
     "KVCache",

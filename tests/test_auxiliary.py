@@ -271,6 +271,11 @@ def test_aten_leaves_them_to_tiled() -> None:
         auto = flash_attention(q, k, v, return_aux=request)
         tiled = flash_attention(q, k, v, return_aux=request, backend="tiled")
         assert torch.equal(auto[0], tiled[0])
+    step = [x[:, :1].bfloat16() for x in (q[:, :, :1], k, v)]
+    _, aux = flash_attention(*step, return_aux=AuxRequest(max_scores=True))
+    wide = [x.double() for x in step]
+    _, expected = flash_attention(*wide, return_aux=AuxRequest(max_scores=True))
+    torch.testing.assert_close(aux.max_scores.double(), expected.max_scores, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("wrong", [True, (True,), {"lse": True}, "lse", AuxRequest(lse=1)])  # pyright: ignore[reportArgumentType]

@@ -3,7 +3,7 @@
 A compiler, ``FakeTensorMode``, a dispatch mode or a tensor subclass gets one op with a schema and a
 fake implementation, whatever the backend does inside: loops over sizes, values it reads, kernels.
 So one compiled graph serves every length. Other calls skip the op, which costs 20 us of host time
-(benchmarks/NOTES.md).
+(benchmarks/NOTES.md). A third op refuses a gradient that no backend computes in a graph.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from flashlayer import FlashAttention, flash_attention, flash_attention_varlen, masks
+from flashlayer import AuxRequest, FlashAttention, flash_attention, flash_attention_varlen, masks
 from tests.processes import run_group
 
 BATCH, HEADS, LENGTH, DIM = 4, 4, 33, 16
@@ -94,6 +94,7 @@ def run(rank: int, device: torch.device) -> None:
     expected = results(torch.clone, torch.clone, {"causal": True})
     _assert_equal(results(place, place, {"causal": True}), expected, "two dimensions")
     _check_packed(sharded)
+    _check_numbers(sharded)
     _check_module(mesh)
     _check_errors(sharded)
     with torch.no_grad():
@@ -123,6 +124,22 @@ def _check_packed(sharded: Any) -> None:
     assert torch.equal(out.full_tensor(), flash_attention_varlen(*packed, **chosen))
     with pytest.raises(ValueError, match="got a shard of the sequence"):
         flash_attention_varlen(*map(sharded(Shard(0)), packed), **chosen)
+
+
+def _check_numbers(sharded: Any) -> None:
+    """The largest score and the entropy, and the latter's gradient."""
+    q, k, v, _, dentropy = tensors()
+    for placement in (Shard(0), Shard(1)):
+        found = []
+        for place in (torch.clone, sharded(placement)):
+            leaf = place(q).requires_grad_()
+            request = AuxRequest(lse=True, max_scores=True, entropy=True)
+            _, aux = flash_attention(leaf, place(k), place(v), causal=True, return_aux=request)
+            (grad,) = torch.autograd.grad(aux.entropy, leaf, place(dentropy))
+            found.append([*aux, grad])
+        for whole, shards in zip(*found, strict=True):
+            assert shards.placements == (placement,)
+            torch.testing.assert_close(shards.full_tensor(), whole, rtol=0, atol=1e-14)
 
 
 def _check_module(mesh: Any) -> None:
