@@ -376,9 +376,9 @@ def main(argv: list[str] | None = None) -> int:
         "--options",
         nargs="+",
         choices=OPTIONS,
-        help="these everywhere (default: none everywhere; tangents, causal; packed, intervals in "
-        "bf16 at 64 and 128; each option on its own, and all of them, on sm_90 in bf16 at 64 and "
-        "128, causal)",
+        help="these everywhere (default: none everywhere; tangents, causal; packed and intervals "
+        "in bf16 at 64 and 128; each option on its own, and all of them, on sm_90 in bf16 at 64 "
+        "and 128, causal)",
     )
     parser.add_argument("--full", action="store_true", help="every option everywhere")
     parser.add_argument("--jobs", type=int, default=2, help="processes")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from flashlayer import flash_attention
 from flashlayer.backends import triton as backend
@@ -249,6 +250,17 @@ def test_transforms_over_tangents(launches: list[Any]) -> None:
         launches.clear()
         torch.testing.assert_close(transform(attend("triton")), transform(attend("standard")))
         assert launches
+
+
+def test_a_call_that_a_mode_sees_goes_through_tiled(launches: list[Any]) -> None:
+    primals, tangents = draw(9, 9, dtype=torch.float64)
+    expected = push("triton", primals, tangents, causal=True)
+    launches.clear()
+    with FlopCounterMode(display=False):
+        results = push("triton", primals, tangents, causal=True)
+    for name, result in results.items():
+        torch.testing.assert_close(result, expected[name])
+    assert not launches
 
 
 def test_other_options_go_through_tiled(launches: list[Any]) -> None:

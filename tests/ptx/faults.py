@@ -17,6 +17,7 @@ from tests.ptx.judge import judge
 
 GQA, HIDDEN, TMA = "bf16 causal GQA", "bf16 causal hidden NaN", "bf16 TMA causal"
 FORWARD, DKDV, DQ, DELTA = "forward_kernel", "dkdv_kernel", "dq_kernel", "delta_kernel"
+TANGENT, TANGENTS = "tangent_kernel", "bf16 tangents causal"
 
 # How a fault shows. RACE: the race check stops it. ACCESS: it touches memory that is not its own,
 # or shared memory out of bounds. VALUES: the accuracy rule fails. DEADLOCK: nothing can go on.
@@ -183,6 +184,17 @@ _EVERYWHERE = [
         "add.f32",
         after=r"(?s)@%p\d+ bra.*?(mma_async|mma\.sync)",
         nth=None,
+        shows=VALUES,
+    ),
+    Fault("barrier of the tangents", TANGENT, r"bar\.sync 0;", after=_WAIT, case=TANGENTS),
+    Fault(
+        "sign in the tangents' mean",
+        TANGENT,
+        r"sub\.f32",
+        "add.f32",
+        after=r"(?s)@%p\d+ bra.*?(mma_async|mma\.sync)",
+        nth=None,
+        case=TANGENTS,
         shows=VALUES,
     ),
     Fault(
