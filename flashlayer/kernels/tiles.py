@@ -232,11 +232,15 @@ def candidates(kernel: str, dtype: str) -> list[TileConfig]:
     return list(found)
 
 
-def specialized_candidates(head_dim: int) -> list[TileConfig]:
-    """Variants of the warp-specialised forward kernel for a head dimension of 64 or 128.
+def specialized_candidates(kernel: str, head_dim: int) -> list[TileConfig]:
+    """Variants of a warp-specialised kernel for a head dimension of 64 or 128.
 
     Each fits a Hopper SM's shared memory and registers (``python -m benchmarks codegen``).
     """
+    if kernel == "dkdv":
+        return [TileConfig(64, 128, 4, stages, True, True) for stages in (2, 3)]
+    if kernel == "dq":
+        return [TileConfig(128, 64, 4, stages, True, True) for stages in (2, 3)]
     return [
         TileConfig(128, 128, 4, stages, True, True, takes_turns)
         for stages in ((2, 3) if head_dim == 64 else (2,))

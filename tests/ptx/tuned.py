@@ -27,7 +27,7 @@ from tests.ptx.specialized import SPECIALIZED_FAULTS
 
 HOPPER = "hopper_forward_kernel"
 PLAIN = tiles.TileConfig(64, 64, 4, 2)
-SPECIALIZED, *_ = tiles.specialized_candidates(64)
+SPECIALIZED, *_ = tiles.specialized_candidates("forward", 64)
 (OFF_BY_ONE,) = (f for f in SPECIALIZED_FAULTS if f.name == "mask comparison off by one")
 
 
