@@ -512,8 +512,8 @@ def low_head() -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
 
 # Its backward kernels: the first are those of ``make test``.
 BACKWARD_QUICK = [
-    _backward("bf16 specialized gradients GQA", q=140, k=100, causal=True),
-    _backward("fp16 specialized gradients D128 causal", dim=128, q=100, k=70, causal=True, heads=1),
+    _backward("bf16 specialized gradients GQA", q=70, k=135, causal=True),
+    _backward("fp16 specialized gradients D128 causal", dim=128, q=90, k=70, causal=True, heads=1),
     _backward("fp16 specialized gradients D128", 3, dim=128, q=65, k=130, heads=1),
     Case("bf16 specialized gradients low head", low_head, (90,), specialized_backward=3),
     Case(
