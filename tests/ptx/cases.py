@@ -35,8 +35,8 @@ class Case:
         specialized: the forward pass by the warp-specialised kernel, with so many stages, and
             whether its consumers take turns.
         gradients: whether there is a backward pass.
-        specialized_backward: dK/dV and dQ by the warp-specialised kernels, with so many stages; 0:
-            by the plain ones.
+        specialized_backward: dK/dV and dQ by the warp-specialised kernels, with so many stages,
+            or as many as they may have; 0: by the plain ones.
         heaviest_first: whether programs start in the order of their work.
     """
 

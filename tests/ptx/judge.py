@@ -163,15 +163,12 @@ def _tiles(case: Case) -> Any:
     def changed(kernel: str, target: str, dtype: str, head_dim: int, mask: str) -> Any:
         config = look_up(kernel, target, dtype, head_dim, mask)
         wanted = case.specialized
+        offered = tiles.specialized_candidates(kernel, head_dim)
         if kernel != "forward":
-            stages = case.specialized_backward
+            stages = min(case.specialized_backward, max(each.num_stages for each in offered))
             wanted = (stages, False) if stages else None
         if wanted:
-            (config,) = (
-                each
-                for each in tiles.specialized_candidates(kernel, head_dim)
-                if (each.num_stages, each.takes_turns) == wanted
-            )
+            (config,) = (each for each in offered if (each.num_stages, each.takes_turns) == wanted)
         descriptors = case.descriptors or config.descriptors
         return dataclasses.replace(
             config, descriptors=descriptors, heaviest_first=case.heaviest_first
