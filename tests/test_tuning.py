@@ -92,3 +92,39 @@ def test_a_call_that_triton_refuses() -> None:
     q = torch.randn(1, 1, 4, 600, device=DEVICE)
     with pytest.raises(ValueError, match=r"there is nothing to tune: .* head dimension of 512"):
         flashlayer.tune(q, q, q)
+
+
+def _gradients(
+    tensors: tuple[torch.Tensor, ...], do: torch.Tensor, dtype: torch.dtype, **options: object
+) -> tuple[torch.Tensor, ...]:
+    """As a kernel gives them that computes in ``dtype`` from the same numbers."""
+    leaves = [x.to(dtype).requires_grad_() for x in tensors]
+    out = flash_attention(*leaves, backend="tiled", **options)
+    return tuple(x.to(do.dtype) for x in torch.autograd.grad(out, leaves, do.to(dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("q", "k"), [(70, 90), (200, 130), (40, 1)])
+def test_gradients_agree_if_they_differ_by_rounding_alone(
+    dtype: torch.dtype, q: int, k: int
+) -> None:
+    tensors = (*(torch.randn(1, 2, n, 64).to(dtype) for n in (q, k, k)),)
+    do = torch.randn(1, 2, q, 64).to(dtype)
+
+    def agree(found: tuple[torch.Tensor, ...]) -> bool:
+        return tuning._gradients_agree(do, *tensors, 64**-0.5, expected, found)
+
+    expected = _gradients(tensors, do, torch.float32, causal=True)
+    assert agree(_gradients(tensors, do, dtype, causal=True))
+    if k == 1:
+        return  # every query sees it, whatever the window
+    assert not agree(_gradients(tensors, do, dtype, window_size=(None, 1)))
+    assert not agree(_gradients(tensors, do.roll(1, 3), dtype, causal=True))
+    for which in range(3):
+        wrong = [x.clone() for x in expected]
+        wrong[which][:, :, -1] = 0
+        assert not agree((*wrong,)), which
+        wrong[which][:, :, -1] = 1.05 * expected[which][:, :, -1]
+        assert not agree((*wrong,)), which
+        wrong[which][:, :, -1] = torch.nan
+        assert not agree((*wrong,)), which

@@ -79,14 +79,14 @@ class Config(NamedTuple):
     """What the kernel is compiled for besides its arguments' types (constexpr).
 
     Attributes:
-        BLOCK_N: keys a tile.
+        BLOCK: rows of a tile that is streamed: of k and v in the forward kernel.
         HEAD_DIM: of q, k and v: 64 or 128.
-        STAGES: buffers for tiles of k, and for tiles of v.
+        STAGES: buffers for the tiles of each tensor that is streamed.
         CAUSAL: whether query ``i`` sees no key past ``i + offset``.
         TAKE_TURNS: whether the consumers issue their products in turns.
     """
 
-    BLOCK_N: int
+    BLOCK: int
     HEAD_DIM: int
     STAGES: int
     CAUSAL: bool
@@ -122,15 +122,15 @@ def wait_free(free, use, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def set_free(free, use, CONFIG: gl.constexpr):
-    """Say that this consumer has done with the tile of ``use``."""
-    mbarrier.arrive(free.index(use % CONFIG.STAGES), count=1)
+def set_free(free, use, CONFIG: gl.constexpr, pred=True):
+    """Say that this consumer has done with the tile of ``use``; nothing without ``pred``."""
+    mbarrier.arrive(free.index(use % CONFIG.STAGES), count=1, pred=pred)
 
 
 @gluon.jit
 def tile_of(buffers, use, CONFIG: gl.constexpr):
-    """The tile of ``use`` in shared memory: ``[BLOCK_N, HEAD_DIM]``."""
-    return buffers.index(use % CONFIG.STAGES).reshape([CONFIG.BLOCK_N, CONFIG.HEAD_DIM])
+    """The tile of ``use`` in shared memory: ``[BLOCK, HEAD_DIM]``."""
+    return buffers.index(use % CONFIG.STAGES).reshape([CONFIG.BLOCK, CONFIG.HEAD_DIM])
 
 
 @gluon.jit
@@ -162,7 +162,7 @@ def produce(q, k, v, tiles, barriers, block, CONFIG: gl.constexpr):
         load_tile(q, block.batch, block.head, row, barriers.q_loaded.index(c), tiles.q.index(c))
     for n in range(block.num_tiles):
         stage = n % CONFIG.STAGES
-        row = (block.num_tiles - 1 - n) * CONFIG.BLOCK_N
+        row = (block.num_tiles - 1 - n) * CONFIG.BLOCK
         wait_free(barriers.k_free, n, CONFIG)
         loaded = barriers.k_loaded.index(stage)
         load_tile(k, block.batch, block.kv_head, row, loaded, tiles.k.index(stage))
@@ -197,7 +197,7 @@ def consume(RANK: gl.constexpr, results, tiles, barriers, block, scale_log2, CON
     The last tiles of keys come first, which are those to mask: ragged, or crossed by the causal
     edge. All tiles before them need no mask.
     """
-    BLOCK_N: gl.constexpr = CONFIG.BLOCK_N
+    BLOCK_N: gl.constexpr = CONFIG.BLOCK
     HEAD_DIM: gl.constexpr = CONFIG.HEAD_DIM
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -268,15 +268,20 @@ def store_results(results, rows, valid, m_i, l_i, acc, CONFIG: gl.constexpr):
     # Its p are zeros, but 0 times a NaN of a value that other rows see is NaN: o is set to 0.
     empty = gl.convert_layout(l_i == 0.0, OUT)[:, None]
     inverse = gl.convert_layout(1.0 / gl.where(l_i == 0.0, 1.0, l_i), OUT)[:, None]
-    out = gl.where(empty, 0.0, acc * inverse).to(results.o_ptr.dtype.element_ty)
-    # 16 bytes a thread, whole rows a warp.
+    out = gl.where(empty, 0.0, acc * inverse)
+    store_rows(results.o_ptr, results.row_stride, rows, valid, out, CONFIG)
+
+
+@gluon.jit
+def store_rows(ptr, row_stride, rows, valid, tile, CONFIG: gl.constexpr):
+    """Store the valid rows of a tile: 16 bytes a thread, whole rows a warp."""
     LANES: gl.constexpr = CONFIG.HEAD_DIM // 8
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
     rows = gl.convert_layout(rows, gl.SliceLayout(1, STORE))[:, None]
     valid = gl.convert_layout(valid, gl.SliceLayout(1, STORE))[:, None]
     columns = gl.arange(0, CONFIG.HEAD_DIM, gl.SliceLayout(0, STORE))[None, :]
-    pointers = results.o_ptr + rows * results.row_stride + columns
-    gl.store(pointers, gl.convert_layout(out, STORE), mask=valid)
+    tile = gl.convert_layout(tile.to(ptr.dtype.element_ty), STORE)
+    gl.store(ptr + rows * row_stride + columns, tile, mask=valid)
 
 
 @gluon.jit
@@ -307,7 +312,7 @@ def block_of_program(
         last_row = gl.minimum((index + 1) * CONSUMERS * ROWS, seqlen_q) - 1
         stop = gl.minimum(last_row + offset + 1, k_length)
     # A block without a visible key takes one tile, all of it masked.
-    num_tiles = gl.maximum((stop + CONFIG.BLOCK_N - 1) // CONFIG.BLOCK_N, 1)
+    num_tiles = gl.maximum((stop + CONFIG.BLOCK - 1) // CONFIG.BLOCK, 1)
     q_start = index * CONSUMERS * ROWS
     return Block(batch, head, head // group, q_start, seqlen_q, k_length, offset, num_tiles)
 
@@ -348,8 +353,8 @@ def hopper_forward_kernel(
     )
     tiles = Tiles(
         q=buffers(q, CONSUMERS, ROWS, CONFIG),
-        k=buffers(k, CONFIG.STAGES, CONFIG.BLOCK_N, CONFIG),
-        v=buffers(v, CONFIG.STAGES, CONFIG.BLOCK_N, CONFIG),
+        k=buffers(k, CONFIG.STAGES, CONFIG.BLOCK, CONFIG),
+        v=buffers(v, CONFIG.STAGES, CONFIG.BLOCK, CONFIG),
     )
     q_loaded = ring(CONSUMERS, 1)
     barriers = Barriers(

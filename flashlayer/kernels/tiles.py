@@ -30,8 +30,9 @@ class TileConfig:
             tensor allows it. Off in the table: compiled for sm_90 they save up to 15 registers and
             move the loop's reachable share of peak by 2 % either way (benchmarks/NOTES.md), which
             is for a measurement to decide, see :func:`flashlayer.tune`.
-        specialized: the warp-specialised forward kernel of :mod:`flashlayer.kernels.hopper`, whose
-            two consumers share ``BLOCK_M`` and have ``num_warps`` each. Never in the table.
+        specialized: the warp-specialised kernel, see :mod:`flashlayer.kernels.hopper`: two
+            consumers of ``num_warps`` each share ``BLOCK_M``, in dK/dV ``BLOCK_N``. Never in the
+            table.
         takes_turns: whether its consumers take turns.
         heaviest_first: whether programs of a causal call start in the order of their work over as
             many heads as the L2 cache has room for, and not head by head; see
@@ -246,14 +247,19 @@ def candidates(kernel: str, dtype: str) -> list[TileConfig]:
     return list(found)
 
 
-def specialized_candidates(head_dim: int) -> list[TileConfig]:
-    """Variants of the warp-specialised forward kernel for a head dimension of 64 or 128.
+def specialized_candidates(kernel: str, head_dim: int) -> list[TileConfig]:
+    """Variants of a warp-specialised kernel for a head dimension of 64 or 128.
 
     Each fits a Hopper SM's shared memory and registers (``python -m benchmarks codegen``).
     """
+    if kernel == "dq":
+        return [TileConfig(128, 64, 4, stages, True, True) for stages in (2, 3)]
+    few = (2, 3) if head_dim == 64 else (2,)
+    if kernel == "dkdv":
+        return [TileConfig(64, 128, 4, stages, True, True) for stages in few]
     return [
         TileConfig(128, 128, 4, stages, True, True, takes_turns)
-        for stages in ((2, 3) if head_dim == 64 else (2,))
+        for stages in few
         for takes_turns in (False, True)
     ]
 

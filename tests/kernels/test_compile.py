@@ -86,11 +86,11 @@ def test_half_precision(tmp_path: Path) -> None:
     check(rows, "wgmma")
 
 
-def test_the_warp_specialised_kernel(tmp_path: Path) -> None:
+def test_the_warp_specialised_kernels(tmp_path: Path) -> None:
     arguments = ("--targets", "sm_90", "--dtypes", "bf16", "--head-dims", "64", "128")
     rows = ledger(tmp_path, *arguments, "--masks", "causal", "--options", "specialized")["rows"]
-    assert len(rows) == 2
-    check(rows, "wgmma", ("hopper_forward_kernel",))
+    assert len(rows) == 6
+    check(rows, "wgmma", ("hopper_forward_kernel", "hopper_dkdv_kernel", "hopper_dq_kernel"))
 
 
 def test_tangents(tmp_path: Path) -> None:

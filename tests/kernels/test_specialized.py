@@ -1,4 +1,4 @@
-"""Which calls the warp-specialised kernel takes. How it runs is in ``tests/ptx``."""
+"""Which calls the warp-specialised kernels take. How they run is in ``tests/ptx``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from flashlayer.backends.triton import specialized, tiling
 from flashlayer.problem import build_problem
 
+KERNELS = ("forward", "dkdv", "dq")
 Tensors = tuple[Tensor, Tensor, Tensor]
 
 
@@ -49,8 +50,12 @@ def transposed(x: Tensor) -> Tensor:
 )
 def test_calls_that_it_takes(hopper: None, call: Tensors, options: dict[str, Any]) -> None:
     assert reason(call, **options) is None
-    variants = specialized.candidate_tiles(build_problem(*call, **options))
-    assert {tiles.takes_turns for tiles in variants} == {False, True}
+    problem = build_problem(*call, **options)
+    turns = {
+        kernel: {tiles.takes_turns for tiles in specialized.candidate_tiles(kernel, problem)}
+        for kernel in KERNELS
+    }
+    assert turns == {"forward": {False, True}, "dkdv": {False}, "dq": {False}}
 
 
 MISALIGNED = torch.zeros(2 * 4 * 40 * 64 + 1, dtype=torch.bfloat16)[1:].view(2, 4, 40, 64)
@@ -86,7 +91,19 @@ def test_calls_that_it_leaves_to_the_plain_kernel(
     found = reason(call, **options)
     assert found is not None
     assert expected in found
-    assert specialized.candidate_tiles(build_problem(*call, **options)) == []
+    problem = build_problem(*call, **options)
+    assert all(specialized.candidate_tiles(kernel, problem) == [] for kernel in KERNELS)
+
+
+def test_gradients_that_they_leave_to_the_plain_kernels(hopper: None) -> None:
+    problem = build_problem(*tensors())
+    do = torch.randn_like(problem.query)
+    assert specialized.refuses_backward(do, *problem) is None
+    expanded = do.new_ones(1).expand(do.shape)  # the gradient of a sum
+    assert "TMA needs a gradient" in str(specialized.refuses_backward(expanded, *problem))
+    many = torch.empty(1, device="meta").bfloat16().expand(2, 2**15, 2**15, 64)
+    call = specialized.refuses_backward(many, many, many, many, *problem[3:])
+    assert "32-bit" in str(call)
 
 
 def test_no_other_chip_and_no_triton_that_it_does_not_know(

@@ -35,6 +35,8 @@ class Case:
         specialized: the forward pass by the warp-specialised kernel, with so many stages, and
             whether its consumers take turns.
         gradients: whether there is a backward pass.
+        specialized_backward: dK/dV and dQ by the warp-specialised kernels, with so many stages,
+            or as many as they may have; 0: by the plain ones.
         heaviest_first: whether programs start in the order of their work.
         auxiliary: whether the largest score and the entropy are asked for and judged, not the rest.
         tangents: forward mode instead of both passes, with tangents of q, k and v.
@@ -48,6 +50,7 @@ class Case:
     splits: int = 0
     specialized: tuple[int, bool] | None = None
     gradients: bool = True
+    specialized_backward: int = 0
     heaviest_first: bool = False
     auxiliary: bool = False
     tangents: bool = False
@@ -521,6 +524,66 @@ _SPECIALIZED = [
     *_any_lengths(32),
 ]
 
+
+def _backward(name: str, stages: int = 2, **problem: Any) -> Case:
+    """A backward pass of the warp-specialised kernels."""
+    dtype = FP16 if name.startswith("fp16") else BF16
+    return Case(name, dense(dtype, **problem), (90,), specialized_backward=stages)
+
+
+def _any_gradients(count: int) -> list[Case]:
+    """Problems of up to 200 queries and keys that cross every variant of the backward kernels."""
+    draw = random.Random(1)
+    found = []
+    for number in range(count):
+        dtype, dim = ("bf16", "fp16")[number % 2], (64, 128)[number // 2 % 2]
+        causal, stages = number // 4 % 2 == 1, 2 + number // 8 % 2
+        q, k, group = draw.randint(1, 200), draw.randint(1, 200), draw.choice((1, 2, 3))
+        name = f"{dtype} specialized gradients D{dim} {q} by {k}{' causal' * causal} s{stages}"
+        problem = {"q": q, "k": k, "dim": dim, "heads": group, "causal": causal}
+        found.append(_backward(name, stages, **problem))
+    return found
+
+
+def low_head() -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """Two heads, of which the second has logits of -400: exp of minus its LSE overflows.
+
+    Where the first head's last tile of queries reads the LSE of the second one it must be hidden.
+    """
+    query, key, value, options = dense(q=70, k=65)()
+    key = key.abs()
+    query[:, 1] = -40 - query[:, 1].abs()
+    return query, key, value, options
+
+
+# Its backward kernels: the first are those of ``make test``.
+BACKWARD_QUICK = [
+    _backward("bf16 specialized gradients GQA", q=70, k=135, causal=True),
+    _backward("fp16 specialized gradients D128 causal", dim=128, q=90, k=70, causal=True, heads=1),
+    _backward("fp16 specialized gradients D128", 3, dim=128, q=65, k=130, heads=1),
+    Case("bf16 specialized gradients low head", low_head, (90,), specialized_backward=3),
+    Case(
+        "bf16 specialized gradients hidden NaN",
+        causal_hiding(BF16, 64),
+        (90,),
+        specialized_backward=2,
+    ),
+]
+_BACKWARD = [
+    replace(BACKWARD_QUICK[0], name="bf16 specialized all three", specialized=(2, False)),
+    replace(BACKWARD_QUICK[0], name="bf16 specialized gradients in order", heaviest_first=True),
+    _backward("bf16 specialized gradients batch", batch=2, heads=6, kv_heads=2, q=130, k=129),
+    _backward("bf16 specialized gradients right side", q=129, k=200, window_size=(None, 33)),
+    _backward("bf16 specialized gradients no keys", q=300, k=140, window_size=(None, 3)),
+    _backward("fp16 specialized gradients rows in NaN", q=100, k=190, layout="in NaN", causal=True),
+    _backward("bf16 specialized gradients bshd", 3, q=100, k=190, layout="bshd"),
+    _backward("bf16 specialized gradients one query", 3, q=1, k=300),
+    _backward("bf16 specialized gradients one key", q=300, k=1, causal=True, diagonal="top_left"),
+    _backward("bf16 specialized gradients whole tiles", 3, q=256, k=256, causal=True),
+    _backward("bf16 specialized gradients logits of 100", q=90, k=140, magnitude=30.0, causal=True),
+    *_any_gradients(32),
+]
+
 TABLE = [
     *QUICK,
     *_GEOMETRY,
@@ -533,6 +596,8 @@ TABLE = [
     *_TANGENTS,
     *SPECIALIZED_QUICK,
     *_SPECIALIZED,
+    *BACKWARD_QUICK,
+    *_BACKWARD,
 ]
 BY_NAME = {case.name: case for case in TABLE}
 

@@ -19,10 +19,14 @@ from typing import Any
 import torch
 import triton
 
-from tests.ptx.cases import BY_NAME, QUICK, SPECIALIZED_QUICK, TABLE, names
+from tests.ptx.cases import BACKWARD_QUICK, BY_NAME, QUICK, SPECIALIZED_QUICK, TABLE, names
 from tests.ptx.judge import judge
 
-CASES = {"quick": QUICK, "table": TABLE, "specialized": SPECIALIZED_QUICK}
+CASES = {
+    "quick": QUICK,
+    "table": TABLE,
+    "specialized": [*SPECIALIZED_QUICK, *BACKWARD_QUICK],
+}
 SUITES = (*CASES, "faults", "slow-faults", "specialized-faults", "native")
 # (late, seed): asynchronous operations as late as the waits allow, or at once.
 TABLE_RUNS = ((True, 0), (False, 1), (True, 1), (False, 0))
@@ -47,9 +51,10 @@ def run_suite(
                 yield dataclasses.asdict(judge(BY_NAME[name], arch, open_device=open_device))
     else:
         from tests.ptx.faults import FAULTS, plant
-        from tests.ptx.specialized import SPECIALIZED_FAULTS
+        from tests.ptx.specialized import BACKWARD_FAULTS, SPECIALIZED_FAULTS
 
-        specialized = SPECIALIZED_FAULTS if arch == 90 and suite != "faults" else []
+        specialized = [*SPECIALIZED_FAULTS, *BACKWARD_FAULTS]
+        specialized = specialized if arch == 90 and suite != "faults" else []
         plain = FAULTS[arch] if suite != "specialized-faults" else []
         for fault in [*plain, *specialized]:
             if only in fault.name and fault.slow == (suite == "slow-faults"):

@@ -23,7 +23,8 @@ from flashlayer.backends.triton import launch, tiling
 from flashlayer.kernels.tiles import specialized_candidates
 from tests.ptx.driver import emulated
 
-SPECIALIZED = specialized_candidates(64)[0]  # on sm_90; sm_80 refuses and takes the table
+# On sm_90; sm_80 refuses and takes the table.
+SPECIALIZED = specialized_candidates("forward", 64)[0]
 LENGTHS = range(2, 302)  # a single query is causal in name only: another option set
 
 Options = Callable[[int], dict[str, Any]]

@@ -79,7 +79,7 @@ def judge(
     first: Results | None = None
     for late, seed in runs:
         options: dict[str, Any] = {"late": late, "seed": seed, "edit": edit}
-        options["barrier_fences"] = case.specialized is not None
+        options["barrier_fences"] = bool(case.specialized or case.specialized_backward)
         try:
             results = None
             while results is None:
@@ -191,12 +191,13 @@ def _tiles(case: Case) -> Any:
 
     def changed(kernel: str, target: str, dtype: str, head_dim: int, mask: str) -> Any:
         config = look_up(kernel, target, dtype, head_dim, mask)
-        if case.specialized and kernel == "forward":
-            (config,) = (
-                each
-                for each in tiles.specialized_candidates(head_dim)
-                if (each.num_stages, each.takes_turns) == case.specialized
-            )
+        wanted = case.specialized
+        offered = tiles.specialized_candidates(kernel, head_dim)
+        if kernel != "forward":
+            stages = min(case.specialized_backward, max(each.num_stages for each in offered))
+            wanted = (stages, False) if stages else None
+        if wanted:
+            (config,) = (each for each in offered if (each.num_stages, each.takes_turns) == wanted)
         descriptors = case.descriptors or config.descriptors
         return dataclasses.replace(
             config, descriptors=descriptors, heaviest_first=case.heaviest_first

@@ -23,12 +23,13 @@ from flashlayer.backends import triton as backend
 from flashlayer.backends.triton import tiling
 from flashlayer.kernels import tiles
 from tests.ptx.driver import Device, emulated
-from tests.ptx.specialized import SPECIALIZED_FAULTS
+from tests.ptx.specialized import BACKWARD_FAULTS, SPECIALIZED_FAULTS
 
 HOPPER = "hopper_forward_kernel"
 PLAIN = tiles.TileConfig(64, 64, 4, 2)
-SPECIALIZED, *_ = tiles.specialized_candidates(64)
+SPECIALIZED, *_ = tiles.specialized_candidates("forward", 64)
 (OFF_BY_ONE,) = (f for f in SPECIALIZED_FAULTS if f.name == "mask comparison off by one")
+(WRONG_DQ,) = (f for f in BACKWARD_FAULTS if f.name == "dQ: row of the keys")
 
 
 def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -70,6 +71,41 @@ def tune(
     }
 
 
+def tune_gradients(path: Path) -> dict[str, Any]:
+    """What it chooses of a right dK/dV and a wrong dQ, both faster than the plain kernels."""
+    run_once = tuning._timed
+
+    def timed(run: Any, device: torch.device) -> tuple[float, Any]:
+        before = len(emulator.launches)
+        _, found = run_once(run, device)
+        ran = [launch.kernel.startswith("hopper") for launch in emulator.launches[before:]]
+        return 1.0 - 0.1 * sum(ran), found
+
+    def table(kernel: str, q: torch.Tensor) -> list[Any]:
+        return [tiles.tile_config(kernel, "sm_90", "half", q.shape[3])]
+
+    def specialized(kernel: str, head_dim: int) -> list[Any]:
+        return [] if kernel == "forward" else offered(kernel, head_dim)[-1:]
+
+    backend.TUNED.clear()
+    offered = tiles.specialized_candidates
+    with (
+        emulated(90, edit=WRONG_DQ.edit([])) as emulator,
+        mock.patch.object(tiling, "candidate_tiles", table),
+        mock.patch.object(tiles, "specialized_candidates", specialized),
+        mock.patch.object(tuning, "ROUNDS", 1),
+        mock.patch.object(tuning, "_timed", timed),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always", RuntimeWarning)
+        chosen = flashlayer.tune(*problem(), path=path)
+    return {
+        "chosen": {kernel: config["specialized"] for kernel, config in chosen.items()},
+        "launched": sorted({launch.kernel for launch in emulator.launches}),
+        "warnings": [str(w.message) for w in caught if w.category is RuntimeWarning],
+    }
+
+
 def launched(device: Device, call: Any) -> list[str]:
     before = len(device.launches)
     call()
@@ -91,8 +127,18 @@ def read(path: Path) -> dict[str, Any]:
         "strided": lambda: flash_attention(q.mT.contiguous().mT, k, v, **options),
         "longer": lambda: flash_attention(q.repeat(1, 1, 2, 1), k, v, **options),
     }
+
+    def gradients(expanded: bool) -> None:
+        out = flash_attention(q.clone().requires_grad_(), k, v, backend="triton")
+        out.backward(out.new_ones(1).expand(out.shape) if expanded else torch.ones_like(out))
+
+    calls |= {
+        "gradients": lambda: gradients(expanded=False),
+        "gradients of a sum": lambda: gradients(expanded=True),
+    }
     with emulated(90) as device, mock.patch.object(tuning, "_fastest", side_effect=AssertionError):
         flashlayer.tune(q, k, v, causal=True, backward=False, path=path)
+        flashlayer.tune(q, k, v, path=path)
         return {name: launched(device, call) for name, call in calls.items()}
 
 
@@ -108,7 +154,7 @@ def main() -> None:
         "unstable": tune(None, 0.5, drift=2**-20),
         "faster": tune(path, 0.5),
     }
-    print(json.dumps(results))
+    print(json.dumps({"forward": results, "gradients": tune_gradients(path)}))
 
 
 if __name__ == "__main__":

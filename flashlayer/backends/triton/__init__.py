@@ -51,7 +51,7 @@ MAX_WIDE_HEAD_DIM = 256  # fp32 and fp64, whose tiles take two and four times th
 def candidate_tiles(kernel: str, problem: Problem) -> list[Any]:
     """Tiles that may suit a problem, for :func:`flashlayer.tune` to measure."""
     found = tiling.candidate_tiles(kernel, problem.query)
-    return [*found, *specialized.candidate_tiles(problem)] if kernel == "forward" else found
+    return [*found, *specialized.candidate_tiles(kernel, problem)]
 
 
 def refuses(problem: Problem) -> str | None:

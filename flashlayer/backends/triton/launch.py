@@ -203,6 +203,12 @@ def _launch_dkdv(call: _BackwardCall, dk: Tensor, dv: Tensor) -> None:
     kv_heads = k.shape[1]
     group = q.shape[1] // kv_heads
     tiles = tiling.tiles_of("dkdv", q, v, spec, extras)
+    if tiles.specialized:
+        if specialized.refuses_backward(do, q, k, v, spec, extras) is None:
+            statistics = arguments["statistics"]
+            specialized.launch_dkdv(do, q, k, v, dk, dv, statistics, spec, tiles)
+            return
+        tiles = tiling.table_tiles("dkdv", q, v, extras)
     num_blocks = _num_blocks(spec.max_seqlen_k, k.shape[2], tiles.BLOCK_N)
     if num_blocks == 0:
         return
@@ -235,9 +241,14 @@ def _launch_dkdv(call: _BackwardCall, dk: Tensor, dv: Tensor) -> None:
 def _launch_dq(call: _BackwardCall, dq: Tensor) -> None:
     from flashlayer.kernels.backward import dq_kernel
 
-    _, q, k, v, spec, extras, arguments = call
+    do, q, k, v, spec, extras, arguments = call
     heads = q.shape[1]
     tiles = tiling.tiles_of("dq", q, v, spec, extras)
+    if tiles.specialized:
+        if specialized.refuses_backward(do, q, k, v, spec, extras) is None:
+            specialized.launch_dq(do, q, k, v, dq, arguments["statistics"], spec, tiles)
+            return
+        tiles = tiling.table_tiles("dq", q, v, extras)
     num_blocks = _num_blocks(spec.max_seqlen_q, q.shape[2], tiles.BLOCK_M)
     if num_blocks == 0:
         return

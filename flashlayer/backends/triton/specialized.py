@@ -44,13 +44,24 @@ def refuses(
     return None
 
 
-def candidate_tiles(problem: Problem) -> list[Any]:
-    """The kernel's variants that may suit a problem; none where it refuses."""
+def refuses_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
+) -> str | None:
+    """The same of the backward kernels."""
+    if q.shape[0] * q.shape[1] * q.shape[2] >= 1 << 31:
+        return "its coordinates of the rows of all heads are 32-bit"
+    if not tiling.has_tma_strides(do):
+        return "TMA needs a gradient of contiguous rows, address and strides multiples of 16 bytes"
+    return refuses(q, k, v, spec, extras)
+
+
+def candidate_tiles(kernel: str, problem: Problem) -> list[Any]:
+    """The variants of a kernel that may suit a problem; none where it refuses."""
     from flashlayer.kernels.tiles import specialized_candidates
 
     if refuses(*problem) is not None:
         return []
-    return specialized_candidates(problem.query.shape[3])
+    return specialized_candidates(kernel, problem.query.shape[3])
 
 
 def launch(
@@ -84,6 +95,98 @@ def launch(
     )
 
 
+def launch_dkdv(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    statistics: Any,
+    spec: AttentionSpec,
+    tiles: Any,
+) -> None:
+    """Fill ``dk`` and ``dv`` of a call that :func:`refuses_backward` does not refuse."""
+    from flashlayer.kernels.hopper import CONSUMER_WARPS
+    from flashlayer.kernels.hopper_backward import hopper_dkdv_kernel
+
+    kv_heads, seqlen_k = k.shape[1:3]
+    num_blocks = -(-seqlen_k // tiles.BLOCK_N)
+    keys = _visible_keys(q, k, spec)
+    rows = tiles.BLOCK_N // 2  # two consumers
+    kernel: Any = hopper_dkdv_kernel[(num_blocks * kv_heads * k.shape[0],)]
+    kernel(
+        q=_descriptor(q, tiles.BLOCK_M),
+        k=_descriptor(k[:, :, :keys], rows),
+        v=_descriptor(v[:, :, :keys], rows),
+        do=_descriptor(do, tiles.BLOCK_M),
+        shift=_number_descriptor(statistics.shift_ptr, tiles.BLOCK_M),
+        delta=_number_descriptor(statistics.delta_ptr, tiles.BLOCK_M),
+        dk=strided(dk),
+        dv=strided(dv),
+        kv_heads=kv_heads,
+        group=q.shape[1] // kv_heads,
+        seqlen_q=q.shape[2],
+        seqlen_k=seqlen_k,
+        num_blocks=num_blocks,
+        heads_together=tiling.heads_together(tiles, spec, kv_heads, None, q, do),
+        num_warps=CONSUMER_WARPS,
+        **_gradient_arguments(q, k, keys, spec, tiles, tiles.BLOCK_M),
+    )
+
+
+def launch_dq(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dq: Tensor,
+    statistics: Any,
+    spec: AttentionSpec,
+    tiles: Any,
+) -> None:
+    """Fill ``dq`` of a call that :func:`refuses_backward` does not refuse."""
+    from flashlayer.kernels.hopper import CONSUMER_WARPS
+    from flashlayer.kernels.hopper_backward import hopper_dq_kernel
+
+    batch, heads, seqlen_q, _ = q.shape
+    num_blocks = -(-seqlen_q // tiles.BLOCK_M)
+    keys = _visible_keys(q, k, spec)
+    rows = tiles.BLOCK_M // 2  # two consumers
+    kernel: Any = hopper_dq_kernel[(num_blocks * heads * batch,)]
+    kernel(
+        q=_descriptor(q, rows),
+        k=_descriptor(k[:, :, :keys], tiles.BLOCK_N),
+        v=_descriptor(v[:, :, :keys], tiles.BLOCK_N),
+        do=_descriptor(do, rows),
+        dq=strided(dq),
+        statistics=statistics,
+        heads=heads,
+        group=heads // k.shape[1],
+        seqlen_q=seqlen_q,
+        k_length=keys,
+        num_blocks=num_blocks,
+        heads_together=tiling.heads_together(tiles, spec, heads, None, k, v),
+        num_warps=CONSUMER_WARPS,
+        **_gradient_arguments(q, k, keys, spec, tiles, tiles.BLOCK_N),
+    )
+
+
+def _gradient_arguments(
+    q: Tensor, k: Tensor, keys: int, spec: AttentionSpec, tiles: Any, streamed: int
+) -> dict[str, Any]:
+    """What both backward kernels take of the geometry and the scale."""
+    from flashlayer.kernels.hopper import Config
+
+    causal = spec.window_right is not None
+    return {
+        "offset": min(spec.offset(q.shape[2], k.shape[2]) + (spec.window_right or 0), keys),
+        "scale_log2": spec.scale * math.log2(math.e),
+        "scale": spec.scale,
+        "CONFIG": Config(streamed, q.shape[3], tiles.num_stages, causal, tiles.takes_turns),
+    }
+
+
 def _visible_keys(q: Tensor, k: Tensor, spec: AttentionSpec) -> int:
     """Keys up to the last that any query sees; TMA reads zeros for what lies behind, be it NaN."""
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
@@ -100,3 +203,11 @@ def _descriptor(x: Tensor, rows: int) -> Any:
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
     layout: Any = gl.NVMMASharedLayout.get_default_for(box, dtype)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), box, layout)
+
+
+def _number_descriptor(x: Tensor, count: int) -> Any:
+    """A tensor map that loads ``count`` numbers of a contiguous fp32 tensor from any one on."""
+    from flashlayer.kernels.gluon_api import TensorDescriptor, gl
+
+    layout: Any = gl.NVMMASharedLayout.get_default_for([count], gl.float32)
+    return TensorDescriptor(x.view(-1), [x.numel()], [1], [count], layout)
