@@ -229,6 +229,8 @@ LEFT: dict[str, Any] = {
     ),
     "scale_nan": (plain(), {"scale": float("nan")}, "not a finite number"),
 }  # fmt: skip
+if torch.__version__ < (2, 12):  # whose own SDPA of no heads ends the process
+    del LEFT["no_heads"]
 
 
 def outcome(call: Any) -> Any:
@@ -260,14 +262,13 @@ def test_report_counts_by_reason() -> None:
     with override() as routing:
         for _ in range(3):
             SDPA(q, k, v)
-        SDPA(q, k, v, attn_mask=bool_mask(5, 5), is_causal=True)
+        SDPA(*(x.to("meta") for x in (q, k, v)))
         assert routing.report().routed == 3
     SDPA(q, k, v)  # outside
     report = routing.report()
-    assert report.left == {"attn_mask together with is_causal": 1}
-    assert str(report) == (
-        "3 routed to flashlayer\n1 left to torch: attn_mask together with is_causal"
-    )
+    reason = "the meta device, or tensors on more than one device"
+    assert report.left == {reason: 1}
+    assert str(report) == f"3 routed to flashlayer\n1 left to torch: {reason}"
     assert override().report() == (0, {})
 
 

@@ -45,10 +45,11 @@ def make_mask(
     Returns:
         A :class:`WindowMask`, or a :class:`DenseMask` ``(B, 1, Sq, Sk)`` for any other pattern.
     """
-    from transformers import masking_utils
+    # Dynamo of torch 2.11 imports no name from transformers itself, whose module is a lazy one.
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     owner = getattr(config, "model_type", None) or "model"
-    mask_function = mask_function or masking_utils.causal_mask_function
+    mask_function = mask_function or causal_mask_function
     shape, device = (batch_size, 1, q_length, kv_length), torch.device(device)
     keys = Keys(q_length, kv_length, kv_offset, device)
     pattern = recognise(mask_function, keys)
@@ -60,7 +61,7 @@ def make_mask(
         made = window_mask(pattern, attention_mask, shape, q_offset, keys, owner)
         if made is not None:
             return made
-    mask: Tensor = masking_utils.sdpa_mask(  # pyright: ignore[reportAssignmentType]
+    mask: Tensor = sdpa_mask(  # pyright: ignore[reportAssignmentType]
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,

@@ -76,11 +76,11 @@ def recognise(mask_function: Callable, keys: Keys) -> Pattern | None:
     Closures are recognised by the identity of their code, so a mask function that a later version
     builds differently gives a dense mask: slower, but correct.
     """
-    from transformers import masking_utils
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-    if mask_function is masking_utils.causal_mask_function:
+    if mask_function is causal_mask_function:
         return Pattern(right=0)
-    if mask_function is masking_utils.bidirectional_mask_function:
+    if mask_function is bidirectional_mask_function:
         return Pattern()
     described: tuple[str, dict[str, Any]] | None
     if torch.compiler.is_compiling():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -317,9 +318,15 @@ def _run_chunked_prefill(model: transformers.PreTrainedModel, kind: str) -> dict
                 chunk["position_ids"] = positions
             else:
                 chunk = {"decoder_input_ids": ids[:, start:stop]}
-            logits = model(**fixed, **chunk, past_key_values=cache, use_cache=True).logits
+            logits = model(**fixed, **chunk, **as_argument(cache, model), use_cache=True).logits
             results[f"{cache_name} {start}:{stop}"] = logits[padding[:, start:stop] == 1]
     return results
+
+
+def as_argument(cache: Any, model: transformers.PreTrainedModel) -> dict[str, Any]:
+    """Under the name that the model gives it: ``past_key_values`` before transformers 5.24."""
+    accepted = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in accepted else "past_key_values": cache}
 
 
 def new_cache(name: str, model: transformers.PreTrainedModel, kind: str) -> Any:

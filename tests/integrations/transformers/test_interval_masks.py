@@ -16,6 +16,7 @@ from flashlayer.masks import IntervalMask
 from tests.integrations.transformers.hosts import BATCH, HOSTS, LENGTH, NAME, build
 from tests.integrations.transformers.situations import (
     SITUATION_RUNS,
+    as_argument,
     dense_masks,
     draw_tokens,
     model_inputs,
@@ -184,10 +185,12 @@ def test_a_compiled_prefill_in_pieces_makes_no_dense_mask(
         for start, stop in ((0, 5), (5, 12), (12, 13))
     ]
     cache = new_cache(cache_name, model, "decoder")
-    expected = torch.cat([eager(**x, past_key_values=cache).logits for x in chunks], dim=1)
+    expected = torch.cat([eager(**x, **as_argument(cache, eager)).logits for x in chunks], dim=1)
     cache = new_cache(cache_name, model, "decoder")
     with masks_of_calls(monkeypatch) as found:
-        actual = torch.cat([compiled(**x, past_key_values=cache).logits for x in chunks], dim=1)
+        actual = torch.cat(
+            [compiled(**x, **as_argument(cache, eager)).logits for x in chunks], dim=1
+        )
     real = padding == 1
     torch.testing.assert_close(actual[real], expected[real], rtol=1e-4, atol=1e-4)
     if host == "Llama 4" or (host, cache_name) == ("Llama", "static"):

@@ -15,7 +15,12 @@ from transformers import masking_utils
 from flashlayer.integrations.transformers import WindowMask, make_mask
 from flashlayer.integrations.transformers.masks import DenseMask
 from tests.integrations.transformers.hosts import BATCH, HOSTS, LENGTH, NAME
-from tests.integrations.transformers.situations import model_inputs, new_cache, padding_mask
+from tests.integrations.transformers.situations import (
+    as_argument,
+    model_inputs,
+    new_cache,
+    padding_mask,
+)
 
 
 def mask_function(kind: str, window: int, sequences: Tensor, positions: Tensor) -> Any:
@@ -28,8 +33,10 @@ def mask_function(kind: str, window: int, sequences: Tensor, positions: Tensor) 
     }
     if kind in function:
         return function[kind]
-    return masking_utils.packed_sequence_compatibility_function(
-        function[kind.removeprefix("packed ")], positions, sequences
+    inner = function[kind.removeprefix("packed ")]
+    return masking_utils.and_masks(
+        masking_utils.packed_sequence_mask_function(sequences),
+        masking_utils.remap_positions_for_packed_sequence(inner, positions),
     )
 
 
@@ -144,7 +151,9 @@ def fake_outputs(host: str, implementation: str, situation: str) -> dict[str, to
             for start, stop in ((0, 5), (5, 12), (12, 13)):
                 ids = torch.ones(BATCH, stop - start).long()
                 with torch.no_grad():
-                    output = model(ids, attention_mask=padding[:, :stop], past_key_values=cache)
+                    output = model(
+                        ids, attention_mask=padding[:, :stop], **as_argument(cache, model)
+                    )
         else:
             padding = None if situation == "no padding" else padding_mask(situation)
             output = model(**model_inputs(model, kind, padding))

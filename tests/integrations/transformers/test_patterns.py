@@ -111,7 +111,10 @@ def test_packed_sequences_that_transformers_numbers_are_intervals_in_a_graph(kin
                 utils.causal_mask_function, utils.blockwise_overlay(images)
             ),
         }[kind]()
-        function = utils.packed_sequence_compatibility_function(inner, positions, sequences)
+        function = utils.and_masks(
+            utils.packed_sequence_mask_function(sequences),
+            utils.remap_positions_for_packed_sequence(inner, positions),
+        )
         return maker(3, 9, 9, mask_function=function)
 
     host = functools.partial(utils.sdpa_mask, allow_is_causal_skip=False)
