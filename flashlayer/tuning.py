@@ -118,7 +118,7 @@ def _fastest(kernel: str, bucket: tuple, problem: Problem) -> Any:
         fastest = _race(backend.candidate_tiles(kernel, problem), run, bucket, q.device, agree)
         if spec.window_right is not None:
             # The table's too: a specialised kernel that does not repeat its results leaves it.
-            table = backend.table_tiles(kernel, q, v, extras)
+            table = backend.table_tiles(kernel, q, v, spec, extras)
             three = dict.fromkeys([fastest, replace(fastest, heaviest_first=True), table])
             fastest = _race(list(three), run, bucket, q.device, agree)
         return fastest

@@ -82,7 +82,10 @@ def test_heaviest_first_gives_the_same_bits(packed: bool, monkeypatch: pytest.Mo
 
 def test_only_causal_calls_have_an_order() -> None:
     x = torch.empty(1, 2, 8, 16)
-    tiles = replace(tiling.table_tiles("forward", x, x, AttentionExtras()), heaviest_first=True)
+    tiles = replace(
+        tiling.table_tiles("forward", x, x, AttentionSpec(1.0), AttentionExtras()),
+        heaviest_first=True,
+    )
     assert tiling.heads_together(tiles, AttentionSpec(1.0, None, 0), 2, None, x, x) == 128
     assert tiling.heads_together(tiles, AttentionSpec(1.0, 3, None), 2, None, x, x) is None
     empty = x[:, :, :0]

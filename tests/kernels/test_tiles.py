@@ -41,7 +41,7 @@ def check_row(config: TileConfig) -> None:
     assert config.num_stages >= 1
 
 
-@pytest.mark.parametrize("mask", ["none", "dense", "intervals"])
+@pytest.mark.parametrize("mask", ["none", "edges", "dense", "intervals"])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942", "interpreter"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq"])

@@ -208,7 +208,7 @@ def _launch_dkdv(call: _BackwardCall, dk: Tensor, dv: Tensor) -> None:
             statistics = arguments["statistics"]
             specialized.launch_dkdv(do, q, k, v, dk, dv, statistics, spec, tiles)
             return
-        tiles = tiling.table_tiles("dkdv", q, v, extras)
+        tiles = tiling.table_tiles("dkdv", q, v, spec, extras)
     num_blocks = _num_blocks(spec.max_seqlen_k, k.shape[2], tiles.BLOCK_N)
     if num_blocks == 0:
         return
@@ -248,7 +248,7 @@ def _launch_dq(call: _BackwardCall, dq: Tensor) -> None:
         if specialized.refuses_backward(do, q, k, v, spec, extras) is None:
             specialized.launch_dq(do, q, k, v, dq, arguments["statistics"], spec, tiles)
             return
-        tiles = tiling.table_tiles("dq", q, v, extras)
+        tiles = tiling.table_tiles("dq", q, v, spec, extras)
     num_blocks = _num_blocks(spec.max_seqlen_q, q.shape[2], tiles.BLOCK_M)
     if num_blocks == 0:
         return

@@ -61,6 +61,9 @@ def table_tiles(
     kind = _mask_kind(extras)
     if kernel == "forward" and spec.entropy and kind == "none":
         kind = "intervals"  # the entropy's sums take as many registers
+    bounded = spec.window_left is not None or spec.window_right is not None
+    if kernel == "dkdv" and bounded and kind == "none":
+        kind = "edges"
     return tile_config(kernel, target(q.device), precision(q), widest, kind)
 
 
