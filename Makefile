@@ -2,6 +2,7 @@
 #   make demo     train the demo GPT with flash and with standard attention, and say where the report is
 #   make test     every test that needs no GPU
 #   make docs     the site, in build/docs/index.html
+#   make book     the chapter as a PDF in English and in Chinese, in build/book; needs Chromium and a Chinese font
 #   make notebooks   run the chapter's notebooks and write what comes out into them
 #   make hub      the kernel repository for the Hugging Face hub, in build/hub
 #   make lint     ruff and pyright
@@ -16,7 +17,7 @@ RUN := $(VENV)/bin/python
 # Waiting OpenMP threads sleep instead of spinning: several times faster where other processes want the cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test docs notebooks hub lint bench gpu clean
+.PHONY: demo test docs book notebooks hub lint bench gpu clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m train parity --config configs/parity_cpu.yaml
@@ -26,6 +27,9 @@ test: $(VENV)/.docs
 
 docs: $(VENV)/.docs
 	$(RUN) -m sphinx -q -W --keep-going docs build/docs
+
+book: docs
+	$(RUN) -m docs.book build/docs build/book
 
 notebooks: $(VENV)/.docs
 	$(RUN) docs/notebooks.py

@@ -125,6 +125,10 @@ OPTIONS: dict[str, Callable[[AttentionSpec, Tensor], tuple[AttentionSpec, Attent
         replace(spec, dropout_p=0.1),
         AttentionExtras(dropout_seed=_seed(q)),
     ),
+    "return_aux": lambda spec, q: (
+        replace(spec, max_scores=True, entropy=True),
+        AttentionExtras(),
+    ),
     "all": _everything,
 }
 # Tangents of q, k and v: forward mode, instead of a forward and a backward pass.
@@ -197,7 +201,7 @@ def record_launches(case: Case) -> list[Launch]:
         if case.options == "tangents":
             backend.forward_tangents((q, kv, kv), (q, kv, kv), spec, extras)
             return launches
-        o, lse = backend.forward(q, kv, kv, spec, extras)
+        o, lse, *_ = backend.forward(q, kv, kv, spec, extras)
         backend.backward(torch.empty_like(o), None, q, kv, kv, o, lse, spec, extras)
     return launches
 

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 import nbformat
+from myst_parser.mdit_to_docutils.base import default_slugify
 from nbformat import NotebookNode
 
 DOCS = Path(__file__).parent
@@ -21,6 +22,8 @@ TRANSLATIONS = sorted((DOCS / "zh").glob("*" + SUFFIX))
 # Pages written in Chinese as a whole, and what they render; their keys are hashes of whole files.
 PAGES = {
     "zh/index.md": ["chapter/index.md"],
+    "zh/playground.md": ["chapter/playground.md"],
+    "zh/checklist.md": ["chapter/checklist.md"],
     "zh/exercises.md": [
         "exercises/README.md",
         *(f"exercises/exercise_{n}.py" for n in range(1, 7)),
@@ -89,11 +92,27 @@ def parts(source: str) -> dict[str, set[str]]:
     }
 
 
+def anchors(notebook: NotebookNode) -> list[str]:
+    """The anchors of a notebook's headings, in order."""
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    return [default_slugify(h) for h in re.findall(r"^#+ (.+)$", "\n".join(cells), re.MULTILINE)]
+
+
 def english_target(link: str) -> str:
-    """The link in the English edition: both folders have the same depth and the same names."""
-    return re.sub(rf"^(\d_\w+){re.escape(SUFFIX)}", r"\1.ipynb", link).replace(
-        "exercises.md", "../exercises/README.md"
-    )
+    """The link in the English edition: both folders have the same depth and the same names.
+
+    Raises:
+        ValueError: the notebook has no heading with the link's anchor.
+    """
+    page, _, anchor = link.partition("#")
+    if not page.endswith(SUFFIX):
+        return link.replace("exercises.md", "../exercises/README.md")
+    text = (DOCS / "zh" / page).read_text(encoding="utf-8")
+    path = english_notebook(text)
+    if not anchor:
+        return path.name
+    place = anchors(read(text)).index(anchor)
+    return f"{path.name}#{anchors(nbformat.read(path, as_version=4))[place]}"
 
 
 def differences(english: str, chinese: str) -> list[str]:

@@ -2,8 +2,10 @@
 
 import importlib
 import re
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 from docutils import nodes
 from latex2mathml.converter import convert
@@ -115,7 +117,9 @@ class LinksIntoTheRepository(SphinxTransform):
 
     ``[`update`](../../flashlayer/online_softmax.py)`` opens the file where the Markdown is read on
     a code host. On the site it leads to the function's entry in the API reference or, if there is
-    none, to the file's listing. A name that is no longer in the file is a warning.
+    none, to the file's listing. A name that is no longer in the file is a warning. Code with a
+    space in it is the text of a line: the link leads there and says its number. A warning unless
+    exactly one line has the text.
     """
 
     default_priority = 200
@@ -135,6 +139,10 @@ class LinksIntoTheRepository(SphinxTransform):
         path = file.relative_to(ROOT).as_posix()
         if path in INCLUDED:
             target = {"refdomain": "std", "reftype": "doc", "reftarget": "/" + INCLUDED[path]}
+        elif path.startswith("flashlayer/") and " " in link.astext():
+            line = self.line_in(path, link)
+            target = {"refdomain": "py", "reftype": "obj", "reftarget": path}
+            target |= {"listing": path, "line": line}
         elif path.startswith("flashlayer/"):
             name = self.name_in(path, link)
             target = {"refdomain": "py", "reftype": "obj", "reftarget": name, "listing": path}
@@ -142,6 +150,15 @@ class LinksIntoTheRepository(SphinxTransform):
             return
         target |= {"refdoc": self.env.docname, "refexplicit": True, "refwarn": True}
         link.replace_self(addnodes.pending_xref("", *link.children, **target))
+
+    def line_in(self, path: str, link: nodes.Element) -> int:
+        """Number of the line that the link's text is from."""
+        lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+        numbers = [number for number, line in enumerate(lines, 1) if link.astext() in line]
+        if len(numbers) != 1:
+            message = "%d lines of %s have %r in them"
+            logger.warning(message, len(numbers), path, link.astext(), location=link)
+        return numbers[0] if numbers else 1
 
     def name_in(self, path: str, link: nodes.Element) -> str:
         """Full name of the object that the link's text names; the file's path if it names none."""
@@ -166,9 +183,51 @@ def find_listing(
     if "listing" not in node:
         return None
     standard = env.get_domain("std")
-    return standard.resolve_xref(
+    reference = standard.resolve_xref(
         env, node["refdoc"], app.builder, "ref", node["listing"], node, content
     )
+    if reference is not None:
+        reference.clear()  # of the text that has lost its markup
+        reference += content
+        if "line" in node:
+            reference["refuri"] += f"-{node['line']}"
+            place = f" {Path(node['listing']).name}:{node['line']}"
+            reference += nodes.inline("", place, classes=["line"])
+    return reference
+
+
+def anchor_lines(app: Sphinx, doctree: nodes.document) -> None:
+    """Give each line of a listing an anchor: the id of its section, and the number."""
+    for block in doctree.findall(nodes.literal_block):
+        if block.get("linenos") and isinstance(block.parent, nodes.section):
+            block["highlight_args"]["lineanchors"] = block.parent["ids"][0]
+
+
+class PunctuationOfFormulas(SphinxTransform):
+    """Keeps a formula on one line with its punctuation; browsers break around any formula."""
+
+    default_priority = 900
+
+    def apply(self) -> None:
+        """Wrap each formula, an opening mark before it and the closing ones after it."""
+        for formula in list(self.document.findall(nodes.math)):
+            parent = formula.parent
+            index = parent.index(formula)
+            before = parent[index - 1] if index else None
+            after = parent[index + 1] if index + 1 < len(parent) else None
+            whole = nodes.inline("", "", formula, classes=["nobreak"])
+            if isinstance(after, nodes.Text) and (marks := first_of(after, {"Po", "Pe", "Pf"})):
+                parent[index + 1] = nodes.Text(after[len(marks) :])
+                whole.append(nodes.Text(marks))
+            if isinstance(before, nodes.Text) and (marks := first_of(before[::-1], {"Ps", "Pi"})):
+                parent[index - 1] = nodes.Text(before[: -len(marks)])
+                whole.insert(0, nodes.Text(marks[::-1]))
+            parent[index] = whole if len(whole) > 1 else formula
+
+
+def first_of(text: str, kinds: set[str]) -> str:
+    """The characters at the start of a text that are of these Unicode categories."""
+    return "".join(takewhile(lambda mark: category(mark) in kinds, text))
 
 
 class LanguageLink(SphinxTransform):
@@ -204,6 +263,8 @@ def setup(app: Sphinx) -> None:
     """Register with Sphinx."""
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
     app.add_transform(LinksIntoTheRepository)
+    app.add_transform(PunctuationOfFormulas)
     app.add_transform(LanguageLink)
+    app.connect("doctree-read", anchor_lines)
     app.connect("html-page-context", set_language)
     app.connect("missing-reference", find_listing)

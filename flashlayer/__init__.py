@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from flashlayer import masks
+from flashlayer.auxiliary import AuxOutput, AuxRequest
 from flashlayer.functional import (
     available_backends,
     dropout_keep_mask,
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AuxOutput",
+    "AuxRequest",
     "FlashAttention",
     "FlashMultiheadAttention",
     "KVCache",

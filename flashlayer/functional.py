@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from flashlayer import backends, philox, plans
+from flashlayer import backends, plans
 from flashlayer.autograd import attend
+from flashlayer.auxiliary import AuxOutput, AuxRequest, as_output, as_request
 from flashlayer.masks import IntervalMask
-from flashlayer.problem import (
-    Packing,
-    build_packed_problem,
-    build_problem,
-    check_dropout,
-    stand_ins,
-)
+from flashlayer.philox import dropout_keep_mask as dropout_keep_mask
+from flashlayer.problem import Packing, build_packed_problem, build_problem, stand_ins
 from flashlayer.spec import Diagonal, Problem, WindowSize
 
 if TYPE_CHECKING:
@@ -46,6 +41,15 @@ def flash_attention(
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    return_aux: AuxRequest,
+    **options: Unpack[DenseOptions],
+) -> tuple[Tensor, AuxOutput]: ...
+@overload
+def flash_attention(
     query: Tensor, key: Tensor, value: Tensor, *, return_lse: bool, **options: Unpack[DenseOptions]
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def flash_attention(
@@ -64,8 +68,9 @@ def flash_attention(
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     return_lse: bool = False,
+    return_aux: AuxRequest | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
     r"""Exact softmax attention that never stores the ``Sq x Sk`` matrix.
 
     For every batch entry and query head ``h``, with kv head ``h // (H // Hkv)``, over the keys j
@@ -109,6 +114,8 @@ def flash_attention(
             None it is drawn from torch's generator of the device, so that ``torch.manual_seed``
             reproduces it and every call draws another.
         return_lse: also return the log-sum-exp of the scores.
+        return_aux: also return an :class:`AuxOutput` of what this :class:`AuxRequest`, or
+            FlexAttention's, asks for: ``lse``, ``max_scores``, ``entropy``.
         backend: ``"auto"``, or one of ``"triton"``, ``"aten"``, ``"tiled"``, ``"standard"``, see
             :func:`available_backends`. ``"auto"`` takes Triton on a GPU; on the CPU ATen's flash
             kernel where it covers the call and is the faster one, else the tiled algorithm in
@@ -117,6 +124,7 @@ def flash_attention(
     Returns:
         ``out`` ``(B, H, Sq, Dv)`` in the dtype of ``query``; with ``return_lse`` also ``lse``
         ``(B, H, Sq)``: natural logarithm, contiguous, fp32 (fp64 for fp64 inputs), differentiable.
+        With ``return_aux``: ``(out, AuxOutput)``.
 
     Raises:
         TypeError: an argument is of the wrong type, or the dtypes differ.
@@ -134,7 +142,7 @@ def flash_attention(
     """
     signature = None
     if (
-        alibi_slopes is sinks is dropout_seed is None
+        alibi_slopes is sinks is dropout_seed is return_aux is None
         and window_size == (None, None)
         and type(dropout_p) is float
         and dropout_p == 0.0
@@ -156,16 +164,19 @@ def flash_attention(
         "sinks": sinks,
         "dropout_p": dropout_p,
         "dropout_seed": dropout_seed,
+        "return_aux": return_aux,
     }
     if proxies := stand_ins(query, key, value, **options):
         options |= {"return_lse": return_lse, "backend": backend}
         return handle_torch_function(flash_attention, proxies, query, key, value, **options)
+    if return_aux is not None:
+        options["return_aux"] = return_aux = as_request(return_aux, return_lse)
     problem = build_problem(query, key, value, **options)
     chosen = backends.select(backend, problem)
     uncast = problem.query is query and problem.key is key and problem.value is value
     if signature is not None and uncast:  # a plan records no casts to the autocast dtype
         plans.store(signature, problem.spec, chosen)
-    return _compute(chosen, problem, return_lse)
+    return _compute(chosen, problem, return_lse, return_aux)
 
 
 @overload
@@ -186,6 +197,15 @@ def flash_attention_varlen(
     return_lse: Literal[True],
     **options: Unpack[PackedOptions],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def flash_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    return_aux: AuxRequest,
+    **options: Unpack[PackedOptions],
+) -> tuple[Tensor, AuxOutput]: ...
 @overload
 def flash_attention_varlen(
     query: Tensor, key: Tensor, value: Tensor, *, return_lse: bool, **options: Unpack[PackedOptions]
@@ -209,8 +229,9 @@ def flash_attention_varlen(
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     return_lse: bool = False,
+    return_aux: AuxRequest | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
     """Attention over sequences packed one after the other, without padding.
 
     Sequence ``n`` is the tokens ``cu_seqlens[n]`` to ``cu_seqlens[n + 1]``; only its own keys are
@@ -237,6 +258,7 @@ def flash_attention_varlen(
         dropout_p: as in :func:`flash_attention`; the batch index of the mask is the sequence's.
         dropout_seed: likewise.
         return_lse: also return the log-sum-exp.
+        return_aux: as in :func:`flash_attention`.
         backend: as in :func:`flash_attention`.
 
     Returns:
@@ -263,23 +285,34 @@ def flash_attention_varlen(
         "sinks": sinks,
         "dropout_p": dropout_p,
         "dropout_seed": dropout_seed,
+        "return_aux": return_aux,
     }
     if proxies := stand_ins(query, key, value, *packing, **options):
         options |= {**packing._asdict(), "return_lse": return_lse, "backend": backend}
         return handle_torch_function(flash_attention_varlen, proxies, query, key, value, **options)
+    if return_aux is not None:
+        options["return_aux"] = return_aux = as_request(return_aux, return_lse)
     problem = build_packed_problem(query, key, value, packing, **options)
-    result = _compute(backends.select(backend, problem), problem, return_lse)
+    result = _compute(backends.select(backend, problem), problem, return_lse, return_aux)
+    if return_aux is not None:
+        out, aux = result
+        aux = AuxOutput(*(None if x is None else x.squeeze(0) for x in aux))
+        return out.squeeze(0).transpose(0, 1), aux
     if not return_lse:
         return result.squeeze(0).transpose(0, 1)
     out, lse = result
     return out.squeeze(0).transpose(0, 1), lse.squeeze(0)
 
 
-def _compute(backend: Any, problem: Problem, return_lse: bool) -> Any:
+def _compute(
+    backend: Any, problem: Problem, return_lse: bool, request: AuxRequest | None = None
+) -> Any:
     if backend.backward is None:  # differentiated by PyTorch's autograd
-        out, lse = backend.forward(*problem, return_lse)
+        out, lse, *more = backend.forward(*problem, return_lse or request is not None)
     else:
-        out, lse = attend(backend, backends.tiled, problem)
+        out, lse, *more = attend(backend, backends.tiled, problem)
+    if request is not None:
+        return out, as_output(request, lse, more)
     # Make lse contiguous only if asked for.
     return (out, lse.contiguous()) if return_lse else out
 
@@ -314,37 +347,3 @@ def available_backends(
         options["dropout_seed"] = 0  # leave the generator as it is
     problem = build_problem(query, key, value, **options)
     return {name: backend.refuses(problem) for name, backend in backends.BACKENDS.items()}
-
-
-def dropout_keep_mask(
-    batch: int,
-    heads: int,
-    seqlen_q: int,
-    seqlen_k: int,
-    dropout_p: float,
-    seed: int | Tensor,
-    device: torch.device | str,
-    *,
-    first_query: int = 0,
-) -> Tensor:
-    """The mask that dropout draws: bool ``(B, H, Sq, Sk)``, True = kept.
-
-    Args:
-        batch: ``B``; for packed sequences their number.
-        heads: ``H``, query heads.
-        seqlen_q: ``Sq``.
-        seqlen_k: ``Sk``.
-        dropout_p: probability that an element is False, 0 to 1.
-        seed: what :func:`flash_attention` got as ``dropout_seed``.
-        device: where the mask is made; it makes no difference to its values.
-        first_query: position of the first of the ``Sq`` queries, for a mask made block by block.
-
-    Raises:
-        TypeError: ``seed`` or ``dropout_p`` is of the wrong type.
-        ValueError: ``dropout_p`` is not a probability.
-    """
-    check_dropout(dropout_p, seed)
-    b, h, i, j = (torch.arange(n, device=device) for n in (batch, heads, seqlen_q, seqlen_k))
-    b, h, i = b.view(-1, 1, 1, 1), h.view(-1, 1, 1), first_query + i.view(-1, 1)
-    seed = torch.as_tensor(seed, device=device)
-    return philox.keep_mask(seed, b, h, i, j, dropout_p)

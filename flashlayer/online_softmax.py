@@ -34,6 +34,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Its exp is 0 in fp64. What stands for log p where p is 0: 0 * -inf would be NaN.
+LOWEST = -1000.0
+
 
 class SoftmaxState(NamedTuple):
     """The state of every row (query) after some of the keys.
@@ -115,6 +118,51 @@ def finalize(state: SoftmaxState) -> Tensor:
 def lse(state: SoftmaxState) -> Tensor:
     """Log-sum-exp of the scores ``(..., M)``, natural log; -inf for a row without a visible key."""
     return state.m + torch.log(torch.where(state.l == 0, 1, state.l))
+
+
+def update_weighted_log(
+    t: Tensor, before: SoftmaxState, after: SoftmaxState, scores: Tensor
+) -> Tensor:
+    """``t = sum exp(score - m) * (score - m)``, for :func:`entropy`, after one more block of keys.
+
+    With the maximum the logarithms change too: ``t = exp(m_a - m) (t_a + (m_a - m) l_a) + ...``.
+
+    Args:
+        t: ``(..., M)``, of the keys before; 0 for none.
+        before: the state of these keys.
+        after: the state after :func:`update` with ``scores``.
+        scores: ``(..., M, N)``, -inf where a key is hidden.
+    """
+    m = _finite(after.m)
+    shift, logs = before.m - m, scores - m.unsqueeze(-1)
+    rescaled = torch.exp(shift) * (t + shift.clamp_min(LOWEST) * before.l)
+    return rescaled + (torch.exp(logs) * logs.clamp_min(LOWEST)).sum(dim=-1)
+
+
+def entropy(state: SoftmaxState, t: Tensor) -> Tensor:
+    """Entropy of the probabilities ``(..., M)`` in nats; 0 for a row without a visible key.
+
+    Args:
+        state: of all keys.
+        t: of all keys, from :func:`update_weighted_log`.
+    """
+    l = torch.where(state.l == 0, 1, state.l)  # noqa: E741 - as in the state
+    return torch.log(l) - t / l
+
+
+def merge_entropies(entropies: Tensor, lses: Tensor, lse: Tensor) -> Tensor:
+    """Entropy ``(..., M)`` of keys of which parts are finished: the grouping property of entropy.
+
+    A part has the probability ``w = exp(lse_part - lse)`` and adds ``w (entropy_part - log w)``.
+
+    Args:
+        entropies: ``(..., M, parts)``.
+        lses: ``(..., M, parts)``, of each part.
+        lse: ``(..., M)``, of all parts together.
+    """
+    log_w = lses - _finite(lse).unsqueeze(-1)
+    log_w = log_w.clamp(LOWEST, 0)  # 0 but for rounding where one part has it all
+    return (torch.exp(log_w) * (entropies - log_w)).sum(dim=-1)
 
 
 def _finite(m: Tensor) -> Tensor:

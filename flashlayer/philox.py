@@ -7,6 +7,7 @@ the seed as key and the four indices as counter. Tile sizes, pass and device don
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 ROUNDS = 10
@@ -59,3 +60,58 @@ def keep_mask(
 
 def _high(product: Tensor) -> Tensor:
     return (product >> 32) & _WORD
+
+
+def dropout_keep_mask(
+    batch: int,
+    heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    dropout_p: float,
+    seed: int | Tensor,
+    device: torch.device | str,
+    *,
+    first_query: int = 0,
+) -> Tensor:
+    """The mask that dropout draws: bool ``(B, H, Sq, Sk)``, True = kept.
+
+    Args:
+        batch: ``B``; for packed sequences their number.
+        heads: ``H``, query heads.
+        seqlen_q: ``Sq``.
+        seqlen_k: ``Sk``.
+        dropout_p: probability that an element is False, 0 to 1.
+        seed: what :func:`flashlayer.flash_attention` got as ``dropout_seed``.
+        device: where the mask is made; it makes no difference to its values.
+        first_query: position of the first of the ``Sq`` queries, for a mask made block by block.
+
+    Raises:
+        TypeError: ``seed`` or ``dropout_p`` is of the wrong type.
+        ValueError: ``dropout_p`` is not a probability.
+    """
+    check_dropout(dropout_p, seed)
+    b, h, i, j = (torch.arange(n, device=device) for n in (batch, heads, seqlen_q, seqlen_k))
+    b, h, i = b.view(-1, 1, 1, 1), h.view(-1, 1, 1), first_query + i.view(-1, 1)
+    seed = torch.as_tensor(seed, device=device)
+    return keep_mask(seed, b, h, i, j, dropout_p)
+
+
+def check_dropout(dropout_p: float, dropout_seed: int | Tensor | None) -> None:
+    """Raise unless these are a probability, and a seed of 64 bits or None."""
+    if not isinstance(dropout_p, (int, float)) or isinstance(dropout_p, bool):
+        raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must be a probability from 0 to 1, got {dropout_p}")
+    if dropout_seed is None:
+        return
+    if isinstance(dropout_seed, Tensor):
+        if dropout_seed.dtype != torch.int64 or dropout_seed.ndim != 0:
+            raise TypeError(
+                f"dropout_seed must be an int, a () int64 tensor or None, "
+                f"got {tuple(dropout_seed.shape)} {dropout_seed.dtype}"
+            )
+        return
+    if not isinstance(dropout_seed, int) or isinstance(dropout_seed, bool):
+        raise TypeError(f"dropout_seed must be an int or None, got {type(dropout_seed).__name__}")
+    if not -(2**63) <= dropout_seed < 2**63:
+        raise ValueError(f"dropout_seed must fit into 64 bits, got {dropout_seed}")

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flashlayer.auxiliary import AuxRequest, as_request
 from flashlayer.masks import IntervalMask
+from flashlayer.philox import check_dropout
 from flashlayer.spec import (
     AttentionExtras,
     AttentionSpec,
@@ -48,6 +50,7 @@ def build_problem(
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
+    return_aux: AuxRequest | None = None,
     packing: Packing | None = None,
 ) -> Problem:
     """The arguments of :func:`flashlayer.flash_attention` as a backend gets them.
@@ -100,6 +103,7 @@ def build_problem(
         intervals=intervals,
     )
     transformed = torch._C._are_functorch_transforms_active()
+    request = as_request(return_aux)
     spec = AttentionSpec(
         scale=factor,
         window_left=left,
@@ -110,6 +114,8 @@ def build_problem(
         max_seqlen_q=None if packing is None else packing.max_seqlen_q,
         max_seqlen_k=None if packing is None else packing.max_seqlen_k,
         mask_gradient=mask is not None and mask.is_floating_point() and transformed,
+        max_scores=request.max_scores,
+        entropy=request.entropy,
     )
     if packing is None and not is_observed(query):
         spec = spec.without_idle_edges(query.shape[2], key.shape[2])
@@ -257,27 +263,6 @@ def _check_number(name: str, number: float) -> float:
     if not abs(number) < math.inf:  # Dynamo can't trace math.isfinite of a symbolic float
         raise ValueError(f"{name} must be finite, got {number}")
     return float(number)
-
-
-def check_dropout(dropout_p: float, dropout_seed: int | Tensor | None) -> None:
-    """Raise unless these are a probability, and a seed of 64 bits or None."""
-    if not isinstance(dropout_p, (int, float)) or isinstance(dropout_p, bool):
-        raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p must be a probability from 0 to 1, got {dropout_p}")
-    if dropout_seed is None:
-        return
-    if isinstance(dropout_seed, Tensor):
-        if dropout_seed.dtype != torch.int64 or dropout_seed.ndim != 0:
-            raise TypeError(
-                f"dropout_seed must be an int, a () int64 tensor or None, "
-                f"got {tuple(dropout_seed.shape)} {dropout_seed.dtype}"
-            )
-        return
-    if not isinstance(dropout_seed, int) or isinstance(dropout_seed, bool):
-        raise TypeError(f"dropout_seed must be an int or None, got {type(dropout_seed).__name__}")
-    if not -(2**63) <= dropout_seed < 2**63:
-        raise ValueError(f"dropout_seed must fit into 64 bits, got {dropout_seed}")
 
 
 def _resolve_seed(

@@ -115,6 +115,8 @@ class AttentionSpec:
             False, as it is inside a transform of ``torch.func``.
         diagonal: alignment when ``Sq != Sk``: ``"bottom_right"`` aligns the last query with the
             last key (flash_attn), ``"top_left"`` the first with the first (SDPA).
+        max_scores: return the largest score of every row as well.
+        entropy: return the entropy of every row as well.
     """
 
     scale: float
@@ -126,6 +128,13 @@ class AttentionSpec:
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
     mask_gradient: bool = False
+    max_scores: bool = False
+    entropy: bool = False
+
+    def asked(self, max_scores: Any, entropy: Any) -> tuple[Any, ...]:
+        """Those of two results that are asked for, in a backend's order."""
+        pairs = ((self.max_scores, max_scores), (self.entropy, entropy))
+        return tuple(result for asked, result in pairs if asked)
 
     def without_idle_edges(self, seqlen_q: int, seqlen_k: int) -> AttentionSpec:
         """The same attention without window edges that hide no key of this problem.
@@ -244,6 +253,14 @@ def longest_sequence(cu_seqlens: Tensor) -> int:
     return int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
 
 
+def no_entropy_gradient(backend: str) -> str:
+    """Why a gradient is refused."""
+    return (
+        f"backend {backend!r} computes no gradient of the entropy: detach it, or ask for "
+        "backend='tiled' or 'standard'"
+    )
+
+
 class Problem(NamedTuple):
     """One checked call."""
 
@@ -262,6 +279,7 @@ class Backend(Protocol):
     """One way to compute attention: a module of :mod:`flashlayer.backends` with these names."""
 
     name: str
+    entropy_gradient: bool  # whether backward takes `dentropy`
 
     def refuses(self, problem: Problem) -> str | None:
         """None when this backend can compute ``problem``, else the reason in a clause."""
@@ -269,8 +287,12 @@ class Backend(Protocol):
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
-    ) -> tuple[Tensor, Tensor]:
-        """``o`` (B, H, Sq, Dv) in q's dtype; ``lse`` (B, H, Sq), fp32 or fp64, any strides."""
+    ) -> tuple[Tensor, ...]:
+        """``o`` (B, H, Sq, Dv) in q's dtype; ``lse`` (B, H, Sq), fp32 or fp64, any strides.
+
+        And what the spec asks for of ``max_scores`` and ``entropy`` (:meth:`AttentionSpec.asked`),
+        ``(B, H, Sq)``, contiguous, in lse's dtype, as :class:`flashlayer.AuxOutput` defines them.
+        """
         ...
 
     def has_tangents(self, problem: Problem) -> bool:
@@ -313,7 +335,9 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """``dq, dk, dv, d_mask, d_sinks``; the last two None where there is no such input.
 
-        ``backward`` itself is None where ``forward`` is left to PyTorch's autograd.
+        With ``entropy_gradient`` it takes a keyword ``dentropy`` (B, H, Sq) as well; ``dlse`` has
+        ``-dentropy * entropy`` in it then. ``backward`` itself is None where ``forward`` is left to
+        PyTorch's autograd.
         """
         ...
 

@@ -7,6 +7,7 @@ primal's size, so memory stays O(Sq + Sk).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -73,8 +74,8 @@ def unbatched(method: Callable[..., Tensors]) -> Callable[..., Tensors]:
     return each
 
 
-def forward_in_graph(tiled: Backend, problem: Problem) -> tuple[Tensor, Tensor]:
-    """``o`` and ``lse`` under a transform inside ``torch.compile``, from plain operations.
+def forward_in_graph(tiled: Backend, problem: Problem) -> tuple[Tensor, ...]:
+    """A backend's results under a transform inside ``torch.compile``, from plain operations.
 
     Dynamo drops the tangents of a Function without an error.
 
@@ -89,9 +90,23 @@ def forward_in_graph(tiled: Backend, problem: Problem) -> tuple[Tensor, Tensor]:
     return tiled.forward(*problem)
 
 
-def gradients(call: Call, do: Tensor | None, dlse: Tensor | None, *saved: Any) -> Tensors:
-    """Differentiable gradients of q, k, v and the extras; ``saved`` ends with o and lse."""
+def gradients(
+    call: Call, do: Tensor | None, dlse: Tensor | None, more: Tensors, *saved: Any
+) -> Tensors:
+    """Differentiable gradients of q, k, v and the extras; ``saved`` ends with o and lse.
+
+    Raises:
+        NotImplementedError: the gradient of an entropy, the last of ``more``, is asked for.
+    """
     *tensors, o, lse = saved
+    if call.spec.entropy:
+        if more[-1] is not None:
+            raise NotImplementedError(
+                "the gradient of the entropy is not differentiable and has no torch.func "
+                "transform: use backend='standard'"
+            )
+        tensors.pop()
+    call = _without_auxiliary(call)
     do = torch.zeros_like(o) if do is None else do
     grads = FlashAttentionBackward.apply(call, do, dlse, o.detach(), lse.detach(), *tensors)
     return in_input_order(grads, tensors[3:])
@@ -115,11 +130,19 @@ def with_tangents(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor] | None:
 
 
 def forward_tangents(call: Call, primals: Tensors, tangents: Tensors) -> Tensors:
-    """Tangents of o and lse in the direction of those of q, k, v and the extras."""
+    """Tangents of o, lse and entropy in the direction of those of q, k, v and the extras."""
     primals, _ = _unpacked(primals)  # saved inputs may still carry the very tangents they came with
     if _has_kernel(call, primals, tangents):
         return AttentionWithTangents.apply(call, *tangents[:3], *primals)[2:]
-    return _push(_tiled_forward(call), primals, tangents)
+    o, lse, *more = _push(_tiled_forward(call), primals, tangents)
+    if call.spec.max_scores:
+        more[0] = None
+    return o, lse, *more
+
+
+def _without_auxiliary(call: Call) -> Call:
+    spec = dataclasses.replace(call.spec, max_scores=False, entropy=False)
+    return dataclasses.replace(call, spec=spec)
 
 
 def _functorch_levels() -> list[TransformType]:
@@ -187,10 +210,10 @@ class AttentionWithTangents(torch.autograd.Function):
         tangents, primals = (q_tangent, k_tangent, v_tangent), saved[:-2]
         grads = of_tangents = (None,) * len(primals)
         if do is not None or dlse is not None:
-            grads = gradients(ctx.call, do, dlse, *saved)
+            grads = gradients(ctx.call, do, dlse, (), *saved)
         if u is not None or w is not None:
             u = torch.zeros_like(saved[-2]) if u is None else u
-            of_tangents = gradients(ctx.call, u, w, *saved)
+            of_tangents = gradients(ctx.call, u, w, (), *saved)
             directions = *tangents, *(None for _ in primals[3:])
             second = FlashAttentionSecond.apply(ctx.call, u, w, *primals, *directions)[2:]
             grads = tuple(

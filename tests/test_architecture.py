@@ -53,12 +53,14 @@ ALLOWED = {
     "spec": {"masks", "torch"},
     "online_softmax": {"torch"},
     "philox": {"torch"},
-    "problem": {"masks", "spec", "torch"},
+    "auxiliary": {"torch"},
+    "problem": {"auxiliary", "masks", "philox", "spec", "torch"},
     "plans": {"spec", "torch"},
     "transforms": {"spec", "torch"},
     "autograd": {"spec", "transforms", "torch"},
     "functional": {
         "autograd",
+        "auxiliary",
         "backends",
         "masks",
         "philox",
@@ -70,6 +72,7 @@ ALLOWED = {
     "testing": {"testing", "functional", "torch"},
     "tuning": {"backends/triton", "kernels", "problem", "spec", "torch", "triton"},
     "distributed": {
+        "auxiliary",
         "backends",
         "distributed",
         "functional",

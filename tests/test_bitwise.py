@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -45,6 +45,15 @@ def case(backend: str, dtype: torch.dtype) -> str:
     return device
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The alignment of a thread's scratch memory in ATen's kernel changes the bits of its sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # The interpreter takes seconds a call.
 ROWS = [
     *(("triton", torch.float32, shape) for shape in SHAPES),
@@ -54,7 +63,9 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("backend", "dtype", "shape"), ROWS)
-def test_rows_do_not_depend_on_the_batch(backend: str, dtype: torch.dtype, shape: tuple) -> None:
+def test_rows_do_not_depend_on_the_batch(
+    backend: str, dtype: torch.dtype, shape: tuple, one_thread: None
+) -> None:
     """``tiled`` at sizes whose tiles are the same in both calls."""
     xs = tensors(shape, dtype, case(backend, dtype))
 
@@ -80,7 +91,7 @@ def test_rows_do_not_depend_on_the_batch(backend: str, dtype: torch.dtype, shape
 @pytest.mark.parametrize("backend", ["triton", "aten", "tiled"])
 def test_packed_is_a_call_for_each_sequence(backend: str, dtype: torch.dtype, causal: bool) -> None:
     device = case(backend, dtype)
-    lengths = (70, 1, 130)
+    lengths = (70, 1, 40)
     apart = [tensors((1, 4, 2, length, 16, causal), dtype, device) for length in lengths]
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0)
 

@@ -59,6 +59,8 @@ def extras_of(option: str, device: str) -> tuple[AttentionSpec, AttentionExtras]
         sinks = torch.randn(2, device=device)
         spec = AttentionSpec(0.25, softcap=2.0, mask_gradient=True)
         return spec, AttentionExtras(attn_mask=mask, sinks=sinks)
+    if option == "auxiliary":
+        return AttentionSpec(0.25, max_scores=True, entropy=True), AttentionExtras()
     windows = {"plain": (None, None), "causal": (None, 0), "window": (2, 1), "idle": (99, 99)}
     return AttentionSpec(0.25, *windows[option]), AttentionExtras()
 
@@ -67,7 +69,7 @@ CASES = [
     *((name, "causal", layout) for name in NAMES for layout in LAYOUTS),
     *((name, option, "bhsd") for name in NAMES for option in ("window", "padding", "idle")),
     *((name, "packed", "packed") for name in NAMES),
-    *((name, "bias", "bhsd") for name in ("triton", "tiled")),
+    *((name, option, "bhsd") for name in ("triton", "tiled") for option in ("bias", "auxiliary")),
 ]
 
 
@@ -84,16 +86,19 @@ def test_the_ops_are_what_they_say(name: str, option: str, layout: str) -> None:
     q, k, v = inputs(layout, device)
     if option == "packed":
         q, k, v = (x[:1, :, :5] for x in (q, k, v))
-    flat = (name, *ops.flatten(*extras_of(option, device)))
+    spec, extras = extras_of(option, device)
+    flat = (name, *ops.flatten(spec, extras))
     torch.library.opcheck(ops.forward_op, (q, k, v, *flat), test_utils=checks)
-    o, lse = ops.forward_op(q, k, v, *flat)
+    results = ops.forward_op(q, k, v, *flat)
+    o, lse, *_ = results
     with FakeTensorMode(allow_non_fake_inputs=True):
         fakes = ops.forward_op(q, k, v, *flat)
-    for real, fake in zip((o, lse), fakes, strict=True):
+    for real, fake in zip(results, fakes, strict=True):
         assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
     gradients = [torch.randn_like(lse)]
     for dlse in [None, *gradients] if (option, layout) == ("causal", "bhsd") else gradients:
-        arguments = (torch.randn_like(o), dlse, q, k, v, o, lse, *flat)
+        dentropy = torch.randn_like(lse) if spec.entropy and name == "tiled" else None
+        arguments = (torch.randn_like(o), dlse, q, k, v, o, lse, dentropy, *flat)
         torch.library.opcheck(ops.backward_op, arguments, test_utils=checks)
 
 
@@ -106,9 +111,11 @@ def test_an_op_gives_what_the_backend_gives(name: str) -> None:
     o, lse = backend.forward(q, k, v, CAUSAL, extras)
     grads = backend.backward(o, lse, q, k, v, o, lse, CAUSAL, extras)
     flat = (name, *ops.flatten(CAUSAL, extras))
-    for actual, expected in zip(ops.forward_op(q, k, v, *flat), (o, lse), strict=True):
-        assert torch.equal(actual, expected)
-    results = ops.backward_op(o, lse, q, k, v, o, lse, *flat)
+    actual_o, actual_lse, *more = ops.forward_op(q, k, v, *flat)
+    assert torch.equal(actual_o, o)
+    assert torch.equal(actual_lse, lse)
+    assert [x.numel() for x in more] == [0, 0]
+    results = ops.backward_op(o, lse, q, k, v, o, lse, None, *flat)
     for actual, expected in zip(results[:3], grads[:3], strict=True):
         assert torch.equal(actual, expected)
     assert [x.numel() for x in results[3:]] == [0, 0]
@@ -117,7 +124,7 @@ def test_an_op_gives_what_the_backend_gives(name: str) -> None:
 
 def test_schema_and_spec_hold_the_same() -> None:
     mask, edges = torch.ones(1, 1, 1, 4), torch.tensor([0, 4])
-    spec = AttentionSpec(0.5, 3, 4, "top_left", 2.0, 0.1, 5, 6, True)
+    spec = AttentionSpec(0.5, 3, 4, "top_left", 2.0, 0.1, 5, 6, True, True, True)
     extras = AttentionExtras(mask, mask, mask, mask, edges, edges)
     assert ops.unflatten(*ops.flatten(spec, extras)) == (spec, extras)
 

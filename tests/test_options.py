@@ -11,7 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashlayer import available_backends, dropout_keep_mask, flash_attention
+from flashlayer import (
+    AuxOutput,
+    AuxRequest,
+    available_backends,
+    dropout_keep_mask,
+    flash_attention,
+)
 from flashlayer import flash_attention_varlen as varlen
 from flashlayer.testing import assert_attention_close
 from tests.test_accuracy import device_for
@@ -20,6 +26,7 @@ torch.manual_seed(0)  # the options below are drawn as the module is read, befor
 
 B, H, HKV, SQ, SK, D = 2, 2, 1, 70, 65, 16
 BACKENDS = ("triton", "tiled")
+EVERYTHING = AuxRequest(lse=True, max_scores=True, entropy=True)
 
 
 def qkv(
@@ -40,7 +47,7 @@ def bool_mask(*shape: int) -> Tensor:
     return torch.rand(shape) < 0.6
 
 
-def one_by_one(q: Tensor, k: Tensor, v: Tensor, **o: Any) -> tuple[list, list]:
+def one_by_one(q: Tensor, k: Tensor, v: Tensor, **o: Any) -> tuple[list, AuxOutput]:
     """The definition, in scalars: what DESIGN's table says and nothing else."""
     batch, heads, seqlen_q, dim = q.shape
     seqlen_k, group_size = k.shape[2], heads // k.shape[1]
@@ -53,7 +60,7 @@ def one_by_one(q: Tensor, k: Tensor, v: Tensor, **o: Any) -> tuple[list, list]:
     kept = dropout_keep_mask(
         batch, heads, seqlen_q, seqlen_k, o.get("dropout_p", 0.0), o.get("dropout_seed", 0), "cpu"
     )
-    outs, lses = [], []
+    outs, lses, largest, entropies = [], [], [], []
     for b in range(batch):
         for h in range(heads):
             for i in range(seqlen_q):
@@ -76,8 +83,10 @@ def one_by_one(q: Tensor, k: Tensor, v: Tensor, **o: Any) -> tuple[list, list]:
                         score += float(mask[b, h, i, j])
                     scores[j] = score
                 total = sum(math.exp(score) for score in scores.values())
+                terms = list(scores.values())
                 if sinks is not None:
                     total += math.exp(float(sinks[h]))
+                    terms.append(float(sinks[h]))
                 out = torch.zeros(v.shape[-1], dtype=q.dtype)
                 for j, score in scores.items():
                     weight = math.exp(score) / total if total else 0.0
@@ -86,7 +95,11 @@ def one_by_one(q: Tensor, k: Tensor, v: Tensor, **o: Any) -> tuple[list, list]:
                     out += weight * v[b, h // group_size, j]
                 outs.append(out)
                 lses.append(math.log(total) if total else -math.inf)
-    return outs, lses
+                largest.append(max(scores.values(), default=-math.inf))
+                p = [math.exp(term) / total for term in terms if term > -math.inf]
+                entropies.append(-sum(x * math.log(x) for x in p))
+    numbers = (torch.tensor(x, dtype=q.dtype) for x in (lses, largest, entropies))
+    return outs, AuxOutput(*(x.view(q.shape[:3]) for x in numbers))
 
 
 @pytest.mark.parametrize(
@@ -107,10 +120,11 @@ def one_by_one(q: Tensor, k: Tensor, v: Tensor, **o: Any) -> tuple[list, list]:
 )
 def test_the_oracle_is_the_definition(options: dict) -> None:
     q, k, v = (torch.randn(2, h, s, 3, dtype=torch.float64) for h, s in ((4, 5), (2, 7), (2, 7)))
-    out, lse = flash_attention(q, k, v, return_lse=True, backend="standard", **options)
-    outs, lses = one_by_one(q, k, v, **options)
+    out, aux = flash_attention(q, k, v, return_aux=EVERYTHING, backend="standard", **options)
+    outs, expected = one_by_one(q, k, v, **options)
     torch.testing.assert_close(out.flatten(0, 2), torch.stack(outs))
-    torch.testing.assert_close(lse.flatten(), torch.tensor(lses, dtype=torch.float64))
+    for number, definition in zip(aux, expected, strict=True):
+        torch.testing.assert_close(number, definition)
 
 
 OPTIONS = {

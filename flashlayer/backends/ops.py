@@ -26,6 +26,7 @@ from flashlayer.spec import (
     Tensors,
     is_observed,
     is_sharded,
+    no_entropy_gradient,
 )
 
 # Modules, typed as what they fulfil and not as what they are.
@@ -42,6 +43,7 @@ class Entrance:
     def __init__(self, module: Any) -> None:
         self.module = module
         self.name: str = module.name
+        self.entropy_gradient: bool = module.entropy_gradient
 
     def refuses(self, problem: Problem) -> str | None:
         """See :class:`flashlayer.spec.Backend`."""
@@ -49,13 +51,14 @@ class Entrance:
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """See :class:`flashlayer.spec.Backend`."""
         if is_observed(q):
             _count_flops()
             if is_sharded(q):
                 extras = _sharding().on_mesh(q, k, v, extras)
-            return forward_op(q, k, v, self.name, *flatten(spec, extras))
+            o, lse, *more = forward_op(q, k, v, self.name, *flatten(spec, extras))
+            return o, lse, *spec.asked(*more)
         return self.module.forward(q, k, v, spec, extras)
 
     def has_tangents(self, problem: Problem) -> bool:
@@ -83,18 +86,20 @@ class Entrance:
         lse: Tensor,
         spec: AttentionSpec,
         extras: AttentionExtras,
+        dentropy: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """See :class:`flashlayer.spec.Backend`."""
         if not is_observed(q):
-            return self.module.backward(do, dlse, q, k, v, o, lse, spec, extras)
+            return _backward(self.module, do, dlse, q, k, v, o, lse, spec, extras, dentropy)
         _count_flops()
         wants_d_mask = extras.wants_mask_gradient(spec)
         spec = replace(spec, mask_gradient=wants_d_mask)
         given = extras
         if is_sharded(q):
             extras = _sharding().on_mesh(q, k, v, extras)
-            dlse = _sharding().whole(dlse, q)  # a compiler makes plain zeros for an unused lse
-        tensors = (do, dlse, q, k, v, o, lse)
+            # A compiler makes plain zeros for an unused output.
+            dlse, dentropy = (_sharding().whole(x, q) for x in (dlse, dentropy))
+        tensors = (do, dlse, q, k, v, o, lse, dentropy)
         dq, dk, dv, d_mask, d_sinks = backward_op(*tensors, self.name, *flatten(spec, extras))
         if is_sharded(q):
             d_mask = _sharding().as_given(d_mask, given.attn_mask)
@@ -106,6 +111,10 @@ class Entrance:
             d_mask if wants_d_mask else None,
             d_sinks if extras.sinks is not None else None,
         )
+
+    def refuse_gradient(self, entropy: Tensor, q: Tensor) -> Tensor:
+        """The entropy as a result whose gradient raises when a compiled graph asks for it."""
+        return refuse_gradient_op(entropy.detach(), q, self.name)
 
 
 def _sharding() -> Any:
@@ -119,8 +128,9 @@ def _sharding() -> Any:
 _OPTIONS = (
     "str backend, float scale, SymInt? window_left, SymInt? window_right, str diagonal, "
     "float? softcap, float dropout_p, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
-    "bool mask_gradient, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, "
-    "Tensor? dropout_seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? intervals"
+    "bool mask_gradient, bool max_scores, bool entropy, "
+    "Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? dropout_seed, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? intervals"
 )
 
 
@@ -139,6 +149,8 @@ _SPEC = (
     "max_seqlen_q",
     "max_seqlen_k",
     "mask_gradient",
+    "max_scores",
+    "entropy",
 )
 
 
@@ -151,23 +163,41 @@ def unflatten(*flat: Any) -> tuple[AttentionSpec, AttentionExtras]:
 @torch.library.custom_op(
     add_op_namespace_prefix("forward"),
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def forward_op(
     q: Tensor, k: Tensor, v: Tensor, backend: str, *options: Any
-) -> tuple[Tensor, Tensor]:
-    """``(o, lse)``: :meth:`flashlayer.spec.Backend.forward` of the backend of that name."""
-    module, (spec, extras) = _MODULES[backend], unflatten(*options)
-    o, lse = module.forward(q, k, v, _for_these_sizes(q, k, spec, extras), extras)
-    expected_o, expected_lse = module.empty_results(q, v)
-    return _settled(o, expected_o), _settled(lse, expected_lse)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(o, lse, max_scores, entropy)``: :meth:`flashlayer.spec.Backend.forward` of that backend.
+
+    An op returns tensors only: what is not asked for has no elements.
+    """
+    spec, extras = unflatten(*options)
+    results = iter(_MODULES[backend].forward(q, k, v, _for_these_sizes(q, k, spec, extras), extras))
+    expected = _empty_results(q, v, backend, spec)
+    asked = (True, True, spec.max_scores, spec.entropy)
+    o, lse, max_scores, entropy = (
+        _settled(next(results), fake) if there else fake
+        for there, fake in zip(asked, expected, strict=True)
+    )
+    return o, lse, max_scores, entropy
 
 
 @forward_op.register_fake
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, backend: str, *options: Any
-) -> tuple[Tensor, Tensor]:
-    return _MODULES[backend].empty_results(q, v)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_results(q, v, backend, unflatten(*options)[0])
+
+
+def _empty_results(
+    q: Tensor, v: Tensor, backend: str, spec: AttentionSpec
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    o, lse = _MODULES[backend].empty_results(q, v)
+    max_scores, entropy = (
+        lse.new_empty(q.shape[:3] if asked else (0,)) for asked in (spec.max_scores, spec.entropy)
+    )
+    return o, lse, max_scores, entropy
 
 
 @torch.library.custom_op(
@@ -175,6 +205,7 @@ def _forward_fake(
     mutates_args=(),
     schema=(
         "(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+        "Tensor? dentropy, "
         f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
@@ -186,6 +217,7 @@ def backward_op(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
+    dentropy: Tensor | None,
     backend: str,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -196,7 +228,7 @@ def backward_op(
     """
     spec, extras = unflatten(*options)
     spec = _for_these_sizes(q, k, spec, extras)
-    grads = _MODULES[backend].backward(do, dlse, q, k, v, o, lse, spec, extras)
+    grads = _backward(_MODULES[backend], do, dlse, q, k, v, o, lse, spec, extras, dentropy)
     expected = _empty_gradients(q, k, v, backend, spec, extras)
     dq, dk, dv, d_mask, d_sinks = (
         fake if grad is None else _settled(grad, fake)
@@ -214,10 +246,19 @@ def _backward_fake(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
+    dentropy: Tensor | None,
     backend: str,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _empty_gradients(q, k, v, backend, *unflatten(*options))
+
+
+def _backward(module: Any, *arguments: Any) -> Any:
+    """The module's backward, with ``dentropy``, which is last, if it is given."""
+    *plain, dentropy = arguments
+    if dentropy is None:
+        return module.backward(*plain)
+    return module.backward(*plain, dentropy=dentropy)
 
 
 def _empty_gradients(
@@ -229,6 +270,32 @@ def _empty_gradients(
         d_mask = mask.new_empty(mask.shape)
     d_sinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     return *_MODULES[backend].empty_gradients(q, k, v), d_mask, d_sinks
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("refuse_gradient"),
+    mutates_args=(),
+    schema="(Tensor entropy, Tensor q, str backend) -> Tensor",
+)
+def refuse_gradient_op(entropy: Tensor, q: Tensor, backend: str) -> Tensor:
+    """The entropy, which is a function of ``q`` to autograd. An op, since Dynamo can't trace it."""
+    return entropy.clone()
+
+
+@refuse_gradient_op.register_fake
+def _refuse_gradient_fake(entropy: Tensor, q: Tensor, backend: str) -> Tensor:
+    return torch.empty_like(entropy)
+
+
+def _refuse_gradient(ctx: Any, dentropy: Tensor) -> None:
+    raise NotImplementedError(no_entropy_gradient(ctx.backend))
+
+
+def _keep_backend(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.backend = inputs[2]
+
+
+refuse_gradient_op.register_autograd(_refuse_gradient, setup_context=_keep_backend)
 
 
 def _settled(actual: Tensor, expected: Tensor) -> Tensor:

@@ -115,23 +115,27 @@ class _Way(NamedTuple):
 
 
 def _forward_rule(q: Any, k: Any, v: Any, *options: Any) -> list[tuple[Placements, Placements]]:
-    """Placements of ``(o, lse)`` and of the arguments, per way."""
+    """Placements of ``(o, lse, max_scores, entropy)`` and of the arguments, per way."""
+    flags = options[: -len(AttentionExtras._fields)][-2:]
     return [
-        ([way.q, way.q], way.arguments([way.q, way.kv, way.kv], options))
+        (
+            [way.q, way.q, *(way.q if asked else Replicate() for asked in flags)],
+            way.arguments([way.q, way.kv, way.kv], options),
+        )
         for way in _ways(k, options)
     ]
 
 
 def _backward_rule(
-    do: Any, dlse: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, *options: Any
+    do: Any, dlse: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dentropy: Any, *options: Any
 ) -> list[tuple[Placements, Placements]]:
     """Placements of ``(dq, dk, dv, d_mask, d_sinks)`` and of the arguments, per way."""
     rules: list[tuple[Placements, Placements]] = []
     for way in _ways(k, options):
         of_kv = way.gradient(way.kv)
         of_extras = (way.gradient(way.extras[name]) for name in ("attn_mask", "sinks"))
-        of_dlse = None if dlse is None else way.q
-        tensors = [way.q, of_dlse, way.q, way.kv, way.kv, way.q, way.q]
+        of_dlse, of_dentropy = (None if x is None else way.q for x in (dlse, dentropy))
+        tensors = [way.q, of_dlse, way.q, way.kv, way.kv, way.q, way.q, of_dentropy]
         rules.append(([way.q, of_kv, of_kv, *of_extras], way.arguments(tensors, options)))
     return rules
 

@@ -20,7 +20,7 @@ from flashlayer.spec import NO_EXTRAS, AttentionExtras, AttentionSpec
 PROGRAMS_TO_FILL_A_GPU = 256
 MIN_SPLIT = 256
 
-Forward = Callable[[Tensor, Tensor, Tensor, AttentionSpec, AttentionExtras], tuple[Tensor, Tensor]]
+Forward = Callable[[Tensor, Tensor, Tensor, AttentionSpec, AttentionExtras], tuple[Tensor, ...]]
 
 
 def num_splits(
@@ -64,8 +64,8 @@ def split_forward(
     spec: AttentionSpec,
     extras: AttentionExtras,
     splits: int,
-) -> tuple[Tensor, Tensor]:
-    """``o`` and ``lse`` of sequences of one query, from ``forward`` over ``splits`` parts each.
+) -> tuple[Tensor, ...]:
+    """The results of ``forward`` for sequences of one query, from ``splits`` parts of each.
 
     Args:
         forward: a backend's.
@@ -79,15 +79,16 @@ def split_forward(
     spec = replace(spec, window_right=None)
     cu_q, cu_k = extras.cu_seqlens_q, extras.cu_seqlens_k
     if cu_q is not None and cu_k is not None:
-        values, scores = _packed_parts(forward, q, k, v, spec, (cu_q, cu_k), splits)
+        values, scores, *more = _packed_parts(forward, q, k, v, spec, (cu_q, cu_k), splits)
     else:
-        values, scores = _dense_parts(forward, q, k, v, spec, splits)
+        values, scores, *more = _dense_parts(forward, q, k, v, spec, splits)
     scores = scores.unsqueeze(-2)  # [B, H, Sq, 1, parts]: every query has values of its own
     rows = scores.shape[:-1]
     state = online_softmax.init_state(
         rows, value_dim=v.shape[3], dtype=scores.dtype, device=q.device
     )
     state = online_softmax.update(state, scores, values.to(scores.dtype))
+    entropies = more[-1].unsqueeze(-2) if spec.entropy else None
     if extras.sinks is not None:
         sink = extras.sinks.to(scores.dtype).view(-1, 1, 1).expand(rows)
         if cu_q is not None:  # tokens past the last sequence have no sink
@@ -96,8 +97,14 @@ def split_forward(
         state = online_softmax.merge(
             state, online_softmax.state_of(torch.zeros_like(state.o), sink)
         )
+        if entropies is not None:  # one more part, of one key
+            scores = torch.cat((scores, sink.unsqueeze(-1)), dim=-1)
+            entropies = torch.cat((entropies, torch.zeros_like(sink).unsqueeze(-1)), dim=-1)
     o, lse = online_softmax.finalize(state), online_softmax.lse(state)
-    return o.squeeze(-2).to(q.dtype), lse.squeeze(-1)
+    max_scores = more[0].amax(dim=-1) if spec.max_scores else None
+    if entropies is not None:
+        entropies = online_softmax.merge_entropies(entropies, scores, lse).squeeze(-1)
+    return o.squeeze(-2).to(q.dtype), lse.squeeze(-1), *spec.asked(max_scores, entropies)
 
 
 def _dense_parts(
@@ -107,22 +114,23 @@ def _dense_parts(
     v: Tensor,
     spec: AttentionSpec,
     splits: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Parts as the batch, batch and heads as the heads; the keys left over are one more part."""
     batch, heads = q.shape[:2]
     length = k.shape[2] // splits
     q_parts = q.flatten(0, 1).expand(splits, -1, -1, -1)  # [parts, B H, 1, D]
-    o, lse = forward(
+    results = forward(
         q_parts, _as_parts(k, splits, length), _as_parts(v, splits, length), spec, NO_EXTRAS
     )
-    values = o.unflatten(1, (batch, heads)).permute(1, 2, 3, 0, 4)  # [B, H, 1, parts, Dv]
-    scores = lse.unflatten(1, (batch, heads)).permute(1, 2, 3, 0)  # [B, H, 1, parts]
+    # [B, H, 1, parts, Dv] and [B, H, 1, parts]
+    parts = tuple(x.unflatten(1, (batch, heads)).movedim(0, 3) for x in results)
     if splits * length < k.shape[2]:
         k_rest, v_rest = (x[:, :, splits * length :] for x in (k, v))
-        o, lse = forward(q, k_rest, v_rest, spec, NO_EXTRAS)
-        values = torch.cat((values, o.unsqueeze(3)), dim=3)
-        scores = torch.cat((scores, lse.unsqueeze(3)), dim=3)
-    return values, scores
+        rest = forward(q, k_rest, v_rest, spec, NO_EXTRAS)
+        parts = tuple(
+            torch.cat((x, y.unsqueeze(3)), dim=3) for x, y in zip(parts, rest, strict=True)
+        )
+    return parts
 
 
 def _as_parts(x: Tensor, splits: int, length: int) -> Tensor:
@@ -138,7 +146,7 @@ def _packed_parts(
     spec: AttentionSpec,
     edges: tuple[Tensor, Tensor],
     splits: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Every sequence as ``splits`` sequences: its query repeated, its keys in even parts."""
     part = torch.arange(splits, device=q.device)
     cut = []
@@ -147,5 +155,5 @@ def _packed_parts(
         cut.append(torch.cat((starts.flatten(), cu_seqlens[-1:])).int())
     spec = replace(spec, max_seqlen_k=-(-(spec.max_seqlen_k or 0) // splits))
     parts = AttentionExtras(cu_seqlens_q=cut[0], cu_seqlens_k=cut[1])
-    o, lse = forward(q.repeat_interleave(splits, dim=2), k, v, spec, parts)
-    return o.unflatten(2, (-1, splits)), lse.unflatten(2, (-1, splits))
+    results = forward(q.repeat_interleave(splits, dim=2), k, v, spec, parts)
+    return tuple(x.unflatten(2, (-1, splits)) for x in results)

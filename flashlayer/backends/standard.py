@@ -43,10 +43,10 @@ def forward(
     spec: AttentionSpec,
     extras: AttentionExtras,
     return_lse: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """``dropout(softmax(scores)) v``, every step in the dtype of the inputs.
 
-    The LSE is another pass over the scores, so it is computed only if asked for.
+    The LSE is another pass over the scores, so it is computed only if asked for, as the rest.
     """
     group_size = q.shape[1] // k.shape[1]
     if group_size > 1:
@@ -75,6 +75,12 @@ def forward(
         # softmax(-inf, ..., -inf) and its derivative are NaN: make such rows finite here, overwrite
         # their results below.
         scores = torch.where(live_rows, scores, 0)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    max_scores = entropy = None
+    if spec.max_scores and k.shape[2] > 0:
+        max_scores = scores.detach().amax(dim=-1).to(wide)
+    elif spec.max_scores:
+        max_scores = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
     if extras.sinks is not None:
         sinks = extras.sinks.to(scores.dtype).view(1, -1, 1, 1)
         scores = torch.cat((scores, sinks.expand(*scores.shape[:3], 1)), dim=-1)
@@ -91,12 +97,19 @@ def forward(
     o = probabilities @ v
     lse = None
     if return_lse:
-        lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        lse = torch.logsumexp(scores.to(lse_dtype), dim=-1)
+        lse = torch.logsumexp(scores.to(wide), dim=-1)
+    if spec.entropy:
+        log_p = torch.log_softmax(scores.to(wide), dim=-1)
+        # p log p is 0 where p is; its derivative is not finite there. Without keys a sink's log_p
+        # may be NaN.
+        there = log_p > -torch.inf
+        entropy = torch.where(there, -log_p.exp() * torch.where(there, log_p, 0), 0).sum(dim=-1)
     if live_rows is not None:
-        o = torch.where(live_rows, o, 0)
-        lse = None if lse is None else torch.where(live_rows.squeeze(-1), lse, -torch.inf)
-    return o, lse
+        o, live_rows = torch.where(live_rows, o, 0), live_rows.squeeze(-1)
+        lse = None if lse is None else torch.where(live_rows, lse, -torch.inf)
+        entropy = None if entropy is None else torch.where(live_rows, entropy, 0)
+        max_scores = None if max_scores is None else torch.where(live_rows, max_scores, -torch.inf)
+    return o, lse, *spec.asked(max_scores, entropy)
 
 
 def _pairs(q: Tensor, k: Tensor, spec: AttentionSpec, extras: AttentionExtras) -> Pairs:

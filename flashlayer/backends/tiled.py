@@ -20,6 +20,7 @@ from flashlayer.online_softmax import SoftmaxState
 from flashlayer.spec import AttentionExtras, AttentionSpec, KeyBounds, Problem, accumulation_dtype
 
 name = "tiled"
+entropy_gradient = True
 
 # Scores computed at once for all batch entries and heads: 4 MB in fp32, about what a CPU's caches
 # hold. The best power of two within 15 % for 2, 16 and 64 heads on two cores.
@@ -65,21 +66,31 @@ def refuses(problem: Problem) -> str | None:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """One online-softmax state a block of queries, updated with every tile of visible keys."""
     dtype, heads, kv_heads = accumulation_dtype(q.dtype), q.shape[1], k.shape[1]
     o = q.new_zeros(*q.shape[:3], v.shape[-1])
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=dtype)
+    max_scores = lse.clone() if spec.max_scores else None
+    entropy = torch.zeros_like(lse) if spec.entropy else None
     for block in _blocks(q, k, extras):
         rows = block.q_rows
         q_rows = _fold(q[:, :, rows], kv_heads).to(dtype)  # [B, Hkv, G*M, D]
         state = _first_state(q_rows, v.shape[-1], extras.sinks, block.stop - block.start)
+        t = torch.zeros_like(state.m)
         for tile in _tiles(block, q, spec, extras):
             scores, _, _, v_tile, kept = _scores(q_rows, k, v, block, tile, spec, extras)
-            state = online_softmax.update(state, scores, v_tile, kept)
+            if max_scores is not None:
+                largest = _unfold(scores.detach().amax(dim=-1), heads)  # [B, H, M]
+                max_scores[:, :, rows] = torch.maximum(max_scores[:, :, rows], largest)
+            before, state = state, online_softmax.update(state, scores, v_tile, kept)
+            if entropy is not None:
+                t = online_softmax.update_weighted_log(t, before, state, scores)
         o[:, :, rows] = _unfold(online_softmax.finalize(state), heads)
         lse[:, :, rows] = _unfold(online_softmax.lse(state), heads)
-    return o, lse
+        if entropy is not None:
+            entropy[:, :, rows] = _unfold(online_softmax.entropy(state, t), heads)
+    return o, lse, *spec.asked(max_scores, entropy)
 
 
 def backward(
@@ -92,6 +103,7 @@ def backward(
     lse: Tensor,
     spec: AttentionSpec,
     extras: AttentionExtras,
+    dentropy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The same tiles again, with the probabilities recomputed as ``P = exp(S - lse)``.
 
@@ -100,7 +112,8 @@ def backward(
     ``delta = rowsum(O * dO) - dlse`` (appendix B.4 of arXiv 2205.14135; the second term because
     d lse / d S = P). With the query heads of a group folded into the rows, dK and dV sum over the
     group. Dropout multiplies P in dV and dP by the mask; delta stays the mean of dP under P. The
-    gradient of an additive mask is dS.
+    gradient of an additive mask is dS. That of the entropy H follows from
+    d H / d S = -P * (log P + H): its second term comes with ``dlse``, its first is added to dS.
     """
     dtype, heads, kv_heads = accumulation_dtype(q.dtype), q.shape[1], k.shape[1]
     dq = torch.zeros_like(q)
@@ -126,10 +139,17 @@ def backward(
             scores, softcap_grad, k_tile, v_tile, kept = _scores(
                 q_rows, k, v, block, tile, spec, extras
             )
-            p = scores.sub_(lse_rows.unsqueeze(-1)).exp_()  # [B, Hkv, G*M, N]
+            log_p = scores.sub_(lse_rows.unsqueeze(-1))  # [B, Hkv, G*M, N]
+            of_entropy = None
+            if dentropy is not None:
+                dentropy_rows = _fold(dentropy[:, :, rows], kv_heads).unsqueeze(-1)
+                of_entropy = log_p.clamp_min(online_softmax.LOWEST) * dentropy_rows
+            p = log_p.exp_()
             dp = do_rows @ v_tile.mT
             if kept is not None:
                 dp *= kept
+            if of_entropy is not None:
+                dp -= of_entropy
             dv[:, :, tile.k_rows] += (p if kept is None else p * kept).mT @ do_rows
             ds = dp.sub_(delta_rows.unsqueeze(-1)).mul_(p)
             if d_mask is not None:
@@ -143,6 +163,9 @@ def backward(
     if d_mask is not None and extras.attn_mask is not None:
         d_mask = d_mask.to(extras.attn_mask.dtype)
     dk, dv = (dk * spec.scale).to(k.dtype), dv.to(v.dtype)
+    if dentropy is not None and extras.sinks is not None:  # a sink is one more key
+        log_p = extras.sinks.to(dtype)[:, None] - lse
+        delta += dentropy * log_p.clamp_min(online_softmax.LOWEST)
     return dq, dk, dv, d_mask, extras.sinks_gradient(lse, delta)
 
 

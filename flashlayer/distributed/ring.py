@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashlayer import backends, online_softmax
+from flashlayer.auxiliary import AuxOutput, AuxRequest, as_output, as_request
 from flashlayer.distributed.layout import (
     Layout,
     Placement,
@@ -47,8 +48,9 @@ def ring_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    return_aux: AuxRequest | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
     """Self-attention over the whole sequence, of which every rank of ``group`` holds a shard.
 
     Each rank attends from its own queries to one rank's keys at a time, while the next keys
@@ -95,11 +97,13 @@ def ring_attention(
         softcap: likewise.
         sinks: ``(H,)``, the same on every rank.
         return_lse: also return the log-sum-exp.
+        return_aux: also return the :class:`flashlayer.AuxOutput` of the whole rows, as
+            :func:`flashlayer.flash_attention`; ``entropy`` without a gradient here.
         backend: what computes a hop, as in :func:`flashlayer.flash_attention`; not ``"standard"``.
 
     Returns:
         ``out`` ``(B, H, S, Dv)``, the shard of the output; with ``return_lse`` also ``lse``
-        ``(B, H, S)``. Both are differentiable, once.
+        ``(B, H, S)``. Both are differentiable, once. With ``return_aux``: ``(out, AuxOutput)``.
 
     Raises:
         TypeError: as :func:`flashlayer.flash_attention`; ``attn_mask`` is a tensor, of which each
@@ -116,7 +120,8 @@ def ring_attention(
         >>> out = ring_attention(q, k, v, causal=True, placement="zigzag")
     """
     options = {"causal": causal, "window_size": window_size, "scale": scale, "softcap": softcap}
-    problem = check_shards(query, key, value, sinks=sinks, **options)
+    request = as_request(return_aux, return_lse)
+    problem = check_shards(query, key, value, sinks=sinks, return_aux=request, **options)
     layout = agreed_layout(problem, group, placement, lengths)
     mask = check_mask(attn_mask, layout, problem)
     if lengths is not None:  # else the exchange of the lengths was such a call
@@ -134,7 +139,9 @@ def ring_attention(
     )
     if backend != "auto":  # "auto" always finds a backend
         ring.check_backend(problem)
-    out, lse = RingAttention.apply(ring, problem.query, problem.key, problem.value, sinks)
+    out, lse, *more = RingAttention.apply(ring, problem.query, problem.key, problem.value, sinks)
+    if return_aux is not None:
+        return out, as_output(request, lse, more)
     return (out, lse) if return_lse else out
 
 
@@ -189,9 +196,20 @@ class Ring:
         return self.mask.crop(queries, keys)
 
     def problem(
-        self, rectangle: Rectangle, q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask | None
+        self,
+        rectangle: Rectangle,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: IntervalMask | None,
+        *,
+        forward: bool,
     ) -> Problem:
-        """One rectangle of two shards as a call of its own, without the sinks."""
+        """One rectangle of two shards as a call of its own, without the sinks.
+
+        ``forward``: with the numbers that the forward pass is asked for.
+        """
+        max_scores, entropy = self.spec.max_scores and forward, self.spec.entropy and forward
         if mask is not None:
             mask = mask.crop(rectangle.q_rows, rectangle.k_rows)
         # The inputs are already cast, and the backward pass may run under another autocast state.
@@ -205,6 +223,7 @@ class Ring:
                 diagonal="top_left",
                 scale=self.spec.scale,
                 softcap=self.spec.softcap,
+                return_aux=AuxRequest(max_scores=max_scores, entropy=entropy),
             )
 
     def steps(self, k: Tensor, v: Tensor) -> Iterator[Step]:
@@ -244,7 +263,9 @@ class Ring:
             shape = *k.shape[:2], self.length(source)
             k_like, v_like = (x.new_empty(()).expand(*shape, x.shape[3]) for x in (k, v))
             for rectangle in self.rectangles(source):
-                select_backend(self.problem(rectangle, q, k_like, v_like, mask), self.backend)
+                for forward in (True, False):
+                    problem = self.problem(rectangle, q, k_like, v_like, mask, forward=forward)
+                    select_backend(problem, self.backend)
 
     def post(self, operations: list[tuple[Any, Tensor, int]]) -> list[dist.Work]:
         """Start to send or receive tensors, each to or from the rank that many hops on."""
@@ -284,7 +305,7 @@ class Ring:
 
 
 class RingAttention(torch.autograd.Function):
-    """``apply(ring, q, k, v, sinks) -> (o, lse)``, once differentiable.
+    """``apply(ring, q, k, v, sinks) -> (o, lse[, max_scores][, entropy])``, once differentiable.
 
     Only this rank's q, k, v, o and lse are kept for the backward pass.
     """
@@ -292,33 +313,53 @@ class RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ring: Ring, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Attend to the keys of one step after the other, and merge."""
         state = online_softmax.init_state(
             q.shape[:3], v.shape[3], dtype=accumulation_dtype(q.dtype), device=q.device
         )
         if sinks is not None:  # one key whose value is 0
             state = online_softmax.state_of(state.o, state.m.copy_(sinks[:, None]))
+        max_scores, entropy = torch.full_like(state.m, -torch.inf), torch.zeros_like(state.m)
         for step in ring.steps(k, v):
             for rectangle in step.rectangles:
-                problem = ring.problem(rectangle, q, step.key, step.value, step.mask)
-                partial = select_backend(problem, ring.backend).forward(*problem)
-                before = SoftmaxState(*(x[:, :, rectangle.q_rows] for x in state))
-                after = online_softmax.merge(before, online_softmax.state_of(*partial))
+                rows = rectangle.q_rows
+                problem = ring.problem(rectangle, q, step.key, step.value, step.mask, forward=True)
+                o, lse, *more = select_backend(problem, ring.backend).forward(*problem)
+                before = SoftmaxState(*(x[:, :, rows] for x in state))
+                after = online_softmax.merge(before, online_softmax.state_of(o, lse))
+                if ring.spec.max_scores:
+                    max_scores[:, :, rows] = torch.maximum(max_scores[:, :, rows], more[0])
+                if ring.spec.entropy:
+                    entropy[:, :, rows] = online_softmax.merge_entropies(
+                        torch.stack((entropy[:, :, rows], more[-1]), dim=-1),
+                        torch.stack((online_softmax.lse(before), lse), dim=-1),
+                        online_softmax.lse(after),
+                    )
                 for old, new in zip(before, after, strict=True):
                     old.copy_(new)
-        return online_softmax.finalize(state).to(q.dtype), online_softmax.lse(state)
+        o, lse = online_softmax.finalize(state).to(q.dtype), online_softmax.lse(state)
+        return o, lse, *ring.spec.asked(max_scores, entropy)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         """Keep what the derivatives need."""
         ctx.ring, *tensors = inputs
-        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_backward(*tensors, *output[:2])
         ctx.set_materialize_grads(False)
+        if ctx.ring.spec.max_scores:
+            ctx.mark_non_differentiable(output[2])
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, do: Tensor | None, dlse: Tensor | None, *more: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """The same steps again."""
+        if ctx.ring.spec.entropy and more[-1] is not None:
+            raise NotImplementedError(
+                "ring_attention computes no gradient of the entropy: detach it, or use "
+                "ulysses_attention with backend='tiled'"
+            )
         return None, *RingGradient.apply(ctx.ring, do, dlse, *ctx.saved_tensors)
 
 
@@ -354,7 +395,7 @@ class RingGradient(torch.autograd.Function):
             dk, dv = _unpack(step_sums, length, k, v)
             for rectangle in step.rectangles:
                 rows, keys = rectangle.q_rows, rectangle.k_rows
-                problem = ring.problem(rectangle, q, step.key, step.value, step.mask)
+                problem = ring.problem(rectangle, q, step.key, step.value, step.mask, forward=False)
                 # The probabilities are exp(score - lse) and delta is rowsum(o * do) - dlse: with o
                 # and lse over *all* keys both are those of the whole softmax, so a rectangle needs
                 # nothing of the others. The kernels read lse without strides; rows may be a slice.

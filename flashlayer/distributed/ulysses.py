@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flashlayer.auxiliary import AuxOutput, AuxRequest, as_output, as_request
 from flashlayer.distributed.layout import (
     Placement,
     agreed_layout,
@@ -38,8 +39,9 @@ def ulysses_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    return_aux: AuxRequest | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
     """What :func:`ring_attention` computes, by exchanging the sharded sequence for sharded heads.
 
     An all-to-all exchange gives each rank the whole sequence of ``H / N`` query and ``Hkv / N`` kv
@@ -48,7 +50,7 @@ def ulysses_attention(
     Traffic: with N ranks and S positions a rank, each rank sends::
 
         forward    (N - 1) / N * B * S * ((H + Hkv) * D + (Hkv + H) * Dv) elements of query's dtype,
-                   and with ``return_lse`` (N - 1) / N * B * S * H of lse's
+                   and (N - 1) / N * B * S * H of lse's for ``lse`` and each of ``return_aux``
         backward   the same
 
     so for a sequence of fixed length ``N * S`` the traffic of a rank falls as 1 / N, where the
@@ -56,12 +58,14 @@ def ulysses_attention(
 
     Arguments, results and errors are those of :func:`ring_attention`, but: N must divide ``H`` and
     ``Hkv`` (ValueError), the group's backend needs all-to-all, every placement is balanced, any
-    ``backend`` of :func:`flashlayer.flash_attention` will do, and the gradient of ``sinks`` is that
-    of the heads that this rank computed: sum it over the group as well.
+    ``backend`` of :func:`flashlayer.flash_attention` will do, the entropy has a gradient where the
+    backend has one, and the gradient of ``sinks`` is that of the heads that this rank computed: sum
+    it over the group as well.
 
     Source: Jacobs et al., "DeepSpeed Ulysses" (arXiv 2309.14509), section 3.
     """
     options = {"causal": causal, "window_size": window_size, "scale": scale, "softcap": softcap}
+    request = as_request(return_aux, return_lse)
     problem = check_shards(query, key, value, sinks=sinks, **options)
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     for name, heads in (("query", query.shape[1]), ("key and value", key.shape[1])):
@@ -81,13 +85,23 @@ def ulysses_attention(
     sinks = None if sinks is None else sinks.chunk(ranks)[rank]
     mask = None if mask is None else mask.narrow_heads(rank * q.shape[1], q.shape[1])
     options |= {"attn_mask": mask, "sinks": sinks, "backend": backend}
-    out, lse = flash_attention(q, k, v, return_lse=True, **options)
-    if placement != "contiguous":
-        out, lse = out[:, :, position], lse[:, :, position]
+    if return_lse:
+        request = AuxRequest(lse=True)
+    out, aux = flash_attention(q, k, v, return_aux=request, **options)
+    columns = [x for x in aux if x is not None]
+    numbers = torch.stack(columns, dim=-1) if columns else None  # [B, H / N, sequence, asked for]
+    out, numbers = (
+        x if x is None or placement == "contiguous" else x[:, :, position] for x in (out, numbers)
+    )
     out = AllToAll.apply(group, sizes, False, out)
-    if not return_lse:
-        return out
-    return out, AllToAll.apply(group, sizes, False, lse.unsqueeze(-1)).squeeze(-1)
+    if numbers is None:
+        return out if return_aux is None else (out, AuxOutput())
+    columns = AllToAll.apply(group, sizes, False, numbers).unbind(dim=-1)
+    if return_lse:
+        return out, columns[0].contiguous()
+    aux = as_output(request, columns[0], columns[request.lse :])
+    largest = aux.max_scores
+    return out, aux._replace(max_scores=None if largest is None else largest.detach())
 
 
 class AllToAll(torch.autograd.Function):

@@ -101,6 +101,17 @@ class Extras(NamedTuple):
     intervals: Any = None  # Intervals
 
 
+class RowResults(NamedTuple):
+    """What the forward kernel writes of every query: ``(B, heads, S)``, contiguous.
+
+    In the dtype of the accumulation. See :class:`flashlayer.AuxOutput`.
+    """
+
+    lse_ptr: Any
+    max_ptr: Any = None
+    entropy_ptr: Any = None
+
+
 class RowStatistics(NamedTuple):
     """What the backward kernels read of every query: ``(B, heads, S)``, contiguous.
 

@@ -54,6 +54,9 @@ from flashlayer.kernels.primitives import (
     zero_tiles,
 )
 
+# 2 to it is 0 in fp64. What stands for log2(p) where p is 0: 0 * -inf would be NaN.
+LOWEST_EXPONENT = tl.constexpr(-1500.0)
+
 
 @triton.constexpr_function
 def lowest(dtype: object) -> float:
@@ -168,6 +171,62 @@ def online_softmax_update(
     return m_new, l_i, acc
 
 
+@triton.jit
+def initial_auxiliary(l_i, results, BLOCK_M: tl.constexpr):
+    """``aux_i`` of a block of queries that has seen no key, see :func:`auxiliary_update`."""
+    aux_i = ()
+    if results.entropy_ptr is not None:
+        aux_i += (l_i * 0.0,)
+    if results.max_ptr is not None:
+        aux_i += (tl.full((BLOCK_M,), float("-inf"), l_i.dtype),)
+    return aux_i
+
+
+@triton.jit
+def auxiliary_update(
+    aux_i, m_i, l_i, x, scale, results, MODIFIED: tl.constexpr, FLAGS: tl.constexpr
+):
+    """Take one tile of keys into ``aux_i``, before :func:`online_softmax_update` does.
+
+    What both compute is computed once, by the compiler's elimination of common subexpressions.
+    ``aux_i`` is a tuple of what is asked for: for the entropy ``t = sum p log2(p)`` with
+    ``p = exp(s - m)``, in the layout of ``l_i``, where a larger maximum adds
+    ``log2(exp(m_old - m_new)) l`` before it rescales; and the largest score of the keys, to which
+    ``m_i`` adds that of the sink.
+    """
+    ROW_SUMS: tl.constexpr = FLAGS.ROW_SUMS
+    tile_max = tl.max(x, 1) if MODIFIED else tl.max(x, 1) * scale
+    updated = ()
+    if results.entropy_ptr is not None:
+        _, log2_rescale, log2_p = tile_exponents(m_i, x, scale, MODIFIED, FLAGS)
+        rescale = tl.exp2(log2_rescale)
+        p = tl.exp2(log2_p)
+        shift = spread(tl.maximum(log2_rescale, LOWEST_EXPONENT), p, ROW_SUMS)
+        t_i = (aux_i[0] + shift * l_i) * spread(rescale, p, ROW_SUMS)
+        updated += (t_i + row_sums(p * tl.maximum(log2_p, LOWEST_EXPONENT), ROW_SUMS),)
+    if results.max_ptr is not None:
+        updated += (tl.maximum(aux_i[len(aux_i) - 1], tile_max),)
+    return updated
+
+
+@triton.jit
+def store_auxiliary(results, at, valid, l_i, aux_i, FLAGS: tl.constexpr):
+    """Store the entropy and the largest score in nats at the indices ``at`` (:class:`RowResults`).
+
+    A row without a visible key has ``l_i`` and ``t_i`` 0, and entropy 0.
+    """
+    BASE_2: tl.constexpr = FLAGS.BASE_2
+    if results.entropy_ptr is not None:
+        t_i = aux_i[0] if FLAGS.ROW_SUMS == 1 else tl.sum(aux_i[0], 1)  # [BLOCK_M]
+        l_i = tl.where(l_i == 0.0, 1.0, l_i)
+        # Of a row that is all on one key the two terms are equal, but for rounding.
+        entropy = tl.maximum(tl.log(l_i) - t_i / l_i * LN2, 0.0)
+        tl.store(results.entropy_ptr + at, entropy, mask=valid)
+    if results.max_ptr is not None:
+        max_i = aux_i[len(aux_i) - 1]
+        tl.store(results.max_ptr + at, max_i * LN2 if BASE_2 else max_i, mask=valid)
+
+
 @triton.jit(do_not_specialize=CHANGING)
 def forward_kernel(
     q,
@@ -176,7 +235,7 @@ def forward_kernel(
     k_descriptor,
     v_descriptor,
     o,
-    lse_ptr,
+    results,
     heads,
     group,
     seqlen_q,
@@ -197,14 +256,14 @@ def forward_kernel(
 ):
     """One block of queries of one head per program.
 
-    ``q``, ``o`` :class:`Strided` of ``heads`` heads; ``k``, ``v`` of ``heads // group``; ``lse``
-    ``(B, heads, seqlen_q)`` contiguous, whose dtype is the one of the accumulation. ``num_blocks``
-    counts the blocks of the longest sequence; ``heads_together``, or None, orders the programs, see
-    ``program_coordinates``. Scores are ``SCALE_SIGN * scale * q k^T`` with
-    ``scale > 0``: the sign goes into q, where it is exact, so that the factor after the maximum is
-    positive. ``k_descriptor`` and ``v_descriptor``, or None, load the tiles of the FULL range
-    (TMA). ``offset`` is None for the bottom right of each packed sequence. Options that are off are
-    None: a side of the window, a field of ``extras``; the softcap by ``FLAGS.SOFTCAP``.
+    ``q``, ``o`` :class:`Strided` of ``heads`` heads; ``k``, ``v`` of ``heads // group``;
+    ``results`` :class:`RowResults`. ``num_blocks`` counts the blocks of the longest sequence;
+    ``heads_together``, or None, orders the programs, see ``program_coordinates``. Scores are
+    ``SCALE_SIGN * scale * q k^T`` with ``scale > 0``: the sign goes into q, where it is exact, so
+    that the factor after the maximum is positive. ``k_descriptor`` and ``v_descriptor``, or None,
+    load the tiles of the FULL range (TMA). ``offset`` is None for the bottom right of each packed
+    sequence. Options that are off are None: a side of the window, a field of ``extras`` or of
+    ``results``; the softcap by ``FLAGS.SOFTCAP``.
     """
     missing, block, head, batch, place = query_block(
         num_blocks,
@@ -221,7 +280,7 @@ def forward_kernel(
     entry, q_begin, k_begin, q_length, k_length = place
     window = Window(window_left, window_right, query_offset(offset, q_length, k_length))
     dropout = Dropout(extras.seed_ptr, threshold, keep_scale)
-    ACC_DTYPE: tl.constexpr = lse_ptr.dtype.element_ty
+    ACC_DTYPE: tl.constexpr = results.lse_ptr.dtype.element_ty
     INPUT_PRECISION: tl.constexpr = FLAGS.INPUT_PRECISION
     MODIFIED: tl.constexpr = FLAGS.SOFTCAP or extras.slopes is not None or extras.mask is not None
 
@@ -245,6 +304,9 @@ def forward_kernel(
 
     m_i, l_i = initial_state(extras.sinks_ptr, head, BLOCK_M, ACC_DTYPE, FLAGS)
     acc = zero_tiles(BLOCK_M, v.columns, ACC_DTYPE)
+    AUXILIARY: tl.constexpr = results.max_ptr is not None or results.entropy_ptr is not None
+    if AUXILIARY:
+        aux_i = initial_auxiliary(l_i, results, BLOCK_M)
 
     bounds = key_bounds(q_start, q_stop, window, k_length)
     ranges = key_tile_ranges(bounds, BLOCK_N)
@@ -279,6 +341,8 @@ def forward_kernel(
                     x = tl.where(visible, x, float("-inf"))
                 v_tile = load_stream(v_ptr, v, v_descriptor, k_at, k_start, columns, keys, RANGE)
                 kept = keep_factor(dropout, batch, head, i, j, ACC_DTYPE)
+                if AUXILIARY:
+                    aux_i = auxiliary_update(aux_i, m_i, l_i, x, scale, results, MODIFIED, FLAGS)
                 m_i, l_i, acc = online_softmax_update(
                     m_i, l_i, acc, x, scale, v_tile, kept, MODIFIED, FLAGS
                 )
@@ -290,6 +354,9 @@ def forward_kernel(
     valid = queries < q_length - q_start
     o_ptr = row_pointer(o, (entry, head, q_begin + q_start))
     store_tiles(o_ptr, o, queries, valid, divided(acc, tl.where(l_i == 0.0, 1.0, l_i)[:, None]))
-    lse_ptr += row_index(heads, seqlen_q, q_at)
+    at = row_index(heads, seqlen_q, q_at)
+    lse_ptr = results.lse_ptr + at
     lse = log_sum_exp(m_i, l_i, extras.sinks_ptr, head, BASE_2)
     tl.store(lse_ptr + rows, lse, mask=valid)
+    if AUXILIARY:
+        store_auxiliary(results, at + rows, valid, l_i, aux_i, FLAGS)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashlayer import FlashAttention, flash_attention, masks
+from flashlayer import AuxOutput, AuxRequest, FlashAttention, flash_attention, masks
 from flashlayer.distributed import (
     position_ids,
     ring_attention,
@@ -150,6 +150,40 @@ def check_documents_leave_each_other_alone(rank: int, device: torch.device) -> N
             assert torch.equal(again, x)
             assert torch.equal(other[:, :, second], x[:, :, second])
         assert second.all() or not torch.equal(results[2][0], same[0])
+
+
+def check_numbers_from_inside_the_softmax(rank: int, device: torch.device) -> None:
+    """The largest score and the entropy of whole rows, some without keys, some with a sink."""
+    ranks, request = dist.get_world_size(), AuxRequest(True, True, True)
+    generator = torch.Generator().manual_seed(6)
+    whole = torch.randn(3, 1, 2 * ranks, LENGTH, 8, generator=generator).double().to(device)
+    whole[:, :, :, 3] *= 30
+    sinks = torch.linspace(-3, 3, 2 * ranks, dtype=torch.float64, device=device)
+    edges = torch.tensor([0, 41, LENGTH - 4], device=device)
+    mask = masks.documents(cu_seqlens=edges, seqlen=LENGTH)
+    for options in (
+        {"window_size": (30, 2)},
+        {"attn_mask": mask},
+        {"sinks": sinks, "causal": True},
+    ):
+        expected = flash_attention(*whole, return_aux=request, backend="standard", **options)
+        for attend in (ring_attention, ulysses_attention):
+            case = Case(placement="zigzag")
+            position = case.positions(rank, ranks)
+            q, k, v = (x[:, :, position].requires_grad_() for x in whole)
+            out, aux = attend(q, k, v, placement="zigzag", return_aux=request, **options)
+            torch.testing.assert_close(out, expected[0][:, :, position])
+            for number, of_all in zip(aux, expected[1], strict=True):
+                torch.testing.assert_close(number, of_all[:, :, position])
+                assert number.is_contiguous()
+            assert not aux.max_scores.requires_grad
+            torch.autograd.grad(aux.lse[aux.lse.isfinite()].sum(), q, retain_graph=True)
+            if attend is ring_attention:
+                with pytest.raises(NotImplementedError, match="no gradient of the entropy"):
+                    torch.autograd.grad(aux.entropy.sum(), q)
+    only = ulysses_attention(q, k, v, placement="zigzag", return_aux=AuxRequest(entropy=True))[1]
+    assert only.lse is only.max_scores is None
+    assert ring_attention(q, k, v, return_aux=AuxRequest())[1] == AuxOutput()
 
 
 def check_second_derivative_by_ulysses(rank: int, device: torch.device) -> None:

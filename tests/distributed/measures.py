@@ -87,9 +87,9 @@ def measure_skips(rank: int, device: torch.device) -> dict[str, list[int]]:
     """By call the rectangles computed and the bytes sent, forward and then backward."""
     original, computed, measured = ring.Ring.problem, [], {}
 
-    def spy(*arguments: Any) -> Any:
+    def spy(*arguments: Any, **options: Any) -> Any:
         computed.append(1)
-        return original(*arguments)
+        return original(*arguments, **options)
 
     ring.Ring.problem = spy
     for name, (ids, options) in skips(dist.get_world_size()).items():
@@ -130,14 +130,14 @@ def measure_memory(rank: int, device: torch.device) -> dict[str, int]:
     alive = []
     original = ring.Ring.problem
 
-    def spy(*arguments: Any) -> Any:
+    def spy(*arguments: Any, **options: Any) -> Any:
         storages = {
             x.untyped_storage().data_ptr()
             for x in gc.get_objects()
             if type(x) is Tensor and x.untyped_storage().nbytes() == message
         }
         alive.append(len(storages))
-        return original(*arguments)
+        return original(*arguments, **options)
 
     ring.Ring.problem = spy
     ring_attention(q, k, v)

@@ -18,6 +18,7 @@ from tests.distributed.checks import (
     check_documents_leave_each_other_alone,
     check_layer,
     check_layouts_and_errors,
+    check_numbers_from_inside_the_softmax,
     run_layer,
 )
 from tests.distributed.measures import (
@@ -39,6 +40,7 @@ LAYERS = [
 def work(rank: int, device: torch.device) -> dict[str, Any]:
     """All that one group of processes is started for."""
     check_layouts_and_errors(rank, device)
+    check_numbers_from_inside_the_softmax(rank, device)
     check_documents_leave_each_other_alone(rank, device)
     return {
         "cases": {

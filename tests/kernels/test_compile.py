@@ -106,6 +106,15 @@ def test_wide_types(tmp_path: Path) -> None:
     check(ledger(tmp_path, *arguments, "--masks", "causal", "--options", "none")["rows"], None)
 
 
+def test_numbers_from_inside_the_softmax(tmp_path: Path) -> None:
+    """They take registers, for which the tiles leave room; no exponential is taken twice."""
+    arguments = ("--targets", "sm_100", "--dtypes", "bf16", "--head-dims", "128")
+    rows = ledger(tmp_path, *arguments, "--masks", "causal", "--options", "return_aux")["rows"]
+    check(rows, "tcgen05")
+    (forward,) = (row for row in rows if row["kernel"] == "forward_kernel")
+    assert forward["per_score"]["exp2"] < 1.2
+
+
 def test_refuses_to_compile_interpreted_kernels(tmp_path: Path) -> None:
     process = subprocess.run(
         [sys.executable, "-m", "benchmarks", "codegen"],

@@ -37,6 +37,7 @@ class Case:
         gradients: whether there is a backward pass.
         heaviest_first: whether programs start in the order of their work.
         tangents: forward mode instead of both passes, with tangents of q, k and v.
+        auxiliary: whether the largest score and the entropy are asked for and judged, not the rest.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Case:
     gradients: bool = True
     heaviest_first: bool = False
     tangents: bool = False
+    auxiliary: bool = False
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         """The tensors, the same every time."""
@@ -276,6 +278,7 @@ def all_but_the_mask(batch: int, heads: int, q: int, k: int) -> dict[str, Any]:
 
 
 TF32 = {"tf32": True}
+AUXILIARY: dict[str, Any] = {"auxiliary": True, "gradients": False}
 TMA = {"descriptors": True, "targets": (90,)}
 
 QUICK = [
@@ -288,6 +291,7 @@ QUICK = [
     Case("fp64 causal", dense(FP64, q=33, k=40, dim=24, causal=True, softcap=2.0)),
     Case("tf32 causal", dense(FP32, q=40, k=70, causal=True), **TF32),
     Case("fp32 sinks", dense(FP32, q=20, k=40, dim=24, causal=True, options=sinks)),
+    Case("fp16 max and entropy", dense(FP16, q=70, k=333, causal=True), **AUXILIARY),
     Case("bf16 split-key decoding", dense(heads=4, q=1, k=200, options=sinks), splits=3),
     Case("bf16 TMA causal", dense(q=140, k=400, causal=True, layout="bshd"), **TMA),
     Case("bf16 intervals of heads", dense(q=150, k=333, options=intervals(1, 2), causal=True)),
@@ -378,6 +382,22 @@ _OPTIONS = [
     Case("fp32 everything", dense(FP32, q=20, k=40, dim=16, options=everything)),
     Case("fp64 everything", dense(FP64, q=20, k=40, dim=16, options=everything)),
     Case("tf32 everything", dense(FP32, q=33, k=70, dim=32, options=everything), **TF32),
+]
+_AUXILIARY = [
+    Case("bf16 D128 max and entropy", dense(q=90, k=140, dim=128, options=sinks), **AUXILIARY),
+    Case("bf16 max and entropy of all", dense(options=everything), **AUXILIARY),
+    Case("bf16 max and entropy packed", packed(lengths=(70, 1, 33), causal=True), **AUXILIARY),
+    Case("bf16 max and entropy of 10,000", dense(magnitude=3000.0, options=sinks), **AUXILIARY),
+    Case("bf16 max and entropy hidden NaN", hiding(BF16, 64), **AUXILIARY),
+    Case(
+        "bf16 max and entropy without keys",
+        dense(q=150, k=40, window_size=(3, 2)),
+        **AUXILIARY,
+    ),
+    Case("fp32 max and entropy", dense(FP32, q=20, k=40, dim=16, softcap=2.0), **AUXILIARY),
+    Case("fp64 max and entropy", dense(FP64, q=33, k=40, dim=24, causal=True), **AUXILIARY),
+    Case("tf32 max and entropy", dense(FP32, q=40, k=70), **AUXILIARY, **TF32),
+    Case("bf16 TMA max and entropy", dense(q=140, k=400, causal=True), **AUXILIARY, **TMA),
 ]
 _PACKED = [
     Case("bf16 packed", packed(lengths=(70, 1, 33))),
@@ -505,6 +525,7 @@ TABLE = [
     *QUICK,
     *_GEOMETRY,
     *_OPTIONS,
+    *_AUXILIARY,
     *_PACKED,
     *_HEAD_DIMS,
     *_TMA,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashlayer import flash_attention
+from flashlayer import AuxOutput, AuxRequest, flash_attention, flash_attention_varlen
 from flashlayer.backends import split_keys
 from flashlayer.kernels import tiles
 from flashlayer.testing import accuracy
@@ -119,7 +119,9 @@ def _execute(
         if case.tf32:
             stack.enter_context(_tf32_allowed())
         stack.enter_context(_tiles(case))
-        if case.splits:
+        if case.auxiliary:
+            results = _auxiliary(case, q, k, v, arguments)
+        elif case.splits:
             results = _decode(q, k, v, case.splits, **arguments)
         elif case.tangents:
             directions = [torch.randn_like(x) for x in (q, k, v)]
@@ -142,6 +144,29 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, splits: int, **options: Any) -> Res
     reference = flash_attention(q.double(), k.double(), v.double(), backend="standard", **wide)
     accuracy.assert_accurate("out", out, same_dtype, reference, accuracy.FACTORS["out"])
     return {"out": out}
+
+
+def _auxiliary(case: Case, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Results:
+    """The numbers from inside the softmax."""
+    attend = flash_attention_varlen if "cu_seqlens_q" in options else flash_attention
+
+    def numbers(backend: str, tensors: Sequence[Tensor], of: dict[str, Any]) -> AuxOutput:
+        return attend(*tensors, return_aux=AuxRequest(True, True, True), backend=backend, **of)[1]
+
+    found = numbers("triton", (q, k, v), options)
+    with _TF32Products() if case.tf32 else contextlib.nullcontext():
+        same = numbers("standard", (q, k, v), options)
+    wide = {n: x.double() if _is_float(n, x) else x for n, x in options.items()}
+    reference = numbers("standard", [x.double() for x in (q, k, v)], wide)
+    for name, *results in zip(found._fields, found, same, reference, strict=True):
+        # An entropy of 0 is a difference of two logarithms.
+        noise = torch.finfo(results[0].dtype).eps if name == "entropy" else 0.0
+        accuracy.assert_accurate(name, *results, accuracy.FACTORS["lse"], noise)
+    return found._asdict()
+
+
+def _is_float(name: str, option: Any) -> bool:
+    return isinstance(option, Tensor) and option.is_floating_point() and name != "alibi_slopes"
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
-from flashlayer import flash_attention
+from flashlayer import AuxRequest, flash_attention
 from train import UsageError
 from train.lit import GPTModule
 from train.measure import PeakMemory, Yardstick, synchronize
@@ -21,10 +21,7 @@ from train.model import GPT, CausalSelfAttention
 from train.running.parallel import own_rows
 
 MATMULS = 10  # of which the fastest is the device's peak
-
-# At this many times the scale, softmax is almost one-hot at the largest logit. A power of two, so
-# that the scale itself is not rounded.
-SHARPENED = 1024.0
+NUMBERS = AuxRequest(max_scores=True, entropy=True)
 
 
 @dataclass
@@ -191,22 +188,22 @@ def flops_per_token(model: GPT) -> int:
 
 @contextmanager
 def watched(model: GPT) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Append every layer's :func:`attention_statistics` to a list, within the block."""
+    """Append the entropy and the largest logit of every layer's queries to a list, in the block.
+
+    Both are ``(B, H, S)`` and come from the call that computes the layer's output.
+    """
     found: list[tuple[Tensor, Tensor]] = []
     layers = [layer for layer in model.modules() if isinstance(layer, CausalSelfAttention)]
     originals = [layer.attend for layer in layers]
+    attend: Callable[..., Any] = flash_attention if model.shard is None else model.shard.attend
 
-    across = flash_attention if model.shard is None else model.shard.attend
+    def watching(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, numbers = attend(q, k, v, causal=True, return_aux=NUMBERS)
+        found.append((numbers.entropy, numbers.max_scores))
+        return out
 
-    def watch(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def watching(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            found.append(attention_statistics(q, k, across))
-            return attend(q, k, v)
-
-        return watching
-
-    for layer, original in zip(layers, originals, strict=True):
-        layer.attend = watch(original)
+    for layer in layers:
+        layer.attend = watching
     try:
         # Else a compiled model would be compiled again for these few steps.
         with torch.compiler.set_stance("force_eager"):
@@ -214,38 +211,3 @@ def watched(model: GPT) -> Iterator[list[tuple[Tensor, Tensor]]]:
     finally:
         for layer, original in zip(layers, originals, strict=True):
             layer.attend = original
-
-
-def attention_statistics(
-    q: Tensor, k: Tensor, attend: Callable[..., Any] = flash_attention
-) -> tuple[Tensor, Tensor]:
-    """Entropy and largest logit of causal attention, per query, without its matrix of scores.
-
-    With scores ``s_j``, probabilities ``p_j = exp(s_j - lse)`` and their mean key ``sum p_j k_j``,
-    which is what attention gives for values that are the keys themselves,
-
-        entropy    = -sum p_j log p_j = lse - sum p_j s_j = lse - scale * q . (mean key)
-
-    and the LSE of scores that are ``SHARPENED`` times as large bounds the largest of them from both
-    sides:
-
-        max s_j <= lse(SHARPENED * s) / SHARPENED <= max s_j + log(keys) / SHARPENED
-
-    The term in the middle is returned: but for rounding never below the largest logit, and at most
-    0.0135 above it at a million keys. Each of the two takes one call of flash attention, in fp32
-    at least.
-
-    Args:
-        q: ``(B, H, S, D)``.
-        k: ``(B, Hkv, S, D)``.
-        attend: flash attention, or what is called like it for a sequence that ranks share.
-
-    Returns:
-        ``entropy`` in nats, and the largest logit's bound, both ``(B, H, S)``.
-    """
-    with torch.autocast(q.device.type, enabled=False):
-        q, k = (x if x.dtype == torch.float64 else x.float() for x in (q, k))
-        scale = q.shape[-1] ** -0.5
-        mean_key, lse = attend(q, k, k, causal=True, scale=scale, return_lse=True)
-        _, sharpened = attend(q, k, k, causal=True, scale=SHARPENED * scale, return_lse=True)
-    return lse - scale * (q * mean_key).sum(dim=-1), sharpened / SHARPENED

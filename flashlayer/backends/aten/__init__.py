@@ -38,6 +38,7 @@ from flashlayer.backends.aten.pieces import Piece, split, whole
 from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, accumulation_dtype
 
 name = "aten"
+entropy_gradient = False
 
 
 def refuses(problem: Problem) -> str | None:
@@ -52,6 +53,8 @@ def refuses(problem: Problem) -> str | None:
             return f"it has no {option}"
     if spec.softcap is not None:
         return "it has no softcap"
+    if spec.max_scores or spec.entropy:
+        return "its kernel returns no max_scores and no entropy"
     has_window = spec.window_left is not None or spec.window_right is not None
     if has_window and spec.scale <= 0:
         return f"with causal or a window it needs a positive scale, got {spec.scale}"

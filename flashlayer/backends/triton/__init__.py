@@ -30,6 +30,7 @@ __all__ = [
     "candidate_tiles",
     "empty_gradients",
     "empty_results",
+    "entropy_gradient",
     "forward",
     "forward_tangents",
     "has_tangents",
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 name = "triton"
+entropy_gradient = False
 
 INSTALLED = find_spec("triton") is not None  # looked up once: torch 2.11 can't compile the question
 
@@ -90,7 +92,7 @@ def refuses(problem: Problem) -> str | None:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """See :class:`flashlayer.spec.Backend`."""
     spec = _with_lengths(spec, extras)
     splits = split_keys.num_splits(q, k, v, spec, extras)
@@ -101,23 +103,28 @@ def forward(
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     o, lse = empty_results(q, v)
     if _needs_fp32(q):
-        wide_o, lse = _forward(q.float(), k.float(), v.float(), spec, _in_fp32(extras))
-        return o.copy_(wide_o), lse
+        wide_o, *rest = _forward(q.float(), k.float(), v.float(), spec, _in_fp32(extras))
+        return o.copy_(wide_o), *rest
+    max_scores = torch.empty_like(lse) if spec.max_scores else None
+    entropy = torch.empty_like(lse) if spec.entropy else None
     if extras.cu_seqlens_q is not None:  # no program writes the tokens past the last sequence
-        o.zero_()
-        lse.fill_(-torch.inf)
+        for result, value in ((o, 0), (lse, -torch.inf), (max_scores, -torch.inf), (entropy, 0)):
+            if result is not None:
+                result.fill_(value)
     if o.numel() > 0:
-        launch_forward(q, k, v, o, lse, spec, extras)
-    return o, lse
+        launch_forward(q, k, v, o, lse, max_scores, entropy, spec, extras)
+    return o, lse, *spec.asked(max_scores, entropy)
 
 
 def has_tangents(problem: Problem) -> bool:
-    """No masks, no dropout, and room for two accumulators: half the widest head dimension."""
-    q, _, v, _, extras = problem
+    """No masks, dropout or ``return_aux``, and half the widest head: there are two accumulators."""
+    q, _, v, spec, extras = problem
     if not (extras.attn_mask is extras.intervals is extras.dropout_seed is None):
+        return False
+    if spec.max_scores or spec.entropy:
         return False
     widest = MAX_HEAD_DIM if q.element_size() == 2 else MAX_WIDE_HEAD_DIM
     return max(q.shape[-1], v.shape[-1]) <= widest // 2

@@ -18,10 +18,13 @@ def launch_forward(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
+    max_scores: Tensor | None,
+    entropy: Tensor | None,
     spec: AttentionSpec,
     extras: AttentionExtras,
 ) -> None:
-    """Fill ``o``, which is not empty, and ``lse``."""
+    """Fill ``o``, which is not empty, ``lse`` and those of the other two that are there."""
+    from flashlayer.kernels.arguments import RowResults
     from flashlayer.kernels.forward import forward_kernel
 
     heads, kv_heads = q.shape[1], k.shape[1]
@@ -33,7 +36,7 @@ def launch_forward(
             with launching(q):
                 specialized.launch(q, k, v, o, lse, spec, tiles)
             return
-        tiles = tiling.table_tiles("forward", q, v, extras)
+        tiles = tiling.table_tiles("forward", q, v, spec, extras)
     num_blocks = _num_blocks(spec.max_seqlen_q, q.shape[2], tiles.BLOCK_M)
     grid = num_blocks * heads * _sequences(q, extras)
     if grid == 0:
@@ -50,7 +53,7 @@ def launch_forward(
             k=strided(k, packed, from_tile),
             v=strided(v, packed, from_tile),
             o=strided(o, packed),
-            lse_ptr=lse,
+            results=RowResults(lse, max_scores, entropy),
             extras=options(extras, sinks=True, keys=tiles.BLOCK_N),
             heads=heads,
             group=heads // kv_heads,

@@ -35,6 +35,8 @@ def refuses(
         return f"it takes head dimensions {HEAD_DIMS}, got {q.shape[3]} and {v.shape[3]}"
     if any(option is not None for option in (*extras, spec.softcap, spec.window_left)):
         return "it knows no option but causal and the right side of the window"
+    if spec.max_scores or spec.entropy:
+        return "it returns no max_scores and no entropy"
     if not spec.scale > 0:
         return f"it takes positive scales, got {spec.scale}"
     if not all(tiling.has_tma_strides(x) for x in (q, k, v)):

@@ -48,15 +48,20 @@ def tiles_of(
 ) -> Any:
     """The :class:`flashlayer.kernels.tiles.TileConfig` of a launch, tuned or of the table."""
     tuned = TUNED.get(bucket(kernel, q, v, spec, extras)) if TUNED else None
-    return table_tiles(kernel, q, v, extras) if tuned is None else tuned
+    return table_tiles(kernel, q, v, spec, extras) if tuned is None else tuned
 
 
-def table_tiles(kernel: str, q: Tensor, v: Tensor, extras: AttentionExtras) -> Any:
+def table_tiles(
+    kernel: str, q: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
+) -> Any:
     """The row of the tile table."""
     from flashlayer.kernels.tiles import tile_config
 
     widest = max(q.shape[3], v.shape[3])
-    return tile_config(kernel, target(q.device), precision(q), widest, _mask_kind(extras))
+    kind = _mask_kind(extras)
+    if kernel == "forward" and spec.entropy and kind == "none":
+        kind = "intervals"  # the entropy's sums take as many registers
+    return tile_config(kernel, target(q.device), precision(q), widest, kind)
 
 
 def _mask_kind(extras: AttentionExtras) -> str:
