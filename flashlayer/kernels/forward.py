@@ -194,14 +194,11 @@ def auxiliary_update(
     ``log2(exp(m_old - m_new)) l`` before it rescales; and the largest score of the keys, to which
     ``m_i`` adds that of the sink.
     """
-    BASE_2: tl.constexpr = FLAGS.BASE_2
     ROW_SUMS: tl.constexpr = FLAGS.ROW_SUMS
     tile_max = tl.max(x, 1) if MODIFIED else tl.max(x, 1) * scale
     updated = ()
     if results.entropy_ptr is not None:
-        m_new = tl.maximum(m_i, tile_max)  # [BLOCK_M]
-        log2_rescale = log2_ratio(m_i, m_new, scale, True, BASE_2)  # [BLOCK_M]
-        log2_p = log2_ratio(x, m_new[:, None], scale, MODIFIED, BASE_2)  # [BLOCK_M, BLOCK_N]
+        _, log2_rescale, log2_p = tile_exponents(m_i, x, scale, MODIFIED, FLAGS)
         rescale = tl.exp2(log2_rescale)
         p = tl.exp2(log2_p)
         shift = spread(tl.maximum(log2_rescale, LOWEST_EXPONENT), p, ROW_SUMS)
