@@ -52,8 +52,8 @@ STEPS: dict[str, dict[str, Step]] = {
         "tl.store(lse)": ("lse", {"lse": "stored"}),
         "return": ("missing", {}),
     },
+    "tile_exponents": {"m_new = tl.maximum": ("max", {"m": "m_new"})},
     "online_softmax_update": {
-        "m_new = tl.maximum": ("max", {"m": "m_new"}),
         "rescale = tl.exp2": ("rescale", {"rescale": "rescale"}),
         "p = tl.exp2": ("p", {"tile": "p"}),
         "l_i": ("sum", {"l": "l_i"}),

@@ -299,20 +299,6 @@ class Backend(Protocol):
         """Whether ``forward_tangents`` covers a problem; else tangents go through ``tiled``."""
         ...
 
-    def forward_tangents(
-        self,
-        primals: tuple[Tensor, Tensor, Tensor],
-        tangents: Tensors,
-        spec: AttentionSpec,
-        extras: AttentionExtras,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``o``, ``lse`` and their tangents in the direction of those of q, k and v.
-
-        A tangent that is None is zero; the extras are constants. The tangent of an ``lse`` of -inf
-        is 0. Only backends of which ``has_tangents`` is ever true have this.
-        """
-        ...
-
     def empty_results(self, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """``o`` and ``lse`` uninitialised, with the strides that ``forward`` usually returns."""
         ...
@@ -343,6 +329,24 @@ class Backend(Protocol):
 
 
 # Not a tuple, which torch.func would flatten; not frozen, which would double its cost.
+class TangentBackend(Backend, Protocol):
+    """A backend of which ``has_tangents`` is ever true."""
+
+    def forward_tangents(
+        self,
+        primals: tuple[Tensor, Tensor, Tensor],
+        tangents: Tensors,
+        spec: AttentionSpec,
+        extras: AttentionExtras,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``o``, ``lse`` and their tangents in the direction of those of q, k and v.
+
+        A tangent that is None is zero; the extras are constants. The tangent of an ``lse`` of -inf
+        is 0.
+        """
+        ...
+
+
 @dataclass(slots=True)
 class Call:
     """What the Functions need besides tensors."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from flashlayer.spec import (
     Backend,
     Call,
     Problem,
+    TangentBackend,
     Tensors,
     as_extras,
     in_input_order,
@@ -188,7 +189,8 @@ class AttentionWithTangents(torch.autograd.Function):
         # PyTorch's formulas make zero tensors that have no memory.
         tangents = tuple(None if x is None or x._is_zerotensor() else x for x in tensors[:3])
         if not is_observed(q):
-            return call.backend.forward_tangents((q, k, v), tangents, call.spec, as_extras(rest))
+            backend = cast(TangentBackend, call.backend)
+            return backend.forward_tangents((q, k, v), tangents, call.spec, as_extras(rest))
         o, lse = call.backend.forward(q, k, v, call.spec, as_extras(rest))
         directions = *tangents, *(None for _ in rest)
         return o, lse, *_push(_tiled_forward(call), (q, k, v, *rest), directions)
