@@ -4,6 +4,7 @@
 #   make docs     the site, in build/docs/index.html
 #   make book     the chapter as a PDF in English and in Chinese, in build/book; needs Chromium and a Chinese font
 #   make notebooks   run the chapter's notebooks and write what comes out into them
+#   make matrix   the layer's tests with the oldest and the newest versions; downloads two CUDA builds of torch
 #   make hub      the kernel repository for the Hugging Face hub, in build/hub
 #   make lint     ruff and pyright
 #   make bench    attention and a training step against their peers on this CPU, and the compile ledger for GPUs
@@ -17,7 +18,7 @@ RUN := $(VENV)/bin/python
 # Waiting OpenMP threads sleep instead of spinning: several times faster where other processes want the cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test docs book notebooks hub lint bench gpu clean
+.PHONY: demo test docs book notebooks hub matrix lint bench gpu clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m train parity --config configs/parity_cpu.yaml
@@ -33,6 +34,10 @@ book: docs
 
 notebooks: $(VENV)/.docs
 	$(RUN) docs/notebooks.py
+
+matrix: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt nox
+	$(VENV)/bin/nox
 
 hub: $(VENV)/.installed
 	$(RUN) -m hub.build build/hub
