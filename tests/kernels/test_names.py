@@ -19,7 +19,8 @@ KNOWN = {
 # Of triton.experimental.gluon.language, looked up in 3.6.0, 3.7.1, 3.8.0 and 3.9.0. What differs
 # between them is in gluon_api.
 KNOWN_OF_GLUON = {
-    *("BlockedLayout", "DotOperandLayout", "NVMMADistributedLayout", "SliceLayout"),
+    *("BlockedLayout", "DotOperandLayout", "NVMMADistributedLayout", "SliceLayout", "load"),
+    "SwizzledSharedLayout",
     *("allocate_shared_memory", "arange", "constexpr", "convert_layout", "exp2", "float32", "full"),
     *("int32", "int64", "log2", "max", "maximum", "minimum", "static_range", "store"),
     *("sum", "warp_specialize", "where"),

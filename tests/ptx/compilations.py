@@ -24,7 +24,7 @@ from flashlayer.kernels.tiles import specialized_candidates
 from tests.ptx.driver import emulated
 
 # On sm_90; sm_80 refuses and takes the table.
-SPECIALIZED = specialized_candidates("forward", 64)[0]
+SPECIALIZED = {name: specialized_candidates(name, 64)[0] for name in ("forward", "dkdv", "dq")}
 LENGTHS = range(2, 302)  # a single query is causal in name only: another option set
 
 Options = Callable[[int], dict[str, Any]]
@@ -38,7 +38,7 @@ SWEEPS: dict[str, tuple[Iterable[int], Options]] = {
     "dropout": (range(1, 100), lambda n: {"dropout_p": n / 100, "dropout_seed": 1}),
     "heads": (range(5, 60), lambda n: {"causal": True, "heads": n, "length": 40}),
     "float mask": (LENGTHS, lambda n: {"attn_mask": torch.randn(n, n, requires_grad=True)}),
-    "specialized": (range(2, 102), lambda n: {"causal": True, "tiles": SPECIALIZED}),
+    "specialized": (range(2, 102), lambda n: {"causal": True, "specialized": True}),
     "float mask of each head": (LENGTHS, lambda n: {"attn_mask": torch.randn(1, 4, n, n)}),
 }
 
@@ -61,16 +61,16 @@ def compilations(arch: int, lengths: Iterable[int], options: Options) -> dict[st
         for n in lengths:
             call = options(n)
             heads, length = call.pop("heads", 4), call.pop("length", n)
-            tiles = call.pop("tiles", None)
+            specialized = call.pop("specialized", False)
             kv_heads = 2 if heads == 4 else heads
             q, k = (
                 torch.randn(1, h, length, 64, dtype=torch.float16, requires_grad=True)
                 for h in (heads, kv_heads)
             )
-            chosen = mock.patch.object(tiling, "tiles_of", return_value=tiles)
-            with chosen if tiles else nullcontext():
+            chosen = mock.patch.object(tiling, "tiles_of", lambda name, *_: SPECIALIZED[name])
+            with chosen if specialized else nullcontext():
                 out = flash_attention(q, k, k, backend="triton", **call)
-            out.backward(torch.zeros_like(out))
+                out.backward(torch.zeros_like(out))
     return {name: len(found) for name, found in keys.items()}
 
 

@@ -157,7 +157,6 @@ DKDV_FAULTS = [
         replace=r"setp.lt\1",
         nth=None,
         shows=VALUES,
-        slow=False,
     ),
     _dkdv(
         "dK/dV: rows of the next head visible",
@@ -219,7 +218,6 @@ DQ_FAULTS = [
         replace=r"setp.lt\1",
         nth=None,
         shows=VALUES,
-        slow=False,
     ),
     _dq("dQ: values reused early", find=_WAIT, after=_COPY, shows=f"{RACE}|{_MORE}"),
     _dq("dQ: keys reused early", find=_WAIT, after=_COPY, nth=1, shows=f"{RACE}|{_MORE}"),
