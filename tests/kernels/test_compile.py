@@ -87,9 +87,10 @@ def test_half_precision(tmp_path: Path) -> None:
 
 
 def test_the_warp_specialised_kernels(tmp_path: Path) -> None:
-    arguments = ("--targets", "sm_90", "--dtypes", "bf16", "--head-dims", "64", "128")
+    """At the head dimension that leaves them fewer registers."""
+    arguments = ("--targets", "sm_90", "--dtypes", "bf16", "--head-dims", "128")
     rows = ledger(tmp_path, *arguments, "--masks", "causal", "--options", "specialized")["rows"]
-    assert len(rows) == 6
+    assert len(rows) == 3
     check(rows, "wgmma", ("hopper_forward_kernel", "hopper_dkdv_kernel", "hopper_dq_kernel"))
 
 
