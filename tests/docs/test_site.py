@@ -144,7 +144,7 @@ def books(site: Path) -> dict[str, str]:
 def test_the_book_holds_together(books: dict[str, str], language: str) -> None:
     pages = book.PAGES[language]
     folder = ROOT / "docs" / pages[0].split("/")[0]
-    written = {path.name.split(".")[0] for path in folder.iterdir() if path.suffix != ".py"}
+    written = {path.name.split(".")[0] for path in folder.glob("[!.]*") if path.suffix != ".py"}
     interactive = {"playground", "stepper"}
     assert {page.split("/")[1] for page in pages} - {"README"} == written - interactive
     soup = BeautifulSoup(books[language], "html.parser")
