@@ -67,11 +67,12 @@ def test_default_tiles_and_loops_on_sm_90(tmp_path: Path, head_dim: str) -> None
     ("target", "instruction", "head_dims"),
     [
         ("sm_80", "mma", ["64", "128"]),
-        ("sm_80", "mma", ["256"]),
-        ("sm_90", "wgmma", ["256"]),
+        pytest.param("sm_80", "mma", ["256"], marks=pytest.mark.slow),
+        pytest.param("sm_90", "wgmma", ["256"], marks=pytest.mark.slow),
         ("sm_100", "tcgen05", ["64", "128"]),
-        ("sm_100", "tcgen05", ["256"]),
-        ("gfx942", "mfma", ["64", "128", "256"]),
+        pytest.param("sm_100", "tcgen05", ["256"], marks=pytest.mark.slow),
+        ("gfx942", "mfma", ["64", "128"]),
+        pytest.param("gfx942", "mfma", ["256"], marks=pytest.mark.slow),
     ],
 )
 def test_default_tiles(tmp_path: Path, target: str, instruction: str, head_dims: list[str]) -> None:
@@ -79,6 +80,7 @@ def test_default_tiles(tmp_path: Path, target: str, instruction: str, head_dims:
     check(ledger(tmp_path, *arguments, "--options", "none")["rows"], instruction)
 
 
+@pytest.mark.slow
 def test_half_precision(tmp_path: Path) -> None:
     """fp16 compiles like bf16: the tile table doesn't tell them apart."""
     arguments = ("--targets", "sm_90", "--dtypes", "fp16", "--head-dims", "128")
