@@ -2,7 +2,7 @@
 
 Each session makes an environment of its own: the versions of ``constraints.txt``, but for those
 that ``VERSIONS`` names. Their torch is the CUDA build, several GB; no GPU is used. What was run and
-passed stands in ``docs/compatibility.md``; the ranges of ``pyproject.toml`` follow from it.
+passed stands in ``docs/limits.md``; the ranges of ``pyproject.toml`` follow from it.
 """
 
 from __future__ import annotations

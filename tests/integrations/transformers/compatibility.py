@@ -52,8 +52,8 @@ Masks are O(Sk) wherever transformers composes them of functions of `masking_uti
 - a prompt in a static cache whose position is a tensor, under `torch.compile`: an interval mask.
 
 An interval mask (`flashlayer.masks.IntervalMask`) has two int32 numbers for each key and row. Its
-numbers are computed on the device and not read, but for one bool of images and prefixes, which says
-whether each block is in one place.
+numbers are computed on the device without a synchronization, except that images and prefixes read
+one bool: whether each block is contiguous.
 
 What makes a dense bool mask: mask functions of your own or of a model's module (`or_mask_function`,
 `and_mask_function`; Gemma 4's audio), a block of images or prefix in several places unless what is
@@ -65,9 +65,9 @@ that for each row of the batch.
 
 Packed sequences are told by `cu_seq_lens_q/k`, or by restarting `position_ids` and no
 `attention_mask`, in any number of rows, compiled or not (flash_attention_2 looks at batches of 1
-only). A sequence begins where a position is lower than the one before, or where a 0 repeats
-(a sequence of one token) unless other positions of the row repeat, too, or all are 0. Gaps and
-other repeats begin none. An `attention_mask`, be it of ones, rules packing out, as in eager.
+only). A sequence begins where a position is lower than the one before. A repeated 0 also begins one
+(a sequence of one token), unless another position of the row repeats or all are 0. Gaps and other
+repeats begin none. An `attention_mask`, be it of ones, rules packing out, as in eager.
 Where transformers itself tells attention of packing (no `attention_mask` and no cache:
 `use_cache=False`), its own rule holds, as in eager: any step other than +1 begins a sequence. With
 the default cache, Llama 4's chunks are counted from the start of the row, as in eager, not from the
