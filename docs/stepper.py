@@ -59,13 +59,13 @@ STEPS: dict[str, dict[str, Step]] = {
         "l_i": ("sum", {"l": "l_i"}),
         "acc = dot_into": ("acc", {"acc": "acc"}),
     },
-    "update": {
-        "m = scores.amax": ("parts_max", {"parts": "scores", "m": "m"}),
-        "p = torch.exp": ("parts_p", {"weights": "p"}),
+    "merge_kernel": {
+        "m = tl.where": ("parts_max", {"parts": "lse", "m": "m"}),
+        "weights = tl.exp": ("parts_p", {"weights": "weights"}),
+        "acc": ("parts_sum", {"l": "l", "acc": "acc"}),
+        "tl.store(out)": ("parts_out", {"out": "stored"}),
+        "tl.store(total)": ("parts_lse", {"lse": "stored"}),
     },
-    "merge": {"return": ("parts_sum", {"l": "return.l", "acc": "return.o"})},
-    "finalize": {"return": ("parts_out", {"out": "return"})},
-    "lse": {"return": ("parts_lse", {"lse": "return"})},
     "delta_kernel": {
         "tl.store(delta)": ("delta", {"delta": "stored"}),
         "tl.store(shift)": ("shift", {"lse": "stored"}),
@@ -132,7 +132,7 @@ FORMULAS = {
     "half_out": r"o_i = \mathrm{acc}_i / \sum_t l_{it}",
     "half_lse": r"\mathrm{LSE}_i = m_i \log 2 + \log\, l_i",
 }
-FILES = ("kernels/forward.py", "kernels/backward.py", "online_softmax.py")
+FILES = ("kernels/forward.py", "kernels/backward.py", "kernels/merge.py")
 KEYS_OF_TILE = ("k_start", "k_length", "BLOCK_N")
 RANGES = ("left", "full", "right")  # LEFT_EDGE, FULL, RIGHT_EDGE
 
@@ -208,10 +208,11 @@ class Recorder:
     Args:
         q: the queries of the call, ``(1, H, Sq, D)`` or packed ``(T, H, D)``.
         k: its keys, likewise.
+        parts: ranges that they are split into.
     """
 
-    def __init__(self, q: Tensor, k: Tensor):
-        self.q, self.k = q, k
+    def __init__(self, q: Tensor, k: Tensor, parts: int):
+        self.q, self.k, self.parts = q, k, parts
         self.programs: list[dict[str, Any]] = []
         self.hit: set[tuple[str, str]] = set()
         self.bytes = [0, 0]  # loaded and stored by the program
@@ -256,7 +257,7 @@ class Recorder:
         name = frame.f_code.co_name
         if source is None or name not in source.statements:
             return None
-        if name.endswith("_kernel") or name == "update":
+        if name.endswith("_kernel"):
             self.bytes = [0, 0]
             self.programs.append({"kernel": name, "steps": []})
         return self.follow
@@ -270,10 +271,10 @@ class Recorder:
             if done is statements.get(frame.f_lineno):  # another of its lines
                 return self.follow
         if done is not None and event in ("line", "return"):
-            self.record(frame, done, argument)
+            self.record(frame, done)
         return self.follow
 
-    def record(self, frame: FrameType, statement: ast.stmt, returned: Any) -> None:
+    def record(self, frame: FrameType, statement: ast.stmt) -> None:
         """Add the step after a statement, if there is one."""
         function, text = frame.f_code.co_name, written(statement)
         if text not in STEPS[function]:
@@ -281,7 +282,8 @@ class Recorder:
         self.hit.add((function, text))
         kind, shown = STEPS[function][text]
         program, variables = self.programs[-1], frame.f_locals
-        if function.endswith("_kernel") and "at" not in program and kind != "missing":
+        placed = function.endswith("_kernel") and function != "merge_kernel"
+        if placed and "at" not in program and kind != "missing":
             program |= self.place(function, variables)
         step: dict[str, Any] = {"kind": kind, "bytes": list(self.bytes)}
         step["lines"] = [function, statement.lineno, statement.end_lineno]
@@ -290,12 +292,7 @@ class Recorder:
         if kind == "load":
             step |= self.tile(program, variables)
         for field, variable in shown.items():
-            if variable == "stored":
-                value = self.stored
-            elif variable.startswith("return"):
-                value = getattr(returned, variable.removeprefix("return."), returned)
-            else:
-                value = variables[variable]
+            value = self.stored if variable == "stored" else variables[variable]
             if value is not None:
                 step[field] = self.cut(program, field, array(value))
         program["steps"].append(step)
@@ -329,8 +326,15 @@ class Recorder:
 
     def cut(self, program: dict[str, Any], field: str, value: np.ndarray) -> np.ndarray:
         """Without the rows and columns that only fill up a block; tiles with queries down."""
-        if program["kernel"] == "update":
-            return value.reshape(-1, value.shape[-1]) if field in ("acc", "out") else value.ravel()
+        if program["kernel"] == "merge_kernel":  # of one query
+            widths = {
+                "acc": VALUE_DIM,
+                "out": VALUE_DIM,
+                "parts": self.parts,
+                "weights": self.parts,
+            }
+            value = value.ravel()[: widths.get(field, 1)]
+            return value[None] if field in ("acc", "out") else value
         value = value[: program["at"][1]]
         if field in ("tile", "visible"):
             count = next(s["at"][1] for s in reversed(program["steps"]) if s["kind"] == "load")
@@ -399,7 +403,7 @@ def run(preset: dict[str, Any]) -> tuple[dict[str, Any], set[tuple[str, str]]]:
         return tiles.TileConfig(TILE, keys, num_warps=4, num_stages=1)
 
     q, k, v = (x.clone() for x in preset["tensors"])
-    recorder = Recorder(q, k)
+    recorder = Recorder(q, k, preset.get("parts", 1))
     attend = flash_attention if q.ndim == 4 else flash_attention_varlen
     tensors = {"q": q, "k": k, "v": v}
     for x in tensors.values():

@@ -144,7 +144,7 @@ def test_every_door_reaches_it(splits: list[int]) -> None:
         ({"extras": AttentionExtras(attn_mask=torch.ones(1, 1, 1, 1))}, 1),
         ({"extras": AttentionExtras(alibi_slopes=torch.ones(1, 4))}, 1),
         ({"extras": AttentionExtras(dropout_seed=torch.tensor(0))}, 1),
-        ({"extras": AttentionExtras(sinks=torch.ones(4))}, 32),
+        ({"extras": AttentionExtras(sinks=torch.ones(8))}, 32),
         ({"packed": "bottom_right"}, 32),
         ({"packed": "top_left"}, 1),
         ({"strides": (80, 8, 16, 1)}, 1),
@@ -152,15 +152,16 @@ def test_every_door_reaches_it(splits: list[int]) -> None:
     ids=str,
 )
 def test_how_many(change: dict[str, Any], expected: int) -> None:
-    """Two sequences of four heads on a GPU: 256 programs are 32 splits of at least 256 keys."""
+    """Two sequences of four kv heads on a GPU: 256 programs are 32 splits of at least 256 keys."""
     spec, extras = change.get("spec", AttentionSpec(1.0)), change.get("extras", NO_EXTRAS)
     length, rows = change.get("seqlen_k", 10_000), change.get("seqlen_q", 1)
     if "packed" in change:
         spec = AttentionSpec(1.0, None, 0, change["packed"], max_seqlen_q=1, max_seqlen_k=length)
         edges = torch.tensor([0, 1, 2]), torch.tensor([0, length, 2 * length])
         extras = AttentionExtras(cu_seqlens_q=edges[0], cu_seqlens_k=edges[1])
+        rows = 2
     batch = 1 if "packed" in change else 2
-    q, k = (torch.empty(batch, h, s, 8, device="meta") for h, s in ((4, rows), (2, length)))
+    q, k = (torch.empty(batch, h, s, 8, device="meta") for h, s in ((8, rows), (4, length)))
     if "strides" in change:  # (B, S, H, D) in a longer cache
         k = k.as_strided(k.shape, change["strides"])
     assert split_keys.num_splits(q, k, k, spec, extras) == expected

@@ -1,8 +1,8 @@
 """Decoding: one query over many keys, split over the keys and merged by LSE (Flash-Decoding).
 
-A step of one token has only B * H programs, too few to fill a GPU. Its keys are cut into parts that
-run side by side; a finished part is one key of score ``lse`` and value ``o``, so the parts are
-merged by one more step of the online softmax (:mod:`flashlayer.online_softmax`).
+A step of one token has only B * Hkv programs, too few to fill a GPU. Its keys are cut into parts
+that run side by side and are merged by their LSE. The query heads that share a kv head are the
+queries of one sequence, so that each key is loaded once for all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flashlayer import online_softmax
 from flashlayer.spec import NO_EXTRAS, AttentionExtras, AttentionSpec
 
 # Keys are split until there are this many programs, into parts no shorter than MIN_SPLIT keys.
@@ -38,7 +37,7 @@ def num_splits(
     cu_seqlens = extras.cu_seqlens_q
     packed = cu_seqlens is not None
     longest_q = spec.max_seqlen_q if packed else q.shape[2]
-    if q.is_cpu or longest_q != 1:
+    if q.is_cpu or longest_q != 1 or q.numel() == 0:
         return 1
     whole = (extras.attn_mask, extras.intervals, extras.alibi_slopes, extras.dropout_seed)
     plain = all(x is None for x in whole)
@@ -47,12 +46,13 @@ def num_splits(
     if not plain or spec.window_left is not None or not (spec.window_right is None or aligned):
         return 1
     if cu_seqlens is not None:
-        longest_k, sequences = spec.max_seqlen_k or 0, len(cu_seqlens) - 1
+        # Of one query each: no more sequences than queries have any.
+        longest_k, sequences = spec.max_seqlen_k or 0, min(len(cu_seqlens) - 1, q.shape[2])
     elif any(x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1) for x in (k, v)):
         return 1  # batch and heads can't be viewed as one dimension
     else:
         longest_k, sequences = k.shape[2], q.shape[0]
-    wanted = PROGRAMS_TO_FILL_A_GPU // max(1, sequences * q.shape[1])
+    wanted = PROGRAMS_TO_FILL_A_GPU // max(1, sequences * k.shape[1])
     return max(1, min(wanted, longest_k // MIN_SPLIT))
 
 
@@ -65,7 +65,7 @@ def split_forward(
     extras: AttentionExtras,
     splits: int,
 ) -> tuple[Tensor, ...]:
-    """The results of ``forward`` for sequences of one query, from ``splits`` parts of each.
+    """The results of ``forward`` for ``splits`` parts of the keys of each sequence of one query.
 
     Args:
         forward: a backend's.
@@ -73,38 +73,19 @@ def split_forward(
         k: likewise.
         v: likewise.
         spec: likewise.
-        extras: likewise.
+        extras: likewise; sinks are left for whoever merges the parts.
         splits: number of parts.
+
+    Returns:
+        Outputs ``(B, Hkv, group, Sq, parts, Dv)``, LSE ``(B, Hkv, group, Sq, parts)`` and the other
+        results that ``spec`` asks for, likewise, where ``group`` is the number of query heads that
+        share a kv head. All lie in memory in the same order.
     """
     spec = replace(spec, window_right=None)
     cu_q, cu_k = extras.cu_seqlens_q, extras.cu_seqlens_k
     if cu_q is not None and cu_k is not None:
-        values, scores, *more = _packed_parts(forward, q, k, v, spec, (cu_q, cu_k), splits)
-    else:
-        values, scores, *more = _dense_parts(forward, q, k, v, spec, splits)
-    scores = scores.unsqueeze(-2)  # [B, H, Sq, 1, parts]: every query has values of its own
-    rows = scores.shape[:-1]
-    state = online_softmax.init_state(
-        rows, value_dim=v.shape[3], dtype=scores.dtype, device=q.device
-    )
-    state = online_softmax.update(state, scores, values.to(scores.dtype))
-    entropies = more[-1].unsqueeze(-2) if spec.entropy else None
-    if extras.sinks is not None:
-        sink = extras.sinks.to(scores.dtype).view(-1, 1, 1).expand(rows)
-        if cu_q is not None:  # tokens past the last sequence have no sink
-            token = torch.arange(q.shape[2], device=q.device)
-            sink = torch.where(token[:, None] < cu_q[-1], sink, -torch.inf)
-        state = online_softmax.merge(
-            state, online_softmax.state_of(torch.zeros_like(state.o), sink)
-        )
-        if entropies is not None:  # one more part, of one key
-            scores = torch.cat((scores, sink.unsqueeze(-1)), dim=-1)
-            entropies = torch.cat((entropies, torch.zeros_like(sink).unsqueeze(-1)), dim=-1)
-    o, lse = online_softmax.finalize(state), online_softmax.lse(state)
-    max_scores = more[0].amax(dim=-1) if spec.max_scores else None
-    if entropies is not None:
-        entropies = online_softmax.merge_entropies(entropies, scores, lse).squeeze(-1)
-    return o.squeeze(-2).to(q.dtype), lse.squeeze(-1), *spec.asked(max_scores, entropies)
+        return _packed_parts(forward, q, k, v, spec, (cu_q, cu_k), splits)
+    return _dense_parts(forward, q, k, v, spec, splits)
 
 
 def _dense_parts(
@@ -116,20 +97,21 @@ def _dense_parts(
     splits: int,
 ) -> tuple[Tensor, ...]:
     """Parts as the batch, batch and heads as the heads; the keys left over are one more part."""
-    batch, heads = q.shape[:2]
-    length = k.shape[2] // splits
-    q_parts = q.flatten(0, 1).expand(splits, -1, -1, -1)  # [parts, B H, 1, D]
+    batch, kv_heads, seqlen, _ = k.shape
+    length = seqlen // splits
+    grouped = q.reshape(batch, kv_heads, -1, q.shape[3])  # [B, Hkv, group, D]
+    q_parts = grouped.flatten(0, 1).expand(splits, -1, -1, -1)  # [parts, B Hkv, group, D]
     results = forward(
         q_parts, _as_parts(k, splits, length), _as_parts(v, splits, length), spec, NO_EXTRAS
     )
-    # [B, H, 1, parts, Dv] and [B, H, 1, parts]
-    parts = tuple(x.unflatten(1, (batch, heads)).movedim(0, 3) for x in results)
-    if splits * length < k.shape[2]:
+    parts = tuple(
+        x.contiguous().unflatten(1, (batch, kv_heads)).movedim(0, 3).unsqueeze(3) for x in results
+    )
+    if splits * length < seqlen:
         k_rest, v_rest = (x[:, :, splits * length :] for x in (k, v))
-        rest = forward(q, k_rest, v_rest, spec, NO_EXTRAS)
-        parts = tuple(
-            torch.cat((x, y.unsqueeze(3)), dim=3) for x, y in zip(parts, rest, strict=True)
-        )
+        rest = forward(grouped, k_rest, v_rest, spec, NO_EXTRAS)
+        rest = (x.unsqueeze(3).unsqueeze(3) for x in rest)
+        parts = tuple(torch.cat(pair, dim=4).contiguous() for pair in zip(parts, rest, strict=True))
     return parts
 
 
@@ -147,13 +129,23 @@ def _packed_parts(
     edges: tuple[Tensor, Tensor],
     splits: int,
 ) -> tuple[Tensor, ...]:
-    """Every sequence as ``splits`` sequences: its query repeated, its keys in even parts."""
+    """Every sequence as ``splits`` sequences: its queries repeated, its keys in even parts."""
+    _, heads, tokens, _ = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
     part = torch.arange(splits, device=q.device)
     cut = []
-    for cu_seqlens in (edges[0].long() * splits, edges[1].long()):
+    for cu_seqlens in (edges[0].long() * (splits * group), edges[1].long()):
         starts = cu_seqlens[:-1, None] + cu_seqlens.diff()[:, None] * part // splits
         cut.append(torch.cat((starts.flatten(), cu_seqlens[-1:])).int())
-    spec = replace(spec, max_seqlen_k=-(-(spec.max_seqlen_k or 0) // splits))
-    parts = AttentionExtras(cu_seqlens_q=cut[0], cu_seqlens_k=cut[1])
-    results = forward(q.repeat_interleave(splits, dim=2), k, v, spec, parts)
-    return tuple(x.unflatten(2, (-1, splits)) for x in results)
+    longest_k = -(-(spec.max_seqlen_k or 0) // splits)
+    spec = replace(spec, max_seqlen_q=group, max_seqlen_k=longest_k)
+    extras = AttentionExtras(cu_seqlens_q=cut[0], cu_seqlens_k=cut[1])
+    repeated = (
+        q.unflatten(1, (kv_heads, group)).movedim(2, 3).unsqueeze(3)
+    )  # [1, Hkv, T, 1, group, D]
+    repeated = repeated.expand(-1, -1, -1, splits, -1, -1).flatten(2, 4)
+    results = forward(repeated, k, v, spec, extras)
+    return tuple(
+        x.contiguous().unflatten(2, (tokens, splits, group)).movedim(4, 2) for x in results
+    )

@@ -273,6 +273,16 @@ def delta_rows(value_dim: int) -> int:
     return 4096 // columns
 
 
+def merge_tile(num_parts: int, value_dim: int) -> dict[str, int]:
+    """Sizes of the merge kernel: 4 warps hold the LSEs of all parts and the outputs of some.
+
+    One compilation serves all numbers of parts that keys are split into as a sequence grows.
+    """
+    columns = _power_of_two(value_dim)
+    parts = max(512, _power_of_two(num_parts))
+    return {"NUM_PARTS": parts, "BLOCK_P": 4096 // columns, "BLOCK_D": columns}
+
+
 @triton.constexpr_function  # also called in kernels, at compile time
 def head_tiles(head_dim: int) -> tuple[int, ...]:
     """Widths of the column tiles that cover a head dimension: one power of two from 16 up, or two.

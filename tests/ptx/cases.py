@@ -301,6 +301,35 @@ QUICK = [
     Case("bf16 tangents causal", dense(q=70, k=160, causal=True, softcap=2.0), tangents=True),
 ]
 
+_DECODING = [
+    Case(
+        "fp16 split-key decoding",
+        dense(FP16, batch=2, heads=6, kv_heads=2, q=1, k=300, dim=80),
+        splits=4,
+    ),
+    Case(
+        "fp32 split-key decoding of a part a key", dense(FP32, heads=3, q=1, k=7, dim=24), splits=7
+    ),
+    Case(
+        "bf16 split-key max and entropy",
+        dense(heads=4, q=1, k=200, options=sinks),
+        **AUXILIARY,
+        splits=3,
+    ),
+    Case(
+        "bf16 packed split-key decoding",
+        packed(
+            lengths=(1, 0, 1, 1),
+            lengths_k=(40, 7, 2, 90),
+            heads=4,
+            past=2,
+            options=sinks,
+            causal=True,
+        ),
+        splits=3,
+    ),
+]
+
 _GEOMETRY = [
     Case("bf16 full", dense()),
     Case("bf16 causal", dense(causal=True)),
@@ -586,6 +615,7 @@ _BACKWARD = [
 
 TABLE = [
     *QUICK,
+    *_DECODING,
     *_GEOMETRY,
     *_OPTIONS,
     *_AUXILIARY,

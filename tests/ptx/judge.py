@@ -119,10 +119,11 @@ def _execute(
         if case.tf32:
             stack.enter_context(_tf32_allowed())
         stack.enter_context(_tiles(case))
+        if case.splits:  # as on a GPU
+            splits = mock.patch.object(split_keys, "num_splits", return_value=case.splits)
+            stack.enter_context(splits)
         if case.auxiliary:
             results = _auxiliary(case, q, k, v, arguments)
-        elif case.splits:
-            results = _decode(q, k, v, case.splits, **arguments)
         elif case.tangents:
             directions = [torch.randn_like(x) for x in (q, k, v)]
             results = tangents.check((q, k, v), directions, **arguments)
@@ -133,17 +134,6 @@ def _execute(
         verdict.kernels[launch.kernel] = dict(launch.program.counts)
         verdict.executed += launch.executed
     return results
-
-
-def _decode(q: Tensor, k: Tensor, v: Tensor, splits: int, **options: Any) -> Results:
-    """A decoding step that is split over the keys, as on a GPU."""
-    with mock.patch.object(split_keys, "num_splits", return_value=splits):
-        out = flash_attention(q, k, v, backend="triton", **options)
-    same_dtype = flash_attention(q, k, v, backend="standard", **options)
-    wide = {n: x.double() if isinstance(x, Tensor) else x for n, x in options.items()}
-    reference = flash_attention(q.double(), k.double(), v.double(), backend="standard", **wide)
-    accuracy.assert_accurate("out", out, same_dtype, reference, accuracy.FACTORS["out"])
-    return {"out": out}
 
 
 def _auxiliary(case: Case, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Results:

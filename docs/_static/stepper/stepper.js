@@ -118,7 +118,7 @@
       const at = (program.at?.[0] ?? 0) + i;
       let words = `${side}${at}`;
       if (several) words = word("headRow", { head: program.head, row: words });
-      if (parts) words = program.at ? word("partRow", { part: number }) : word("update");
+      if (parts) words = program.at ? word("partRow", { part: number }) : word("merge_kernel");
       const order = parts ? number : 1000 * program.head + at;
       const found = view.memory[side].get(words) ?? { order };
       view.memory[side].set(words, { ...found, [field]: { numbers, step } });
@@ -348,7 +348,7 @@
 
   function registers(view) {
     const { program, registers: kept, before, step } = view;
-    if (program.kernel === "update") return merged(view);
+    if (program.kernel === "merge_kernel") return merged(view);
     const fields = REGISTERS.filter((name) => name in kept);
     if (fields.length === 0) return [title(word("registers")), element("p", {}, word("none"))];
     const rows = count(program.at[1]).map((i) => {
@@ -530,7 +530,7 @@
   }
 
   function programInWords(program, number) {
-    if (program.kernel === "update") return word("update");
+    if (program.kernel === "merge_kernel") return word("merge_kernel");
     if (!program.at) return word("absent");
     const rows = span(own(program), program.at);
     if (now.preset.parts > 1) return word("partOf", { rows, part: number });
@@ -583,8 +583,7 @@
     const elements = view.visited.map(({ rows, columns }) => rows[1] * columns[1]);
     const spared = 4 * elements.reduce((sum, size) => sum + size, 0);
     const fill = { loaded, stored, allLoaded, allStored, tiles: view.visited.length, spared };
-    const merges = view.program.kernel === "update";
-    places.moved.textContent = word(merges ? "movedMerge" : "moved", fill) + word("spared", fill);
+    places.moved.textContent = word("moved", fill) + word("spared", fill);
     // Browsers refuse frequent changes of the address.
     clearTimeout(now.timer);
     now.timer = setTimeout(() => history.replaceState(null, "", address()), 300);

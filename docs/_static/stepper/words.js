@@ -124,7 +124,7 @@ const STEPPER_WORDS = {
   dkdv_kernel: { en: "dK, dV: {rows}", zh: "dK、dV：{rows}" },
   dq_kernel: { en: "dQ: {rows}", zh: "dQ：{rows}" },
   delta_kernel: { en: "δ", zh: "δ" },
-  update: { en: "all parts", zh: "合并" },
+  merge_kernel: { en: "all parts", zh: "合并" },
   absent: { en: "no block", zh: "没有块" },
 
   matrix: {
@@ -168,14 +168,6 @@ const STEPPER_WORDS = {
     zh:
       "本程序移动的字节数：载入 {loaded}，写出 {stored}；至此所有程序：{allLoaded} 和 {allS" +
       "tored}。",
-  },
-  movedMerge: {
-    en:
-      "PyTorch merges the parts, and its bytes are not counted; bytes moved by all" +
-      " programs: {allLoaded} loaded, {allStored} stored. ",
-    zh:
-      "合并由 PyTorch 完成，其字节数没有计入；所有程序移动的字节数：载入 {allLoaded}，写出 " +
-      "{allStored}。",
   },
   spared: {
     en: "Tiles of scores so far: {tiles}, {spared} bytes that never went to memory.",

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from flashlayer.backends import split_keys
 from flashlayer.backends.triton import specialized, tiling
-from flashlayer.backends.triton.launch import launch_backward, launch_forward, launch_tangents
+from flashlayer.backends.triton.launch import (
+    launch_backward,
+    launch_forward,
+    launch_merge,
+    launch_tangents,
+)
 from flashlayer.backends.triton.tiling import TUNED, bucket, interpreted, table_tiles
 from flashlayer.spec import (
     AttentionExtras,
@@ -97,7 +102,8 @@ def forward(
     spec = _with_lengths(spec, extras)
     splits = split_keys.num_splits(q, k, v, spec, extras)
     if splits > 1:
-        return split_keys.split_forward(_forward, q, k, v, spec, extras, splits)
+        parts = split_keys.split_forward(_forward, q, k, v, spec, extras, splits)
+        return _merged(parts, q, v, spec, extras)
     return _forward(q, k, v, spec, extras)
 
 
@@ -117,6 +123,23 @@ def _forward(
     if o.numel() > 0:
         launch_forward(q, k, v, o, lse, max_scores, entropy, spec, extras)
     return o, lse, *spec.asked(max_scores, entropy)
+
+
+def _merged(
+    parts: tuple[Tensor, ...], q: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
+) -> tuple[Tensor, ...]:
+    """The results from those of :func:`split_keys.split_forward`, and the sinks."""
+    o, lse = empty_results(q, v)
+    max_scores = torch.empty_like(lse) if spec.max_scores else None
+    entropy = torch.empty_like(lse) if spec.entropy else None
+    results = o, lse, *spec.asked(max_scores, entropy)
+    if _needs_fp32(q):
+        wide_o = o.float()
+        launch_merge((parts[0].float(), *parts[1:]), (wide_o, *results[1:]), spec, _in_fp32(extras))
+        o.copy_(wide_o)
+    else:
+        launch_merge(parts, results, spec, extras)
+    return results
 
 
 def has_tangents(problem: Problem) -> bool:

@@ -66,6 +66,46 @@ def launch_forward(
         )
 
 
+def launch_merge(
+    parts: tuple[Tensor, ...],
+    results: tuple[Tensor, ...],
+    spec: AttentionSpec,
+    extras: AttentionExtras,
+) -> None:
+    """Fill ``results``, in the order of a forward pass, from :func:`split_keys.split_forward`'s."""
+    from flashlayer.kernels.arguments import RowResults
+    from flashlayer.kernels.merge import merge_kernel
+    from flashlayer.kernels.tiles import merge_tile
+
+    def of_rows(lse: Tensor, *others: Tensor) -> Any:
+        max_scores = others[0] if spec.max_scores else None
+        return RowResults(lse, max_scores, others[-1] if spec.entropy else None)
+
+    o = results[0]
+    batch, heads, seqlen, value_dim = o.shape
+    cu_seqlens = extras.cu_seqlens_q
+    strides = parts[1].stride()
+    names = ("batch_stride", "kv_head_stride", "group_stride", "row_stride", "part_stride")
+    launch: Any = merge_kernel[(batch * heads * seqlen,)]
+    with launching(o):
+        launch(
+            o_parts_ptr=parts[0],
+            parts=of_rows(*parts[1:]),
+            o=strided(o),
+            results=of_rows(*results[1:]),
+            sinks_ptr=None if extras.sinks is None else extras.sinks.contiguous(),
+            cu_seqlens_q=cu_seqlens,
+            heads=heads,
+            group=parts[1].shape[2],
+            seqlen_q=seqlen,
+            num_parts=parts[1].shape[4],
+            sequences=0 if cu_seqlens is None else len(cu_seqlens) - 1,
+            VALUE_DIM=value_dim,
+            **dict(zip(names, strides, strict=True)),
+            **merge_tile(parts[1].shape[4], value_dim),
+        )
+
+
 def launch_tangents(
     primals: tuple[Tensor, Tensor, Tensor],
     tangents: Tensors,
