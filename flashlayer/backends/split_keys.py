@@ -47,7 +47,8 @@ def num_splits(
     if not plain or spec.window_left is not None or not (spec.window_right is None or aligned):
         return 1
     if cu_seqlens is not None:
-        longest_k, sequences = spec.max_seqlen_k or 0, len(cu_seqlens) - 1
+        # Of one query each: those beyond the queries are empty, as two of three in a kvcache are.
+        longest_k, sequences = spec.max_seqlen_k or 0, min(len(cu_seqlens) - 1, q.shape[2])
     elif any(x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1) for x in (k, v)):
         return 1  # batch and heads can't be viewed as one dimension
     else:
