@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flashlayer import online_softmax
-from flashlayer.spec import NO_EXTRAS, AttentionExtras, AttentionSpec
+from flashlayer.spec import NO_EXTRAS, AttentionExtras, AttentionSpec, Problem
 
 # Keys are split until there are this many programs, into parts no shorter than MIN_SPLIT keys.
 PROGRAMS_TO_FILL_A_GPU = 256
@@ -77,12 +77,14 @@ def split_forward(
         extras: likewise.
         splits: number of parts.
     """
-    spec = replace(spec, window_right=None)
-    cu_q, cu_k = extras.cu_seqlens_q, extras.cu_seqlens_k
-    if cu_q is not None and cu_k is not None:
-        values, scores, *more = _packed_parts(forward, q, k, v, spec, (cu_q, cu_k), splits)
+    parts = parts_of(q, k, v, spec, extras, splits)
+    results = forward(*parts)
+    if extras.cu_seqlens_q is not None:
+        values, scores, *more = (x.unflatten(2, (-1, splits)) for x in results)
     else:
-        values, scores, *more = _dense_parts(forward, q, k, v, spec, splits)
+        # [B, H, 1, parts, Dv] and [B, H, 1, parts]
+        results = (x.unflatten(1, q.shape[:2]).movedim(0, 3) for x in results)
+        values, scores, *more = _with_rest(forward, q, k, v, parts.spec, splits, tuple(results))
     scores = scores.unsqueeze(-2)  # [B, H, Sq, 1, parts]: every query has values of its own
     rows = scores.shape[:-1]
     state = online_softmax.init_state(
@@ -92,9 +94,9 @@ def split_forward(
     entropies = more[-1].unsqueeze(-2) if spec.entropy else None
     if extras.sinks is not None:
         sink = extras.sinks.to(scores.dtype).view(-1, 1, 1).expand(rows)
-        if cu_q is not None:  # tokens past the last sequence have no sink
+        if extras.cu_seqlens_q is not None:  # tokens past the last sequence have no sink
             token = torch.arange(q.shape[2], device=q.device)
-            sink = torch.where(token[:, None] < cu_q[-1], sink, -torch.inf)
+            sink = torch.where(token[:, None] < extras.cu_seqlens_q[-1], sink, -torch.inf)
         state = online_softmax.merge(
             state, online_softmax.state_of(torch.zeros_like(state.o), sink)
         )
@@ -108,30 +110,29 @@ def split_forward(
     return o.squeeze(-2).to(q.dtype), lse.squeeze(-1), *spec.asked(max_scores, entropies)
 
 
-def _dense_parts(
-    forward: Forward,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spec: AttentionSpec,
-    splits: int,
-) -> tuple[Tensor, ...]:
-    """Parts as the batch, batch and heads as the heads; the keys left over are one more part."""
-    batch, heads = q.shape[:2]
-    length = k.shape[2] // splits
-    q_parts = q.flatten(0, 1).expand(splits, -1, -1, -1)  # [parts, B H, 1, D]
-    results = forward(
-        q_parts, _as_parts(k, splits, length), _as_parts(v, splits, length), spec, NO_EXTRAS
-    )
-    # [B, H, 1, parts, Dv] and [B, H, 1, parts]
-    parts = tuple(x.unflatten(1, (batch, heads)).movedim(0, 3) for x in results)
-    if splits * length < k.shape[2]:
-        k_rest, v_rest = (x[:, :, splits * length :] for x in (k, v))
-        rest = forward(q, k_rest, v_rest, spec, NO_EXTRAS)
-        parts = tuple(
-            torch.cat((x, y.unsqueeze(3)), dim=3) for x, y in zip(parts, rest, strict=True)
-        )
-    return parts
+def parts_of(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras, splits: int
+) -> Problem:
+    """All parts as one problem, which :func:`split_forward` gives to its ``forward``.
+
+    Dense parts are the batch, batch and heads the heads; what is left over is one more part. A
+    packed sequence becomes ``splits`` sequences: its query repeated, its keys in even parts.
+    """
+    spec = replace(spec, window_right=None)
+    cu_q, cu_k = extras.cu_seqlens_q, extras.cu_seqlens_k
+    if cu_q is None or cu_k is None:
+        length = k.shape[2] // splits
+        q_parts = q.flatten(0, 1).expand(splits, -1, -1, -1)  # [parts, B H, 1, D]
+        k_parts, v_parts = (_as_parts(x, splits, length) for x in (k, v))
+        return Problem(q_parts, k_parts, v_parts, spec, NO_EXTRAS)
+    part = torch.arange(splits, device=q.device)
+    cut = []
+    for cu_seqlens in (cu_q.long() * splits, cu_k.long()):
+        starts = cu_seqlens[:-1, None] + cu_seqlens.diff()[:, None] * part // splits
+        cut.append(torch.cat((starts.flatten(), cu_seqlens[-1:])).int())
+    spec = replace(spec, max_seqlen_k=-(-(spec.max_seqlen_k or 0) // splits))
+    packing = AttentionExtras(cu_seqlens_q=cut[0], cu_seqlens_k=cut[1])
+    return Problem(q.repeat_interleave(splits, dim=2), k, v, spec, packing)
 
 
 def _as_parts(x: Tensor, splits: int, length: int) -> Tensor:
@@ -139,22 +140,18 @@ def _as_parts(x: Tensor, splits: int, length: int) -> Tensor:
     return x[:, :, : splits * length].unflatten(2, (splits, length)).movedim(2, 0).flatten(1, 2)
 
 
-def _packed_parts(
+def _with_rest(
     forward: Forward,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     spec: AttentionSpec,
-    edges: tuple[Tensor, Tensor],
     splits: int,
+    parts: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
-    """Every sequence as ``splits`` sequences: its query repeated, its keys in even parts."""
-    part = torch.arange(splits, device=q.device)
-    cut = []
-    for cu_seqlens in (edges[0].long() * splits, edges[1].long()):
-        starts = cu_seqlens[:-1, None] + cu_seqlens.diff()[:, None] * part // splits
-        cut.append(torch.cat((starts.flatten(), cu_seqlens[-1:])).int())
-    spec = replace(spec, max_seqlen_k=-(-(spec.max_seqlen_k or 0) // splits))
-    parts = AttentionExtras(cu_seqlens_q=cut[0], cu_seqlens_k=cut[1])
-    results = forward(q.repeat_interleave(splits, dim=2), k, v, spec, parts)
-    return tuple(x.unflatten(2, (-1, splits)) for x in results)
+    """The results of the even parts with those of the keys left over, as one more part."""
+    start = k.shape[2] // splits * splits
+    if start == k.shape[2]:
+        return parts
+    rest = forward(q, k[:, :, start:], v[:, :, start:], spec, NO_EXTRAS)
+    return tuple(torch.cat((x, y.unsqueeze(3)), dim=3) for x, y in zip(parts, rest, strict=True))

@@ -80,8 +80,12 @@ TUNED: dict[tuple, Any] = {}
 def bucket(
     kernel: str, q: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple:
-    """Calls that share their tuned tiles: alike but for lengths under the same power of two."""
+    """Calls that share their tuned tiles: alike but for lengths under the same power of two.
+
+    Tiles of a dense mask are in shared memory: of another size those of the bucket may not fit.
+    """
     is_cuda = q.device.type == "cuda"
+    mask = extras.attn_mask
     return (
         kernel,
         torch.cuda.get_device_name(q.device) if is_cuda else "interpreter",
@@ -92,7 +96,7 @@ def bucket(
         (v.shape[2] - 1).bit_length(),
         spec.window_left is not None,
         spec.window_right is not None,
-        _mask_kind(extras),
+        _mask_kind(extras) if mask is None else f"dense{mask.element_size()}",
         extras.cu_seqlens_q is not None,
     )
 
