@@ -20,6 +20,7 @@ from flashlayer.problem import build_problem
 from flashlayer.spec import Problem
 
 ROUNDS = 20
+HEAD_START_CYCLES = 2_000_000  # a millisecond at 2 GHz; a backward pass is launched in a third
 FAR_BEHIND = 1.25  # a candidate whose least time is so many times the best median is out
 Results = tuple[Tensor, ...]
 
@@ -241,13 +242,19 @@ def _warn(candidate: Any, what: str) -> None:
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds that a run takes, and its results."""
+    """Seconds that a run takes, and its results.
+
+    A GPU sleeps first, so that the launches queue up behind it: launching takes Python longer than
+    a short kernel runs, and an idle GPU would be timed waiting for it.
+    """
     if device.type == "cuda":
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        results = run()
-        stop.record()
-        stop.synchronize()
+        with torch.cuda.device(device):  # events are recorded on the current one
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(HEAD_START_CYCLES)
+            start.record()
+            results = run()
+            stop.record()
+            stop.synchronize()
         return start.elapsed_time(stop) / 1000, results
     begin = time.perf_counter()
     results = run()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -177,3 +178,42 @@ def test_gradients_agree_if_they_differ_by_rounding_alone(
         assert not agree((*wrong,)), which
         wrong[which][:, :, -1] = torch.nan
         assert not agree((*wrong,)), which
+
+
+def test_a_gpu_that_is_not_the_current_one_is_timed_behind_a_head_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its launches queue up behind a sleep: else an idle GPU's wait for Python is timed."""
+    current, happened = ["cuda:0"], []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            happened.append(("record", current[-1]))
+
+        def synchronize(self) -> None:
+            happened.append(("synchronize", current[-1]))
+
+        def elapsed_time(self, stop: object) -> float:
+            return 3.0
+
+    @contextmanager
+    def enter(device: torch.device) -> Iterator[None]:
+        current.append(str(device))
+        yield
+        current.pop()
+
+    def run() -> str:
+        happened.append(("run", current[-1]))
+        return "results"
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda _: happened.append(("sleep", current[-1])))
+    assert tuning._timed(run, torch.device("cuda", 1)) == (0.003, "results")
+    assert happened == [
+        (what, "cuda:1") for what in ("sleep", "record", "run", "record", "synchronize")
+    ]
+    assert current == ["cuda:0"]
