@@ -18,7 +18,9 @@ from flashlayer import flash_attention
 from flashlayer.testing import FACTORS, GRADIENT_FACTOR, compare, recomputation_noise
 from train.measure import PeakMemory, Stopwatch, Yardstick, in_fresh_process, synchronize
 
-# One sample is as many calls as take this long, so that clocks and launches are no matter.
+# One sample is as many calls as take this long, so that the clock's resolution is no matter. On a
+# GPU launches are made ahead of long kernels; a call shorter than its launches takes as long as
+# they do, for every peer, as it does for a user.
 SAMPLE_SECONDS = {"cpu": 0.02, "cuda": 0.01}
 CALLS_MAX = 100
 

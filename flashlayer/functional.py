@@ -143,12 +143,11 @@ def flash_attention(
     signature = None
     if (
         alibi_slopes is sinks is dropout_seed is return_aux is None
-        and window_size == (None, None)
         and type(dropout_p) is float
         and dropout_p == 0.0
     ):
         signature = plans.signature(
-            query, key, value, causal, diagonal, scale, softcap, backend, attn_mask
+            query, key, value, causal, window_size, diagonal, scale, softcap, backend, attn_mask
         )
         planned = plans.find(signature, query, key, value, attn_mask)
         if planned is not None:

@@ -14,6 +14,7 @@ from flashlayer.auxiliary import AuxRequest, as_request
 from flashlayer.masks import IntervalMask
 from flashlayer.philox import check_dropout
 from flashlayer.spec import (
+    NO_EXTRAS,
     AttentionExtras,
     AttentionSpec,
     Diagonal,
@@ -102,6 +103,8 @@ def build_problem(
         cu_seqlens_k=None if packing is None else packing.cu_seqlens_k,
         intervals=intervals,
     )
+    if all(x is None for x in extras):
+        extras = NO_EXTRAS  # by which attend knows that there are none
     transformed = torch._C._are_functorch_transforms_active()
     request = as_request(return_aux)
     spec = AttentionSpec(

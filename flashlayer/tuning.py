@@ -20,6 +20,7 @@ from flashlayer.problem import build_problem
 from flashlayer.spec import Problem
 
 ROUNDS = 20
+HEAD_START_CYCLES = 2_000_000  # a millisecond at 2 GHz; a backward pass is launched in a third
 FAR_BEHIND = 1.25  # a candidate whose least time is so many times the best median is out
 Results = tuple[Tensor, ...]
 
@@ -36,8 +37,9 @@ def tune(
     """Find the fastest tiles for calls like this one; this process uses them from then on.
 
     Without it tiles come from a table, and a call always runs the same kernels. "Like this one"
-    means the same bucket: device, dtype, head dimensions, bounded sides of the window, and lengths
-    rounded up to a power of two.
+    means the same bucket: device, dtype, head dimensions, bounded sides of the window, the kind of
+    mask and a dense one's element size, and lengths rounded up to a power of two. A decoding step
+    whose keys are split has the bucket of its parts.
 
     Candidates are all rows of the table for this dtype, of any chip and head dimension, each with
     its number of stages and one more or less, from sm_90 on also with tensor descriptors (TMA).
@@ -57,7 +59,8 @@ def tune(
         key: ``(B, Hkv, Sk, D)``.
         value: ``(B, Hkv, Sk, Dv)``.
         backward: also tune dK/dV and dQ.
-        path: a JSON file of results; buckets in it are not measured again, others are added.
+        path: a JSON file of results; buckets in it are not measured again, others are added. Where
+            it says ``dense``, without the size, an earlier version wrote it: that is not used.
         **options: those of :func:`flashlayer.flash_attention`.
 
     Returns:
@@ -85,12 +88,13 @@ def tune(
     if path is not None and Path(path).exists():
         known = json.loads(Path(path).read_text(encoding="utf-8"))
     chosen = {}
-    q, _, v, spec, extras = problem
     for kernel in ("forward", "dkdv", "dq") if backward else ("forward",):
+        launched = backend.as_launched(kernel, problem)
+        q, _, v, spec, extras = launched
         bucket = backend.bucket(kernel, q, v, spec, extras)
         name = " ".join(str(part) for part in bucket)
         if name not in known:
-            known[name] = asdict(_fastest(kernel, bucket, problem))
+            known[name] = asdict(_fastest(kernel, bucket, launched))
         chosen[kernel] = known[name]
         backend.TUNED[bucket] = TileConfig(**known[name])
     if path is not None:
@@ -103,7 +107,7 @@ def _fastest(kernel: str, bucket: tuple, problem: Problem) -> Any:
     """The candidate with the smallest median time."""
     q, k, v, spec, extras = problem
     before = backend.TUNED.pop(bucket, None)
-    run: Callable[[], Any] = functools.partial(backend.forward, *problem)
+    run: Callable[[], Any] = functools.partial(backend.whole_forward, *problem)
     agree: Callable[..., bool] = functools.partial(_outputs_agree, v)
     expected: Any = run()
     if kernel != "forward":
@@ -238,13 +242,19 @@ def _warn(candidate: Any, what: str) -> None:
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds that a run takes, and its results."""
+    """Seconds that a run takes, and its results.
+
+    A GPU sleeps first, so that the launches queue up behind it: launching takes Python longer than
+    a short kernel runs, and an idle GPU would be timed waiting for it.
+    """
     if device.type == "cuda":
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        results = run()
-        stop.record()
-        stop.synchronize()
+        with torch.cuda.device(device):  # events are recorded on the current one
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(HEAD_START_CYCLES)
+            start.record()
+            results = run()
+            stop.record()
+            stop.synchronize()
         return start.elapsed_time(stop) / 1000, results
     begin = time.perf_counter()
     results = run()

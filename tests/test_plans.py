@@ -9,6 +9,8 @@ import torch._dynamo.testing
 from torch import Tensor
 
 from flashlayer import flash_attention, functional, plans
+from flashlayer.problem import build_problem
+from flashlayer.spec import NO_EXTRAS
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +57,7 @@ def test_a_masked_call_has_a_plan_for_masks_of_one_form(no_plans: dict[Any, Any]
         {"diagonal": "top_left"},
         {"backend": "tiled"},
         {"window_size": (2, None)},
+        {"window_size": (None, 2)},
         {"attn_mask": torch.rand(9, 12)},
         {"sinks": torch.rand(2)},
         {"alibi_slopes": torch.rand(2)},
@@ -78,6 +81,8 @@ def test_another_option_is_another_call(change: dict[str, Any]) -> None:
         {"softcap": True},
         {"dropout_p": False},
         {"window_size": (True, None)},
+        {"window_size": (1.0, None)},
+        {"window_size": (1,)},
         {"diagonal": "left"},
         {"backend": "fastest"},
         {"backend": ["auto"]},
@@ -185,3 +190,33 @@ def test_their_number_is_bounded(no_plans: dict[Any, Any], monkeypatch: pytest.M
         k = torch.randn(1, 1, keys, 8)
         flash_attention(q, k, k)
         assert len(no_plans) <= 3
+
+
+@pytest.mark.parametrize("window_size", [(3, None), (None, 2), (3, 2), (None, None)], ids=str)
+def test_a_window_of_exact_ints_has_a_plan(
+    window_size: Any, no_plans: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q = torch.randn(1, 2, 9, 8)
+    first = torch.as_tensor(flash_attention(q, q, q, window_size=window_size))
+    exact = flash_attention(q, q, q, window_size=window_size, backend="standard")
+    torch.testing.assert_close(first, torch.as_tensor(exact))
+    assert len(no_plans) == 2
+    monkeypatch.setattr(functional, "build_problem", pytest.fail)
+    assert torch.equal(torch.as_tensor(flash_attention(q, q, q, window_size=window_size)), first)
+
+
+@pytest.mark.parametrize("window_size", [[3, None], torch.Size((3, 2))], ids=str)
+def test_a_window_in_another_form_is_checked_every_time(
+    window_size: Any, no_plans: dict[Any, Any]
+) -> None:
+    q = torch.randn(1, 2, 9, 8)
+    out = torch.as_tensor(flash_attention(q, q, q, window_size=window_size))
+    assert not no_plans
+    expected = flash_attention(q, q, q, window_size=tuple(window_size))
+    assert torch.equal(out, torch.as_tensor(expected))
+
+
+def test_a_call_without_a_plan_gives_autograd_no_unused_extras() -> None:
+    q = torch.randn(1, 2, 9, 8)
+    assert build_problem(q, q, q, causal=True).extras is NO_EXTRAS
+    assert build_problem(q, q, q, sinks=torch.zeros(2)).extras is not NO_EXTRAS

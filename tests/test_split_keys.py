@@ -133,6 +133,26 @@ def test_every_door_reaches_it(splits: list[int]) -> None:
         torch.testing.assert_close(out[1:].transpose(1, 2), short)
 
 
+def test_a_kvcache_gets_as_many_splits_as_the_dense_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flash_attn door packs a row as three sequences, of which one has a query."""
+    numbers: list[int] = []
+    original = split_keys.num_splits
+
+    def on_a_gpu(q: Tensor, *call: Any) -> int:
+        numbers.append(original(q.to("meta"), *call))
+        return numbers[-1]
+
+    monkeypatch.setattr(split_keys, "num_splits", on_a_gpu)
+    monkeypatch.setattr(split_keys, "PROGRAMS_TO_FILL_A_GPU", 24)
+    monkeypatch.setattr(split_keys, "MIN_SPLIT", 4)
+    monkeypatch.setattr(backends, "_by_speed", lambda problem: ("triton",))
+    q, k, v = draw()
+    expected = flash_attention(q, k, v)
+    out: Any = door.flash_attn_with_kvcache(*(x.transpose(1, 2) for x in (q, k, v)))
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+    assert numbers == [12, 12]
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -159,7 +179,7 @@ def test_how_many(change: dict[str, Any], expected: int) -> None:
         spec = AttentionSpec(1.0, None, 0, change["packed"], max_seqlen_q=1, max_seqlen_k=length)
         edges = torch.tensor([0, 1, 2]), torch.tensor([0, length, 2 * length])
         extras = AttentionExtras(cu_seqlens_q=edges[0], cu_seqlens_k=edges[1])
-        rows = 2
+        rows, length = 2, 2 * length  # tokens
     batch = 1 if "packed" in change else 2
     q, k = (torch.empty(batch, h, s, 8, device="meta") for h, s in ((8, rows), (4, length)))
     if "strides" in change:  # (B, S, H, D) in a longer cache

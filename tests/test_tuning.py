@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 import flashlayer
 from flashlayer import flash_attention, tuning
+from flashlayer.backends import split_keys
 from flashlayer.backends import triton as backend
 from flashlayer.backends.triton import tiling
 from flashlayer.kernels.tiles import TileConfig, candidates, tile_config
@@ -65,6 +67,54 @@ def test_results_are_kept_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(backend.TUNED) == 1
     flashlayer.tune(*draw(40), path=path, backward=False)
     assert len(json.loads(path.read_text())) == 2
+
+
+@pytest.mark.parametrize("keys", [30, 31])
+def test_a_decoding_step_takes_what_was_tuned_for_its_parts(
+    keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only = TileConfig(16, 16, 4, 1)
+    monkeypatch.setattr(tiling, "candidate_tiles", lambda *_: [only])
+    monkeypatch.setattr(split_keys, "num_splits", lambda *_: 3)
+    q, k, v = (torch.randn(2, 2, n, 8, device=DEVICE) for n in (1, keys, keys))
+    assert flashlayer.tune(q, k, v, causal=True, backward=False) == {"forward": asdict(only)}
+    used: list[TileConfig] = []
+    original = tiling.tiles_of
+    monkeypatch.setattr(tiling, "tiles_of", lambda *call: used.append(original(*call)) or used[-1])
+    out = flash_attention(q, k, v, causal=True, backend="triton")
+    assert used[0] == only
+    exact = flash_attention(q, k, v, causal=True, backend="standard")
+    torch.testing.assert_close(out, exact)
+
+
+def test_masks_of_another_size_have_a_bucket_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles chosen for a mask of bytes may not fit the chip with one of fp32.
+
+    A file that doesn't tell the size is not read for a dense mask, and as before for others.
+    """
+    only = TileConfig(16, 16, 4, 1)
+    monkeypatch.setattr(tiling, "candidate_tiles", lambda *_: [only])
+    call, path = draw(), tmp_path / "tiles.json"
+    for options in ({}, {"attn_mask": torch.ones(12, 12, dtype=torch.bool, device=DEVICE)}):
+        flashlayer.tune(*call, path=path, backward=False, **options)
+    plain, masked = json.loads(path.read_text())
+    assert "none" in plain.split()
+    assert masked == plain.replace("none", "dense1")
+    path.write_text(path.read_text().replace("dense1", "dense"))
+    backend.TUNED.clear()
+    measured: list[tuple[object, ...]] = []
+    monkeypatch.setattr(tuning, "_fastest", lambda *call: measured.append(call) or only)
+    flashlayer.tune(*call, path=path, backward=False)
+    assert not measured
+    for dtype in (torch.bool, torch.float16, torch.float32, torch.float64):
+        mask = torch.ones(12, 12, device=DEVICE).to(dtype)
+        flashlayer.tune(*call, path=path, backward=False, attn_mask=mask)
+    sizes = [name.split()[-2] for name in json.loads(path.read_text())]
+    # fp64 masks of other inputs are read in fp32.
+    assert sizes == ["none", "dense", "dense1", "dense2", "dense4"]
+    assert len(measured) == 3
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -128,3 +178,42 @@ def test_gradients_agree_if_they_differ_by_rounding_alone(
         assert not agree((*wrong,)), which
         wrong[which][:, :, -1] = torch.nan
         assert not agree((*wrong,)), which
+
+
+def test_a_gpu_that_is_not_the_current_one_is_timed_behind_a_head_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its launches queue up behind a sleep: else an idle GPU's wait for Python is timed."""
+    current, happened = ["cuda:0"], []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            happened.append(("record", current[-1]))
+
+        def synchronize(self) -> None:
+            happened.append(("synchronize", current[-1]))
+
+        def elapsed_time(self, stop: object) -> float:
+            return 3.0
+
+    @contextmanager
+    def enter(device: torch.device) -> Iterator[None]:
+        current.append(str(device))
+        yield
+        current.pop()
+
+    def run() -> str:
+        happened.append(("run", current[-1]))
+        return "results"
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda _: happened.append(("sleep", current[-1])))
+    assert tuning._timed(run, torch.device("cuda", 1)) == (0.003, "results")
+    assert happened == [
+        (what, "cuda:1") for what in ("sleep", "record", "run", "record", "synchronize")
+    ]
+    assert current == ["cuda:0"]

@@ -126,15 +126,15 @@ class Stopwatch:
     """Seconds between two points in the device's own stream of work."""
 
     def __init__(self, device: torch.device) -> None:
-        """Time work on ``device``."""
-        self.on_cuda = device.type == "cuda"
+        """Time work on ``device``, which need not be the current one."""
+        self.device, self.on_cuda = device, device.type == "cuda"
 
     def now(self) -> Any:
         """A moment, to be given to :meth:`seconds`."""
         if not self.on_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def seconds(self, start: Any, stop: Any) -> float:

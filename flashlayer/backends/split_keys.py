@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flashlayer.spec import NO_EXTRAS, AttentionExtras, AttentionSpec
+from flashlayer.spec import NO_EXTRAS, AttentionExtras, AttentionSpec, Problem
 
 # Keys are split until there are this many programs, into parts no shorter than MIN_SPLIT keys.
 PROGRAMS_TO_FILL_A_GPU = 256
@@ -46,7 +46,7 @@ def num_splits(
     if not plain or spec.window_left is not None or not (spec.window_right is None or aligned):
         return 1
     if cu_seqlens is not None:
-        # Of one query each: no more sequences than queries have any.
+        # Of one query each: those beyond the queries are empty, as two of three in a kvcache are.
         longest_k, sequences = spec.max_seqlen_k or 0, min(len(cu_seqlens) - 1, q.shape[2])
     elif any(x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1) for x in (k, v)):
         return 1  # batch and heads can't be viewed as one dimension
@@ -81,71 +81,55 @@ def split_forward(
         results that ``spec`` asks for, likewise, where ``group`` is the number of query heads that
         share a kv head. All lie in memory in the same order.
     """
+    parts = parts_of(q, k, v, spec, extras, splits)
+    results = (x.contiguous() for x in forward(*parts))
+    batch, kv_heads, seqlen, _ = k.shape
+    group = q.shape[1] // kv_heads
+    if extras.cu_seqlens_q is not None:  # [1, Hkv, T parts group, Dv] and [1, Hkv, T parts group]
+        return tuple(x.unflatten(2, (-1, splits, group)).movedim(4, 2) for x in results)
+    # [parts, B Hkv, group, Dv] and [parts, B Hkv, group]
+    arranged = tuple(x.unflatten(1, (batch, kv_heads)).movedim(0, 3).unsqueeze(3) for x in results)
+    done = parts.key.shape[2] * splits
+    if done == seqlen:
+        return arranged
+    # The keys that are left over are one more part.
+    grouped = q.reshape(batch, kv_heads, group, -1)
+    rest = forward(grouped, k[:, :, done:], v[:, :, done:], parts.spec, NO_EXTRAS)
+    rest = (x.unsqueeze(3).unsqueeze(3) for x in rest)
+    return tuple(torch.cat(pair, dim=4).contiguous() for pair in zip(arranged, rest, strict=True))
+
+
+def parts_of(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras, splits: int
+) -> Problem:
+    """All parts as one problem, which :func:`split_forward` gives to its ``forward``.
+
+    The query heads that share a kv head are the queries of one sequence. Dense parts are the batch,
+    batch and kv heads the heads; what is left over is one more part. A packed sequence becomes
+    ``splits`` sequences: its queries repeated, its keys in even parts.
+    """
     spec = replace(spec, window_right=None)
     cu_q, cu_k = extras.cu_seqlens_q, extras.cu_seqlens_k
-    if cu_q is not None and cu_k is not None:
-        return _packed_parts(forward, q, k, v, spec, (cu_q, cu_k), splits)
-    return _dense_parts(forward, q, k, v, spec, splits)
-
-
-def _dense_parts(
-    forward: Forward,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spec: AttentionSpec,
-    splits: int,
-) -> tuple[Tensor, ...]:
-    """Parts as the batch, batch and heads as the heads; the keys left over are one more part."""
-    batch, kv_heads, seqlen, _ = k.shape
-    length = seqlen // splits
-    grouped = q.reshape(batch, kv_heads, -1, q.shape[3])  # [B, Hkv, group, D]
-    q_parts = grouped.flatten(0, 1).expand(splits, -1, -1, -1)  # [parts, B Hkv, group, D]
-    results = forward(
-        q_parts, _as_parts(k, splits, length), _as_parts(v, splits, length), spec, NO_EXTRAS
-    )
-    parts = tuple(
-        x.contiguous().unflatten(1, (batch, kv_heads)).movedim(0, 3).unsqueeze(3) for x in results
-    )
-    if splits * length < seqlen:
-        k_rest, v_rest = (x[:, :, splits * length :] for x in (k, v))
-        rest = forward(grouped, k_rest, v_rest, spec, NO_EXTRAS)
-        rest = (x.unsqueeze(3).unsqueeze(3) for x in rest)
-        parts = tuple(torch.cat(pair, dim=4).contiguous() for pair in zip(parts, rest, strict=True))
-    return parts
+    kv_heads = k.shape[1]
+    grouped = q.unflatten(1, (kv_heads, -1)).movedim(2, 3)  # [B, Hkv, Sq, group, D]
+    if cu_q is None or cu_k is None:
+        length = k.shape[2] // splits
+        q_parts = grouped.squeeze(2).flatten(0, 1).expand(splits, -1, -1, -1)
+        k_parts, v_parts = (_as_parts(x, splits, length) for x in (k, v))
+        return Problem(q_parts, k_parts, v_parts, spec, NO_EXTRAS)
+    group = grouped.shape[3]
+    part = torch.arange(splits, device=q.device)
+    cut = []
+    for cu_seqlens in (cu_q.long() * (splits * group), cu_k.long()):
+        starts = cu_seqlens[:-1, None] + cu_seqlens.diff()[:, None] * part // splits
+        cut.append(torch.cat((starts.flatten(), cu_seqlens[-1:])).int())
+    longest_k = -(-(spec.max_seqlen_k or 0) // splits)
+    spec = replace(spec, max_seqlen_q=group, max_seqlen_k=longest_k)
+    packing = AttentionExtras(cu_seqlens_q=cut[0], cu_seqlens_k=cut[1])
+    repeated = grouped.unsqueeze(3).expand(-1, -1, -1, splits, -1, -1).flatten(2, 4)
+    return Problem(repeated, k, v, spec, packing)
 
 
 def _as_parts(x: Tensor, splits: int, length: int) -> Tensor:
     """A view ``(parts, B Hkv, length, D)``."""
     return x[:, :, : splits * length].unflatten(2, (splits, length)).movedim(2, 0).flatten(1, 2)
-
-
-def _packed_parts(
-    forward: Forward,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spec: AttentionSpec,
-    edges: tuple[Tensor, Tensor],
-    splits: int,
-) -> tuple[Tensor, ...]:
-    """Every sequence as ``splits`` sequences: its queries repeated, its keys in even parts."""
-    _, heads, tokens, _ = q.shape
-    kv_heads = k.shape[1]
-    group = heads // kv_heads
-    part = torch.arange(splits, device=q.device)
-    cut = []
-    for cu_seqlens in (edges[0].long() * (splits * group), edges[1].long()):
-        starts = cu_seqlens[:-1, None] + cu_seqlens.diff()[:, None] * part // splits
-        cut.append(torch.cat((starts.flatten(), cu_seqlens[-1:])).int())
-    longest_k = -(-(spec.max_seqlen_k or 0) // splits)
-    spec = replace(spec, max_seqlen_q=group, max_seqlen_k=longest_k)
-    extras = AttentionExtras(cu_seqlens_q=cut[0], cu_seqlens_k=cut[1])
-    repeated = (
-        q.unflatten(1, (kv_heads, group)).movedim(2, 3).unsqueeze(3)
-    )  # [1, Hkv, T, 1, group, D]
-    repeated = repeated.expand(-1, -1, -1, splits, -1, -1).flatten(2, 4)
-    results = forward(repeated, k, v, spec, extras)
-    return tuple(
-        x.contiguous().unflatten(2, (tokens, splits, group)).movedim(4, 2) for x in results
-    )

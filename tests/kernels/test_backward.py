@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashlayer.backends.triton import tiling
+from flashlayer import flash_attention
+from flashlayer.backends.triton import arguments, tiling
 from flashlayer.kernels.tiles import TileConfig
 from flashlayer.spec import AttentionSpec
 from tests.kernels.reference import assert_accurate, draw, run_kernels, run_naively
@@ -204,3 +205,28 @@ def test_scores_that_overflow_to_minus_infinity() -> None:
         assert (result[name][:, :, 7] == 0).all(), name
     assert result["dk"].isfinite().all()
     assert result["dv"].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
+def test_an_fp64_mask_of_other_inputs_is_read_in_fp32(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice as wide, its tiles have no room on compute capability 8.6, 8.9 and 12."""
+    x = draw(seqlen_q=70, seqlen_k=90, dtype=dtype)
+    mask = torch.randn(1, 1, 70, 90, dtype=torch.float64, device=x.q.device)
+    read: list[torch.dtype] = []
+    original = arguments._mask
+    monkeypatch.setattr(arguments, "_mask", lambda m: read.append(m.dtype) or original(m))
+    found = {}
+    for name, given in {"fp64": mask, "fp32": mask.float()}.items():
+        leaves = [y.detach().requires_grad_() for y in (x.q, x.k, x.v, given)]
+        out = flash_attention(*leaves[:3], attn_mask=leaves[3], backend="triton")
+        out.backward(x.do)
+        found[name] = [out.detach(), *(leaf.grad for leaf in leaves)]
+    assert found["fp64"][-1].dtype == torch.float64
+    if dtype == torch.float64:
+        assert set(read) == {torch.float64, torch.float32}
+        return
+    assert set(read) == {torch.float32}
+    for actual, expected in zip(found["fp64"], found["fp32"], strict=True):
+        assert torch.equal(actual, expected.to(actual.dtype))

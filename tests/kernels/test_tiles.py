@@ -1,10 +1,15 @@
 """The tile table: every row can be looked up, and head dimensions are covered without waste."""
 
+import functools
 import itertools
 
 import pytest
+import torch
 
+from flashlayer.backends.triton import tiling
+from flashlayer.kernels import tiles
 from flashlayer.kernels.tiles import TileConfig, candidates, delta_rows, head_tiles, tile_config
+from flashlayer.spec import NO_EXTRAS, AttentionSpec
 
 DTYPES = {"half": 512, "tf32": 256, "fp32": 256, "fp64": 256}  # and their widest head dimension
 
@@ -64,3 +69,41 @@ def test_delta_takes_whole_rows() -> None:
     for value_dim in range(1, 513):
         assert is_power_of_two(delta_rows(value_dim))
         assert delta_rows(value_dim) * value_dim <= 4096
+
+
+def test_a_gpu_is_asked_once_for_its_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call takes three tiles or more. On the CPU the emulator plays one chip after another."""
+    asked: list[torch.device] = []
+    capability = (8, 0)
+
+    def ask(device: torch.device) -> tuple[int, int]:
+        asked.append(device)
+        return capability
+
+    monkeypatch.setattr(tiling, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", ask)
+    monkeypatch.setattr(tiling, "_capability", functools.cache(tiling._capability.__wrapped__))
+    gpu, cpu = torch.device("cuda", 7), torch.device("cpu")
+    assert [tiling.target(gpu) for _ in range(3)] == ["sm_80"] * 3
+    assert asked == [gpu]
+    assert tiling.target(cpu) == "sm_80"
+    capability = (9, 0)
+    assert tiling.target(cpu) == "sm_90"
+    assert tiling.target(torch.device("cuda", 6)) == "sm_90"
+    assert tiling.target(gpu) == "sm_80"
+
+
+def test_a_row_is_looked_up_once_and_in_the_table_of_the_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q = torch.empty(1, 1, 1, 64, dtype=torch.float16)
+    call = ("forward", q, q, AttentionSpec(1.0), NO_EXTRAS)
+    before = tiling.table_tiles(*call)
+    asked: list[str] = []
+    other = TileConfig(16, 16, 4, 1)
+    monkeypatch.setattr(tiles, "tile_config", lambda kernel, *_: asked.append(kernel) or other)
+    assert [tiling.table_tiles(*call) for _ in range(3)] == [other] * 3
+    assert asked == ["forward"]
+    monkeypatch.undo()
+    assert tiling.table_tiles(*call) is before

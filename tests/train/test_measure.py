@@ -65,3 +65,20 @@ def test_rounds_are_interleaved_and_the_first_is_not_timed() -> None:
     seconds = interleaved({"a": slow_at_first, "b": lambda: calls.append("b")}, rounds=3)
     assert calls == ["a", "b"] * 4
     assert seconds["a"] < 0.1
+
+
+def test_a_stopwatch_is_of_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need not be the current one."""
+    recorded = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str = "the current device's") -> None:
+            recorded.append(stream)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"{device}'s")
+    measure.Stopwatch(torch.device("cuda", 1)).now()
+    assert recorded == ["cuda:1's"]

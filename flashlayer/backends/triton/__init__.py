@@ -30,6 +30,7 @@ from flashlayer.spec import (
 
 __all__ = [
     "TUNED",
+    "as_launched",
     "backward",
     "bucket",
     "candidate_tiles",
@@ -42,6 +43,7 @@ __all__ = [
     "name",
     "refuses",
     "table_tiles",
+    "whole_forward",
 ]
 
 name = "triton"
@@ -99,20 +101,32 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple[Tensor, ...]:
     """See :class:`flashlayer.spec.Backend`."""
-    spec = _with_lengths(spec, extras)
+    spec, extras = _with_lengths(spec, extras), _with_narrow_mask(q, extras)
     splits = split_keys.num_splits(q, k, v, spec, extras)
     if splits > 1:
-        parts = split_keys.split_forward(_forward, q, k, v, spec, extras, splits)
+        parts = split_keys.split_forward(whole_forward, q, k, v, spec, extras, splits)
         return _merged(parts, q, v, spec, extras)
-    return _forward(q, k, v, spec, extras)
+    return whole_forward(q, k, v, spec, extras)
 
 
-def _forward(
+def as_launched(kernel: str, problem: Problem) -> Problem:
+    """What :func:`whole_forward`, or the backward pass, makes of a problem in its launches."""
+    q, k, v, spec, extras = problem
+    spec, extras = _with_lengths(spec, extras), _with_narrow_mask(q, extras)
+    if kernel == "forward":
+        splits = split_keys.num_splits(q, k, v, spec, extras)
+        if splits > 1:
+            return split_keys.parts_of(q, k, v, spec, extras, splits)
+    return Problem(q, k, v, spec, extras)
+
+
+def whole_forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple[Tensor, ...]:
+    """:func:`forward` in one launch: the keys are not split."""
     o, lse = empty_results(q, v)
     if _needs_fp32(q):
-        wide_o, *rest = _forward(q.float(), k.float(), v.float(), spec, _in_fp32(extras))
+        wide_o, *rest = whole_forward(q.float(), k.float(), v.float(), spec, _in_fp32(extras))
         return o.copy_(wide_o), *rest
     max_scores = torch.empty_like(lse) if spec.max_scores else None
     entropy = torch.empty_like(lse) if spec.entropy else None
@@ -188,6 +202,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """See :class:`flashlayer.spec.Backend`."""
     wants_d_mask = extras.wants_mask_gradient(spec)
+    narrow = _with_narrow_mask(q, extras)
+    if narrow is not extras:
+        narrow_spec = replace(spec, mask_gradient=wants_d_mask)
+        dq, dk, dv, d_mask, d_sinks = backward(do, dlse, q, k, v, o, lse, narrow_spec, narrow)
+        return dq, dk, dv, None if d_mask is None else d_mask.double(), d_sinks
     dq, dk, dv = empty_gradients(q, k, v)
     d_mask = None
     if wants_d_mask and extras.attn_mask is not None:
@@ -247,6 +266,17 @@ def _empty_like(x: Tensor, head_dim: int) -> Tensor:
 def _needs_fp32(q: Tensor) -> bool:
     """The interpreter multiplies bf16 wrongly: there the kernels run in fp32, rounded after it."""
     return q.dtype == torch.bfloat16 and interpreted()
+
+
+def _with_narrow_mask(q: Tensor, extras: AttentionExtras) -> AttentionExtras:
+    """An fp64 mask of other inputs in fp32, as the kernels would round it.
+
+    Its tiles don't fit the shared memory of compute capability 8.6, 8.9 and 12.
+    """
+    mask = extras.attn_mask
+    if mask is None or mask.dtype != torch.float64 or q.dtype == torch.float64:
+        return extras
+    return extras._replace(attn_mask=mask.float())
 
 
 def _in_fp32(extras: AttentionExtras) -> AttentionExtras:

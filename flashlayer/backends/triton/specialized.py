@@ -1,7 +1,7 @@
-"""The warp-specialised forward kernel for Hopper: which calls it takes, and its launch.
+"""The warp-specialised kernels for Hopper, forward, dK/dV and dQ: which calls they take; launches.
 
-It has run on an emulator and was never timed, so no table names it: :func:`flashlayer.tune` offers
-it, and takes it where it is right and faster.
+They have run on an emulator and were never timed, so no table names them: :func:`flashlayer.tune`
+offers them, and takes each where it is right and faster.
 """
 
 import math

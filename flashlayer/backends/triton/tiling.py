@@ -1,6 +1,7 @@
 """Which tiles a launch takes, and how they are loaded, by the chip, dtype and head dimension."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,14 @@ def target(device: torch.device) -> str:
         return "interpreter"
     if torch.version.hip is not None:
         return "gfx942"
-    return nearest_target(torch.cuda.get_device_capability(device))
+    # The emulator's and the compile ledger's tensors are on the CPU: of one chip after another.
+    look_up = _capability if device.type == "cuda" else torch.cuda.get_device_capability
+    return nearest_target(look_up(device))
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def input_precision(q: Tensor) -> str:
@@ -64,7 +72,13 @@ def table_tiles(
     bounded = spec.window_left is not None or spec.window_right is not None
     if kernel == "dkdv" and bounded and kind == "none":
         kind = "edges"
-    return tile_config(kernel, target(q.device), precision(q), widest, kind)
+    return _row(tile_config, kernel, target(q.device), precision(q), widest, kind)
+
+
+@functools.cache
+def _row(look_up: Callable[..., Any], *arguments: Any) -> Any:
+    """A row by its function, too: others stand in for ``tile_config`` in tests and the stepper."""
+    return look_up(*arguments)
 
 
 def _mask_kind(extras: AttentionExtras) -> str:
@@ -80,8 +94,12 @@ TUNED: dict[tuple, Any] = {}
 def bucket(
     kernel: str, q: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple:
-    """Calls that share their tuned tiles: alike but for lengths under the same power of two."""
+    """Calls that share their tuned tiles: alike but for lengths under the same power of two.
+
+    Tiles of a dense mask are in shared memory: of another size those of the bucket may not fit.
+    """
     is_cuda = q.device.type == "cuda"
+    mask = extras.attn_mask
     return (
         kernel,
         torch.cuda.get_device_name(q.device) if is_cuda else "interpreter",
@@ -92,7 +110,7 @@ def bucket(
         (v.shape[2] - 1).bit_length(),
         spec.window_left is not None,
         spec.window_right is not None,
-        _mask_kind(extras),
+        _mask_kind(extras) if mask is None else f"dense{mask.element_size()}",
         extras.cu_seqlens_q is not None,
     )
 

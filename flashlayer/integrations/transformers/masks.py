@@ -37,8 +37,6 @@ class Window(NamedTuple):
 
     def options(self) -> dict[str, Any]:
         """As arguments; the keys that are not in use are to be cut off."""
-        if self.window_size == (None, 0):  # calls without window_size have plans
-            return {"causal": True, "diagonal": self.diagonal}
         return {"window_size": self.window_size, "diagonal": self.diagonal}
 
 
