@@ -12,7 +12,13 @@ from flashlayer.autograd import attend
 from flashlayer.auxiliary import AuxOutput, AuxRequest, as_output, as_request
 from flashlayer.masks import IntervalMask
 from flashlayer.philox import dropout_keep_mask as dropout_keep_mask
-from flashlayer.problem import Packing, build_packed_problem, build_problem, stand_ins
+from flashlayer.problem import (
+    Packing,
+    build_packed_problem,
+    build_problem,
+    problem_of_options,
+    stand_ins,
+)
 from flashlayer.spec import Diagonal, Problem, WindowSize
 
 if TYPE_CHECKING:
@@ -337,12 +343,5 @@ def available_backends(
         >>> available_backends(q, k, v, causal=True)["tiled"] is None
         True
     """
-    for option in options:
-        if option not in (flash_attention.__kwdefaults__ or {}):
-            raise TypeError(f"available_backends() got an unknown option {option!r}")
-    options.pop("return_lse", None)
-    options.pop("backend", None)
-    if options.get("dropout_seed") is None:
-        options["dropout_seed"] = 0  # leave the generator as it is
-    problem = build_problem(query, key, value, **options)
+    problem = problem_of_options("available_backends", query, key, value, options)
     return {name: backend.refuses(problem) for name, backend in backends.BACKENDS.items()}

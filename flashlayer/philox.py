@@ -7,6 +7,8 @@ the seed as key and the four indices as counter. Tile sizes, pass and device don
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -98,7 +100,7 @@ def dropout_keep_mask(
 
 def check_dropout(dropout_p: float, dropout_seed: int | Tensor | None) -> None:
     """Raise unless these are a probability, and a seed of 64 bits or None."""
-    if not isinstance(dropout_p, (int, float)) or isinstance(dropout_p, bool):
+    if not isinstance(dropout_p, (int, float, numbers.Real)) or isinstance(dropout_p, bool):
         raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must be a probability from 0 to 1, got {dropout_p}")
@@ -111,7 +113,7 @@ def check_dropout(dropout_p: float, dropout_seed: int | Tensor | None) -> None:
                 f"got {tuple(dropout_seed.shape)} {dropout_seed.dtype}"
             )
         return
-    if not isinstance(dropout_seed, int) or isinstance(dropout_seed, bool):
+    if not isinstance(dropout_seed, (int, numbers.Integral)) or isinstance(dropout_seed, bool):
         raise TypeError(f"dropout_seed must be an int or None, got {type(dropout_seed).__name__}")
     if not -(2**63) <= dropout_seed < 2**63:
         raise ValueError(f"dropout_seed must fit into 64 bits, got {dropout_seed}")

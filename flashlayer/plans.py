@@ -77,6 +77,7 @@ def signature(
             and (scale is None or type(scale) is float)
             and (softcap is None or type(softcap) is float)
             and type(backend) is type(diagonal) is str
+            and type(causal) is bool
             and (window_size == (None, None) or _is_window(window_size))
         )
     ):
@@ -114,7 +115,7 @@ def signature(
         key.dtype,
         value.dtype,
         devices,
-        bool(causal),
+        causal,
         window_size,
         diagonal,
         scale,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import math
+import numbers
 import operator
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +79,8 @@ def build_problem(
     if diagonal not in ("bottom_right", "top_left"):
         raise ValueError(f"diagonal must be 'bottom_right' or 'top_left', got {diagonal!r}")
     left, right = _check_window(window_size)
+    if not _is_flag(causal):
+        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
     right = 0 if causal else right
     factor = query.shape[-1] ** -0.5 if scale is None else _check_number("scale", scale)
     if softcap is not None and _check_number("softcap", softcap) <= 0:
@@ -123,6 +126,30 @@ def build_problem(
     if packing is None and not is_observed(query):
         spec = spec.without_idle_edges(query.shape[2], key.shape[2])
     return Problem(query, key, value, spec, extras)
+
+
+def problem_of_options(
+    asker: str, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+) -> Problem:
+    """The problem of a call that is asked about and not made, with ``flash_attention``'s options.
+
+    Those that change what is returned or who computes it make no difference, and torch's generator
+    is left as it is.
+
+    Raises:
+        TypeError: an option that :func:`flashlayer.flash_attention` doesn't have; ``asker`` is the
+            function that the error names. And as :func:`build_problem`.
+        ValueError: as :func:`build_problem`.
+    """
+    known = {**(build_problem.__kwdefaults__ or {}), "return_lse": False, "backend": "auto"}
+    del known["packing"]
+    for option in options:
+        if option not in known:
+            raise TypeError(f"{asker}() got an unknown option {option!r}")
+    resolved = {n: x for n, x in options.items() if n not in ("return_lse", "backend")}
+    if resolved.get("dropout_seed") is None:
+        resolved["dropout_seed"] = 0
+    return build_problem(query, key, value, **resolved)
 
 
 def build_packed_problem(
@@ -235,6 +262,11 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ValueError(f"the head dimension of {name} must be at least 1, got 0")
 
 
+def _is_flag(causal: Any) -> bool:
+    """Whether it is a bool, an int or None, of NumPy's too, or a tensor of one of them."""
+    return causal.numel() == 1 if isinstance(causal, Tensor) else hasattr(causal, "__bool__")
+
+
 def _check_window(window_size: WindowSize) -> WindowSize:
     if window_size == (None, None):
         return None, None
@@ -243,7 +275,7 @@ def _check_window(window_size: WindowSize) -> WindowSize:
     for side, size in zip(("left", "right"), window_size, strict=True):
         if size is None:
             continue
-        if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
+        if not isinstance(size, (int, torch.SymInt, numbers.Integral)) or isinstance(size, bool):
             raise TypeError(
                 f"window_size's {side} must be an int or None, got {type(size).__name__}"
             )
@@ -251,7 +283,9 @@ def _check_window(window_size: WindowSize) -> WindowSize:
             raise ValueError(
                 f"window_size's {side} must be at least 0, or None for unbounded, got {size}"
             )
-    left, right = window_size
+    # NumPy's integers as Python's, which kernels and graphs take.
+    known = (int, torch.SymInt, type(None))
+    left, right = (x if isinstance(x, known) else int(x) for x in window_size)
     return left, right
 
 
@@ -261,9 +295,12 @@ def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
 
 
 def _check_number(name: str, number: float) -> float:
-    if not isinstance(number, (int, float)) or isinstance(number, bool):
+    if not isinstance(number, (int, float, numbers.Real)) or isinstance(number, bool):
         raise TypeError(f"{name} must be a float or None, got {type(number).__name__}")
-    if not abs(number) < math.inf:  # Dynamo can't trace math.isfinite of a symbolic float
+    if not isinstance(number, int):
+        number = float(number)
+    # Dynamo can't trace math.isfinite of a symbolic float; an int may be too large for one.
+    if not abs(number) <= sys.float_info.max:
         raise ValueError(f"{name} must be finite, got {number}")
     return float(number)
 
@@ -276,7 +313,7 @@ def _resolve_seed(
     if isinstance(dropout_seed, Tensor):
         return dropout_seed.to(query.device)
     if dropout_seed is not None:
-        return torch.full((), dropout_seed, dtype=torch.int64, device=query.device)
+        return torch.full((), int(dropout_seed), dtype=torch.int64, device=query.device)
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=query.device)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flashlayer.backends import triton as backend
-from flashlayer.problem import build_problem
+from flashlayer.problem import problem_of_options
 from flashlayer.spec import Problem
 
 ROUNDS = 20
@@ -61,7 +61,8 @@ def tune(
         backward: also tune dK/dV and dQ.
         path: a JSON file of results; buckets in it are not measured again, others are added. Where
             it says ``dense``, without the size, an earlier version wrote it: that is not used.
-        **options: those of :func:`flashlayer.flash_attention`.
+        **options: those of :func:`flashlayer.flash_attention`; ``return_lse`` and ``backend`` make
+            no difference.
 
     Returns:
         For each kernel (``"forward"``, ``"dkdv"``, ``"dq"``) its ``BLOCK_M``, ``BLOCK_N``,
@@ -78,7 +79,9 @@ def tune(
     Example:
         >>> chosen = flashlayer.tune(q, k, v, causal=True, path="tiles.json")  # doctest: +SKIP
     """
-    problem = build_problem(query.detach(), key.detach(), value.detach(), **options)
+    problem = problem_of_options("tune", query, key, value, options)
+    q, k, v, spec, extras = problem
+    problem = Problem(q.detach(), k.detach(), v.detach(), spec, extras)
     reason = backend.refuses(problem)
     if reason is not None:
         raise ValueError(f"there is nothing to tune: backend 'triton' can't compute this: {reason}")

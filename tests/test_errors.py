@@ -1,5 +1,6 @@
 """The mistakes a newcomer makes: each gives one sentence that names the argument."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -107,6 +108,26 @@ BAD_CALLS = {
         lambda q, k, v: flash_attention(q, k, v, window_size=(None, 1.5)),
         TypeError,
         "window_size's right must be an int or None, got float",
+    ),
+    "causal_word": (
+        lambda q, k, v: flash_attention(q, k, v, causal="False"),
+        TypeError,
+        "causal must be a bool, got str",
+    ),
+    "causal_list": (
+        lambda q, k, v: flash_attention(q, k, v, causal=[False]),
+        TypeError,
+        "causal must be a bool, got list",
+    ),
+    "causal_of_heads": (
+        lambda q, k, v: flash_attention(q, k, v, causal=torch.tensor([True, False])),
+        TypeError,
+        "causal must be a bool, got Tensor",
+    ),
+    "scale_overflows": (
+        lambda q, k, v: flash_attention(q, k, v, scale=10**400),
+        ValueError,
+        "scale must be finite, got 1000",
     ),
     "scale_nan": (
         lambda q, k, v: flash_attention(q, k, v, scale=float("nan")),
@@ -320,3 +341,17 @@ def test_wrong_boundaries_are_told_in_numbers() -> None:
     edges = torch.arange(0, 400, 10)
     with pytest.raises(ValueError, match=r"end at 300 tokens or before, got \[0, 10, .* 390\]$"):
         flash_attention_varlen(rows, rows, rows, cu_seqlens_q=edges)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    q = torch.randn(1, 2, 9, 8)
+    plain = {"window_size": (2, 0), "scale": 0.5, "dropout_p": 0.5, "dropout_seed": 4}
+    of_numpy = {
+        "window_size": (np.int64(2), np.int32(0)),
+        "scale": np.float32(0.5),
+        "dropout_p": np.float32(0.5),
+        "dropout_seed": np.int64(4),
+        "causal": np.bool_(False),
+    }
+    expected = flash_attention(q, q, q, **plain)
+    assert torch.equal(flash_attention(q, q, q, **of_numpy), expected)

@@ -142,6 +142,13 @@ def test_a_call_that_triton_refuses() -> None:
     q = torch.randn(1, 1, 4, 600, device=DEVICE)
     with pytest.raises(ValueError, match=r"there is nothing to tune: .* head dimension of 512"):
         flashlayer.tune(q, q, q)
+    # What changes only the results is taken; an option that there is not, is named.
+    with pytest.raises(ValueError, match="there is nothing to tune"):
+        flashlayer.tune(q, q, q, backend="triton", return_lse=True)
+    with pytest.raises(TypeError, match=r"tune\(\) got an unknown option 'casual'"):
+        flashlayer.tune(q, q, q, casual=True)
+    with pytest.raises(TypeError, match=r"query must be a torch.Tensor, got NoneType"):
+        flashlayer.tune(None, q, q)  # type: ignore[arg-type]
 
 
 def _gradients(

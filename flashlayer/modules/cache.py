@@ -35,7 +35,7 @@ class KVCache:
         """Add positions ``(B, Hkv, S, D)``; returns all keys and values so far.
 
         Raises:
-            TypeError: they are of another dtype than what the cache holds.
+            TypeError: one is no tensor, or of another dtype than the other or what the cache holds.
             ValueError: they do not fit what the cache holds, or each other.
         """
         new = [key, value]
@@ -57,6 +57,18 @@ class KVCache:
         return keys, values
 
     def _check(self, key: Tensor, value: Tensor) -> None:
+        for name, x in (("key", key), ("value", value)):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+            if x.ndim != 4:
+                raise ValueError(
+                    f"{name} must have 4 dimensions (batch, kv_heads, positions, head_dim), "
+                    f"got shape {tuple(x.shape)}"
+                )
+        if value.dtype != key.dtype:
+            raise TypeError(f"key and value must have one dtype, got {key.dtype} and {value.dtype}")
+        if value.device != key.device:
+            raise ValueError(f"value must be on key's device {key.device}, got {value.device}")
         if value.shape[:3] != key.shape[:3]:
             raise ValueError(
                 f"key and value must agree in (batch, kv_heads, positions), "

@@ -123,6 +123,9 @@ old, new = (kernels.get_local_kernel(Path(path)) for path in sys.argv[1:])
 q, k, v = torch.randn(3, 1, 2, 17, 16)
 assert not hasattr(sys.modules[f"{old.__name__}.spec"], "VERSION")
 assert sys.modules[f"{new.__name__}.spec"].VERSION == 2
+import flashlayer.integrations.transformers
+# Dynamo has one table of substitutes: each registration after the first finds its own there.
+assert {x.integrations.transformers.register() for x in (flashlayer, old, new)} == {"FlashLayer"}
 for package in (flashlayer, old, new):
     namespace = package.__name__
     seen = []

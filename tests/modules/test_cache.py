@@ -170,3 +170,25 @@ def test_a_cache_broadcasts_and_rounds_nothing(
         with pytest.raises(error, match=message):
             cache.append(*new)
     assert cache.length == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error", "message"),
+    [
+        (None, None, TypeError, "key must be a torch.Tensor, got NoneType"),
+        ((2, 3, 4), (2, 3, 4), ValueError, r"key must have 4 dimensions .* got shape \(2, 3, 4\)"),
+        ((2, 3, 1, 4), "half", TypeError, "key and value must have one dtype"),
+        ((2, 3, 1, 4), "meta", ValueError, "value must be on key's device cpu, got meta"),
+    ],
+)
+def test_the_first_tensors_are_checked(key: Any, value: Any, error: type, message: str) -> None:
+    drawn = {
+        None: lambda: None,
+        "half": lambda: torch.zeros(2, 3, 1, 4, dtype=torch.half),
+        "meta": lambda: torch.zeros(2, 3, 1, 4, device="meta"),
+    }
+    new = [drawn[x]() if x in drawn else torch.randn(x) for x in (key, value)]
+    cache = KVCache()
+    with pytest.raises(error, match=message):
+        cache.append(*new)
+    assert cache.length == 0

@@ -135,7 +135,10 @@ def describe_in_graphs() -> None:
             made.flashlayer_made_of = name, given | named
             return made
 
-        torch.compiler.substitute_in_graph(original, skip_signature_check=True)(described)
+        # Once a process: another copy of this package, from the hub, notes the same.
+        if not hasattr(original, "flashlayer_described"):
+            torch.compiler.substitute_in_graph(original, skip_signature_check=True)(described)
+            original.flashlayer_described = True
 
     for name in FACTORIES:
         substitute(name)
