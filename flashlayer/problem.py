@@ -21,6 +21,7 @@ from flashlayer.spec import (
     Diagonal,
     Problem,
     WindowSize,
+    has_autocast,
     is_observed,
     longest_sequence,
 )
@@ -179,14 +180,6 @@ def build_packed_problem(
             )
     views = (tensor.transpose(0, 1).unsqueeze(0) for tensor in tensors.values())
     return build_problem(*views, packing=packing, **options)
-
-
-def has_autocast(device_type: str) -> bool:
-    """Whether torch has autocast for this device type.
-
-    Stands in for ``torch.amp.is_autocast_available``, which torch 2.11 can't compile.
-    """
-    return device_type != "meta"
 
 
 def _autocast(tensor: Tensor) -> Tensor:

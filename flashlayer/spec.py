@@ -10,9 +10,20 @@ these numbers by interval arithmetic, see :meth:`AttentionSpec.key_bounds`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Required, TypedDict
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    ParamSpec,
+    Protocol,
+    Required,
+    TypedDict,
+    TypeVar,
+)
 
 import torch
 from torch import Tensor
@@ -22,6 +33,10 @@ if TYPE_CHECKING:
 
 Diagonal = Literal["bottom_right", "top_left"]
 WindowSize = tuple[int | None, int | None]
+
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 # Not subclasses, which may redefine any operation.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -52,6 +67,37 @@ def is_sharded(x: Tensor) -> bool:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """What scores, sums and the LSE of inputs in ``dtype`` are computed in: fp32, or fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def has_autocast(device_type: str) -> bool:
+    """Whether torch has autocast for this device type.
+
+    Stands in for ``torch.amp.is_autocast_available``, which torch 2.11 can't compile.
+    """
+    return device_type != "meta"
+
+
+def without_autocast(function: Callable[P, Result]) -> Callable[P, Result]:
+    """A function whose first argument is a tensor, or begins with one, computed without autocast.
+
+    A call casts its inputs once, when it is checked. Autocast would go on to cast the operands of
+    every product, so scores and gradients that are widened to fp32 would be rounded again. Each
+    function of a backend has this itself: a compiled graph, a ring or a transform may enter it from
+    anywhere, and a backward pass under another autocast state than its forward pass.
+    """
+
+    @functools.wraps(function)
+    def plain(*args: P.args, **kwargs: P.kwargs) -> Result:
+        if not _is_any_autocast_enabled():  # 0.3 us, this wrapper included
+            return function(*args, **kwargs)
+        first: Any = args[0]
+        device_type = (first[0] if isinstance(first, tuple) else first).device.type
+        if not has_autocast(device_type):
+            return function(*args, **kwargs)
+        with torch.autocast(device_type, enabled=False):
+            return function(*args, **kwargs)
+
+    return plain
 
 
 class Options(TypedDict, total=False):
@@ -276,7 +322,10 @@ Tensors = tuple[Any, ...]
 
 
 class Backend(Protocol):
-    """One way to compute attention: a module of :mod:`flashlayer.backends` with these names."""
+    """One way to compute attention: a module of :mod:`flashlayer.backends` with these names.
+
+    What computes is :func:`without_autocast`.
+    """
 
     name: str
     entropy_gradient: bool  # whether backward takes `dentropy`

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashlayer import (
@@ -120,6 +121,34 @@ def test_an_op_gives_what_the_backend_gives(name: str) -> None:
         assert torch.equal(actual, expected)
     assert [x.numel() for x in results[3:]] == [0, 0]
     assert grads[3:] == (None, None)
+
+
+def allocated(function: Callable[..., Any], *arguments: Any) -> int:
+    """Bytes of all allocations on the CPU in a call."""
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = function(*arguments)
+    del kept
+    assert profile.profiler is not None
+    events = profile.profiler.kineto_results.events()
+    return sum(max(event.nbytes(), 0) for event in events if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize("option", ["causal", "bias", "auxiliary"])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_op_allocates_what_the_backend_does(name: str, option: str) -> None:
+    """The strides that a graph was promised are known without a second set of results."""
+    if (name == "aten" and option != "causal") or device_for(name) != "cpu":
+        pytest.skip("refused, or not on the CPU")
+    q, k, v = inputs("bhsd")
+    spec, extras = extras_of(option, "cpu")
+    backend: Any = BACKENDS[name]
+    flat = (name, *ops.flatten(spec, extras))
+    o, lse, *_ = backend.forward(q, k, v, spec, extras)
+    plain = allocated(backend.forward, q, k, v, spec, extras)
+    assert allocated(ops.forward_op, q, k, v, *flat) < plain + lse.nbytes
+    tensors = (torch.randn_like(o), torch.randn_like(lse), q, k, v, o, lse)
+    plain = allocated(backend.backward, *tensors, spec, extras)
+    assert allocated(ops.backward_op, *tensors, None, *flat) < plain + lse.nbytes
 
 
 def test_schema_and_spec_hold_the_same() -> None:

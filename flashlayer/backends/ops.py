@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -174,11 +174,11 @@ def forward_op(
     """
     spec, extras = unflatten(*options)
     results = iter(_MODULES[backend].forward(q, k, v, _for_these_sizes(q, k, spec, extras), extras))
-    expected = _empty_results(q, v, backend, spec)
+    promised = _results_promised(Layout.of(q), Layout.of(v), backend, spec)
     asked = (True, True, spec.max_scores, spec.entropy)
     o, lse, max_scores, entropy = (
-        _settled(next(results), fake) if there else fake
-        for there, fake in zip(asked, expected, strict=True)
+        _settled(next(results) if there else None, layout, q.device)
+        for there, layout in zip(asked, promised, strict=True)
     )
     return o, lse, max_scores, entropy
 
@@ -229,10 +229,10 @@ def backward_op(
     spec, extras = unflatten(*options)
     spec = _for_these_sizes(q, k, spec, extras)
     grads = _backward(_MODULES[backend], do, dlse, q, k, v, o, lse, spec, extras, dentropy)
-    expected = _empty_gradients(q, k, v, backend, spec, extras)
+    tensors = (q, k, v, extras.attn_mask, extras.sinks)
+    promised = _gradients_promised(*map(Layout.of, tensors), backend, spec)
     dq, dk, dv, d_mask, d_sinks = (
-        fake if grad is None else _settled(grad, fake)
-        for grad, fake in zip(grads, expected, strict=True)
+        _settled(grad, layout, q.device) for grad, layout in zip(grads, promised, strict=True)
     )
     return dq, dk, dv, d_mask, d_sinks
 
@@ -298,9 +298,61 @@ def _keep_backend(ctx: Any, inputs: tuple, output: Tensor) -> None:
 refuse_gradient_op.register_autograd(_refuse_gradient, setup_context=_keep_backend)
 
 
-def _settled(actual: Tensor, expected: Tensor) -> Tensor:
-    """``actual`` in the strides that the fake implementation has promised."""
-    return actual if actual.stride() == expected.stride() else expected.copy_(actual)
+class Layout(NamedTuple):
+    """A tensor without its memory."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Tensor | None) -> Layout | None:
+        """That of ``x``."""
+        return None if x is None else cls(x.shape, x.stride(), x.dtype)
+
+    def empty(self, device: torch.device | str) -> Tensor:
+        """An uninitialised tensor."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
+
+
+# What the fake implementations have promised, from meta tensors: real ones would be the results'
+# memory once more. torch's meta functions are Python, of 10 to 40 us each, hence the caches.
+PROMISES_MAX = 1024
+
+
+def _on_meta(layout: Layout | None) -> Any:
+    return None if layout is None else layout.empty("meta")
+
+
+@functools.lru_cache(PROMISES_MAX)
+def _results_promised(
+    q: Layout | None, v: Layout | None, backend: str, spec: AttentionSpec
+) -> tuple[Any, ...]:
+    return tuple(map(Layout.of, _empty_results(_on_meta(q), _on_meta(v), backend, spec)))
+
+
+@functools.lru_cache(PROMISES_MAX)
+def _gradients_promised(
+    q: Layout | None,
+    k: Layout | None,
+    v: Layout | None,
+    attn_mask: Layout | None,
+    sinks: Layout | None,
+    backend: str,
+    spec: AttentionSpec,
+) -> tuple[Any, ...]:
+    extras = AttentionExtras(attn_mask=_on_meta(attn_mask), sinks=_on_meta(sinks))
+    grads = _empty_gradients(_on_meta(q), _on_meta(k), _on_meta(v), backend, spec, extras)
+    return tuple(map(Layout.of, grads))
+
+
+def _settled(actual: Tensor | None, promised: Layout, device: torch.device) -> Tensor:
+    """``actual`` in the strides that were promised; what was not asked for has no elements."""
+    if actual is None:
+        return promised.empty(device)
+    if actual.stride() == promised.stride:
+        return actual
+    return promised.empty(device).copy_(actual)
 
 
 def _for_these_sizes(

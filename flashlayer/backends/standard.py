@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashlayer import philox
-from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, is_sharded
+from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, is_sharded, without_autocast
 
 name = "standard"
 backward = None  # PyTorch's autograd differentiates `forward`
@@ -36,6 +36,7 @@ def refuses(problem: Problem) -> str | None:
     return None
 
 
+@without_autocast
 def forward(
     q: Tensor,
     k: Tensor,

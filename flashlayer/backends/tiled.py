@@ -17,7 +17,14 @@ from torch import Tensor
 from flashlayer import online_softmax, philox
 from flashlayer.masks.intervals import tile_bounds, visible_pairs
 from flashlayer.online_softmax import SoftmaxState
-from flashlayer.spec import AttentionExtras, AttentionSpec, KeyBounds, Problem, accumulation_dtype
+from flashlayer.spec import (
+    AttentionExtras,
+    AttentionSpec,
+    KeyBounds,
+    Problem,
+    accumulation_dtype,
+    without_autocast,
+)
 
 name = "tiled"
 entropy_gradient = True
@@ -64,6 +71,7 @@ def refuses(problem: Problem) -> str | None:
     return None
 
 
+@without_autocast
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple[Tensor, ...]:
@@ -93,6 +101,7 @@ def forward(
     return o, lse, *spec.asked(max_scores, entropy)
 
 
+@without_autocast
 def backward(
     do: Tensor,
     dlse: Tensor | None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flashlayer._ops import add_op_namespace_prefix
 from flashlayer.functional import dropout_keep_mask
-from flashlayer.problem import has_autocast
-from flashlayer.spec import is_observed
+from flashlayer.spec import is_observed, without_autocast
 
 # Attention weights computed at once, over all heads: 16 MB in fp32.
 WEIGHTS_AT_ONCE = 2**22
@@ -73,15 +71,44 @@ def _by_blocks(q: Tensor, k: Tensor, lse: Tensor, mask: Tensor | None, options: 
     return torch.cat(parts, dim=-2)
 
 
+class _Product(torch.autograd.Function):
+    """``apply(a, b)``: ``a @ b`` without autocast, and its derivatives, whenever they are taken."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @without_autocast
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        """The product."""
+        return a @ b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Keep the factors."""
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, Any]:
+        """Two products."""
+        a, b = ctx.saved_tensors
+        return _Product.apply(grad, b.mT), _Product.apply(a.mT, grad)
+
+    @staticmethod
+    def jvp(ctx: Any, a_tangent: Tensor, b_tangent: Tensor) -> Any:
+        """The product rule."""
+        a, b = ctx.saved_tensors
+        return _Product.apply(a_tangent, b) + _Product.apply(a, b_tangent)
+
+
 def _probabilities(
     rows: slice, q: Tensor, k: Tensor, lse: Tensor, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor | None]:
     """``exp(score - lse)`` of some queries, and the factors of dropout."""
     q, lse = q[:, :, rows], lse[:, :, rows]
     # lse is of scores in its own dtype; autocast would compute these in a lower one.
-    device = q.device.type
-    with torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext():
-        scores = (q.to(lse.dtype) @ k.to(lse.dtype).mT) * q.shape[-1] ** -0.5  # [B, H, M, Sk]
+    product = _Product.apply(q.to(lse.dtype), k.to(lse.dtype).mT)  # [B, H, M, Sk]
+    scores: Tensor = product * q.shape[-1] ** -0.5
     if mask is not None:
         mask = _mask_rows(mask, rows)
         added = mask.dtype != torch.bool
@@ -158,8 +185,8 @@ def _weights_backward_op(
         dp = do[..., rows, :].to(lse.dtype)
         dp = dp.unsqueeze(1) / heads if average else dp
         ds = p * (dp if kept is None else dp * kept)  # [B, H, M, Sk]
-        dq[:, :, rows] = ds @ k.to(lse.dtype) * scale
-        dk += ds.mT @ q[:, :, rows].to(lse.dtype) * scale
+        dq[:, :, rows] = _Product.apply(ds, k.to(lse.dtype)) * scale
+        dk += _Product.apply(ds.mT, q[:, :, rows].to(lse.dtype)) * scale
         dlse[:, :, rows] = -ds.sum(dim=-1)
         if d_mask is not None:
             d_rows = _mask_rows(d_mask, rows)

@@ -59,8 +59,10 @@ def check_layouts_and_errors(rank: int, device: torch.device) -> None:
     check_all_ranks_join_a_group(ranks, device)
     q.requires_grad_()
     out = ring_attention(q, q, q)
+    expected = ring_attention(*[q.bfloat16()] * 3, return_lse=True)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        assert ring_attention(q, q, q).dtype == torch.bfloat16
+        results = zip(ring_attention(q, q, q, return_lse=True), expected, strict=True)
+        assert all(torch.equal(x, y) for x, y in results)
         (inside,) = torch.autograd.grad(out.sum(), q, retain_graph=True)
     assert torch.equal(inside, torch.autograd.grad(out.sum(), q)[0])
     # What has no second derivative says so.

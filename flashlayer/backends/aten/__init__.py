@@ -35,7 +35,13 @@ from flashlayer.backends.aten.kernel import flash_backward, flash_forward
 from flashlayer.backends.aten.mask import without_hidden_keys
 from flashlayer.backends.aten.mask_gradient import masked_backward
 from flashlayer.backends.aten.pieces import Piece, split, whole
-from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, accumulation_dtype
+from flashlayer.spec import (
+    AttentionExtras,
+    AttentionSpec,
+    Problem,
+    accumulation_dtype,
+    without_autocast,
+)
 
 name = "aten"
 entropy_gradient = False
@@ -61,6 +67,7 @@ def refuses(problem: Problem) -> str | None:
     return None
 
 
+@without_autocast
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple[Tensor, Tensor]:
@@ -104,6 +111,7 @@ def _pieces(q: Tensor, k: Tensor, spec: AttentionSpec, extras: AttentionExtras) 
     return interval_pieces(q, extras.intervals, spec)
 
 
+@without_autocast
 def backward(
     do: Tensor,
     dlse: Tensor | None,

@@ -26,6 +26,7 @@ from flashlayer.spec import (
     Tensors,
     accumulation_dtype,
     longest_sequence,
+    without_autocast,
 )
 
 __all__ = [
@@ -97,6 +98,7 @@ def refuses(problem: Problem) -> str | None:
     return None
 
 
+@without_autocast
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple[Tensor, ...]:
@@ -167,6 +169,7 @@ def has_tangents(problem: Problem) -> bool:
     return max(q.shape[-1], v.shape[-1]) <= widest // 2
 
 
+@without_autocast
 def forward_tangents(
     primals: tuple[Tensor, Tensor, Tensor],
     tangents: Tensors,
@@ -189,6 +192,7 @@ def forward_tangents(
     return results
 
 
+@without_autocast
 def backward(
     do: Tensor,
     dlse: Tensor | None,
