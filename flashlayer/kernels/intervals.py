@@ -15,6 +15,7 @@ from flashlayer.kernels.primitives import in_window, visible_interval
 # Tiles of keys whose bounds are compared at once. Hidden tiles between visible ones of one scan are
 # computed; more scans are more loads that wait for each other.
 SCANNED_TILES = tl.constexpr(32)
+NO_QUERY = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -203,3 +204,31 @@ def visible_pairs(i, j, window, length, pairs, KEY_DIM: tl.constexpr):
                 queries < tl.expand_dims(pairs[n][1], 1 - KEY_DIM)
             )
     return visible
+
+
+@triton.jit(do_not_specialize=("seqlen_k", "tiles"))
+def bounds_kernel(
+    intervals_ptr, bounds_ptr, seqlen_k, tiles, COUNT: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """:func:`flashlayer.masks.intervals.tile_bounds`, one tile of keys in each program.
+
+    ``intervals_ptr`` int32 ``(rows, 2 COUNT, seqlen_k)``, ``bounds_ptr`` int32
+    ``(rows, tiles, COUNT, 4)``, both contiguous.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    row = program // tiles
+    key = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = key < seqlen_k
+    for n in tl.static_range(COUNT):
+        at = intervals_ptr + (row * COUNT + n) * 2 * seqlen_k + key
+        start = tl.load(at, mask=exists, other=0)
+        stop = tl.load(at + seqlen_k, mask=exists, other=0)
+        is_empty = start >= stop
+        start = tl.where(is_empty, NO_QUERY, start)
+        stop = tl.where(is_empty, 0, stop)
+        bounds = bounds_ptr + (program * COUNT + n) * 4
+        tl.store(bounds, tl.min(start, 0))
+        # A key behind the last one changes neither.
+        tl.store(bounds + 1, tl.max(tl.where(exists, start, 0), 0))
+        tl.store(bounds + 2, tl.min(tl.where(exists, stop, NO_QUERY), 0))
+        tl.store(bounds + 3, tl.max(stop, 0))

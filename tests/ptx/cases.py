@@ -156,8 +156,10 @@ def packed(
     return build
 
 
-def hiding(dtype: torch.dtype, dim: int, batch: int = 2, q: int = 70, k: int = 90) -> Callable:
-    """A padding mask; the keys and values that it hides are NaN and inf."""
+def hiding(
+    dtype: torch.dtype, dim: int, *, batch: int = 2, q: int = 70, k: int = 90, rows: bool = False
+) -> Callable:
+    """Padding, with ``rows`` for every query; keys and values that it hides are NaN and inf."""
 
     def build() -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         tensors = dense(dtype, batch=batch, q=q, k=k, dim=dim, layout="in NaN")()
@@ -166,6 +168,8 @@ def hiding(dtype: torch.dtype, dim: int, batch: int = 2, q: int = 70, k: int = 9
         hidden = ~visible.view(batch, 1, k, 1)
         key = torch.where(hidden, torch.nan, key)
         value = torch.where(hidden, torch.tensor(INF, dtype=dtype), value)
+        if rows:
+            visible = visible.expand(-1, -1, q, -1).contiguous()
         return query, key, value, options | {"attn_mask": visible}
 
     return build
@@ -356,6 +360,11 @@ _GEOMETRY = [
 ]
 _OPTIONS = [
     Case("bf16 bool mask", dense(batch=2, options=bool_mask(0, 1, 2, 3))),
+    Case("fp16 hidden NaN of every query", hiding(FP16, 40, rows=True)),
+    Case(
+        "bf16 bool mask of keys, causal",
+        dense(batch=2, q=150, k=150, options=bool_mask(0, 3), causal=True),
+    ),
     Case("bf16 bool mask of rows", dense(options=bool_mask(2))),
     Case("bf16 bool mask and window", dense(options=bool_mask(2, 3), window_size=(9, 4))),
     Case("bf16 float mask", dense(batch=2, options=float_mask(0, 1, 2, 3))),

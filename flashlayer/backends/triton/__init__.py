@@ -103,7 +103,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras
 ) -> tuple[Tensor, ...]:
     """See :class:`flashlayer.spec.Backend`."""
-    spec, extras = _with_lengths(spec, extras), _with_narrow_mask(q, extras)
+    spec, extras = _with_lengths(spec, extras), _as_taken(q, k, extras)
     splits = split_keys.num_splits(q, k, v, spec, extras)
     if splits > 1:
         parts = split_keys.split_forward(whole_forward, q, k, v, spec, extras, splits)
@@ -114,7 +114,7 @@ def forward(
 def as_launched(kernel: str, problem: Problem) -> Problem:
     """What :func:`whole_forward`, or the backward pass, makes of a problem in its launches."""
     q, k, v, spec, extras = problem
-    spec, extras = _with_lengths(spec, extras), _with_narrow_mask(q, extras)
+    spec, extras = _with_lengths(spec, extras), _as_taken(q, k, extras)
     if kernel == "forward":
         splits = split_keys.num_splits(q, k, v, spec, extras)
         if splits > 1:
@@ -206,10 +206,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """See :class:`flashlayer.spec.Backend`."""
     wants_d_mask = extras.wants_mask_gradient(spec)
-    narrow = _with_narrow_mask(q, extras)
-    if narrow is not extras:
-        narrow_spec = replace(spec, mask_gradient=wants_d_mask)
-        dq, dk, dv, d_mask, d_sinks = backward(do, dlse, q, k, v, o, lse, narrow_spec, narrow)
+    taken = _as_taken(q, k, extras)
+    if taken is not extras:
+        taken_spec = replace(spec, mask_gradient=wants_d_mask)
+        dq, dk, dv, d_mask, d_sinks = backward(do, dlse, q, k, v, o, lse, taken_spec, taken)
         return dq, dk, dv, None if d_mask is None else d_mask.double(), d_sinks
     dq, dk, dv = empty_gradients(q, k, v)
     d_mask = None
@@ -272,15 +272,22 @@ def _needs_fp32(q: Tensor) -> bool:
     return q.dtype == torch.bfloat16 and interpreted()
 
 
-def _with_narrow_mask(q: Tensor, extras: AttentionExtras) -> AttentionExtras:
-    """An fp64 mask of other inputs in fp32, as the kernels would round it.
-
-    Its tiles don't fit the shared memory of compute capability 8.6, 8.9 and 12.
-    """
+def _as_taken(q: Tensor, k: Tensor, extras: AttentionExtras) -> AttentionExtras:
+    """The mask as the kernels take it."""
     mask = extras.attn_mask
-    if mask is None or mask.dtype != torch.float64 or q.dtype == torch.float64:
+    if mask is None:
         return extras
-    return extras._replace(attn_mask=mask.float())
+    if mask.dtype == torch.float64 and q.dtype != torch.float64:
+        # Rounded to fp32 now and not in the kernels: its tiles don't fit the shared memory of
+        # compute capability 8.6, 8.9 and 12.
+        return extras._replace(attn_mask=mask.float())
+    if mask.dtype == torch.bool and mask.shape[2] == 1 and q.shape[2] > 1:
+        # The same keys for all queries, as padding: intervals of all queries or of none. Tiles that
+        # are hidden are skipped, and no kernel loads the mask for every query.
+        stops = mask[:, :, 0].expand(-1, -1, k.shape[2]).int() * q.shape[2]
+        intervals = torch.stack((torch.zeros_like(stops), stops), dim=2)
+        return extras._replace(attn_mask=None, intervals=intervals)
+    return extras
 
 
 def _in_fp32(extras: AttentionExtras) -> AttentionExtras:
