@@ -28,12 +28,15 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+def on_device(backend: str, case: str) -> dict[str, Any]:
+    device = device_for(backend)
+    options = CASES[case].items()
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options}
+
+
 def self_attention(backend: str, case: str) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """All results of a call whose query, key and value are one tensor."""
-    options = {
-        name: x.to(device_for(backend)) if isinstance(x, Tensor) else x
-        for name, x in CASES[case].items()
-    }
+    options = on_device(backend, case)
 
     def attend(x: Tensor) -> tuple[Tensor, ...]:
         if "cu_seqlens_q" in options:
@@ -101,13 +104,10 @@ def test_tangents_have_the_dtype_inside_a_compiled_graph(case: str, dtype: torch
 def test_tangents_in_bf16_are_as_accurate_as_the_formulas(backend: str, case: str) -> None:
     skip_refused(backend, case)
     device = device_for(backend)
-    options = {
-        name: x.to(device) if isinstance(x, Tensor) else x for name, x in CASES[case].items()
-    }
     primals, tangents = (
         [torch.randn(1, h, 5, 8, device=device).bfloat16() for h in (2, 1, 1)] for _ in range(2)
     )
-    check(primals, tangents, backend, **options)
+    check(primals, tangents, backend, **on_device(backend, case))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -119,7 +119,7 @@ def test_a_mask_alone_may_have_a_tangent_and_a_wider_dtype(
     q = torch.randn(1, 2, 5, 8, device=device).to(dtype)
     mask, tangent = torch.randn(2, 5, 5, dtype=torch.float64, device=device)
 
-    def push(backend: str, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def push(backend: str, x: Tensor) -> dict[str, Any]:
         def attend(mask: Tensor) -> Tensor:
             return flash_attention(x, x, x, attn_mask=mask, backend=backend)
 
