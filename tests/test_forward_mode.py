@@ -136,3 +136,102 @@ def test_a_mask_alone_may_have_a_tangent_and_a_wider_dtype(
         # The rounding allowed is that of q's dtype, in which the mask is added.
         tangents = found.to(dtype), same_dtype[name][1].to(dtype), reference[name][1]
         accuracy.assert_accurate(name, *tangents, accuracy.GRADIENT_FACTOR)
+
+
+SINKS = {"no sinks": None, "sinks": torch.tensor([-torch.inf, 0.5])}
+NO_KEYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"causal": True, "diagonal": "top_left"},
+    "window": {"window_size": (1, 1), "softcap": 2.0},
+    "bool mask": {"attn_mask": torch.ones(2, 0, dtype=torch.bool)},
+    "float mask": {"attn_mask": torch.randn(1, 1)},  # of one column, broadcast to none
+    "dropout": {"dropout_p": 0.5, "dropout_seed": 1},
+    "packed": {"cu_seqlens_q": torch.tensor([0, 1, 2]), "cu_seqlens_k": torch.tensor([0, 0, 0])},
+    "packed, none": {"cu_seqlens_q": torch.tensor([0]), "cu_seqlens_k": torch.tensor([0])},
+}
+
+
+def assert_derivatives_are_finite(
+    attend: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]
+) -> None:
+    """Forward and reverse mode; where lse is -inf it is a constant."""
+    tangents = tuple(torch.randn_like(x) for x in inputs)
+    primals, pushed = torch.func.jvp(attend, inputs, tangents)
+    assert all(x is None or x.isfinite().all() for x in pushed)
+    lse = primals[1]
+    without_key = lse == -torch.inf
+    assert (pushed[1][without_key] == 0).all()
+    assert not lse.isnan().any()
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    results = attend(*leaves)
+    grads = torch.autograd.grad(
+        [x for x in results if x.requires_grad],
+        leaves,
+        [torch.randn_like(x) for x in results if x.requires_grad],
+        allow_unused=True,
+    )
+    assert all(x is None or x.isfinite().all() for x in grads)
+
+    def loss(*inputs: Tensor) -> Tensor:
+        out, lse = attend(*inputs)[:2]
+        return out.sum() + lse.masked_fill(without_key, 0).sum()
+
+    # The same slope by both modes; and a second derivative.
+    slope = torch.func.jvp(loss, inputs, tangents)[1]
+    gradient = torch.func.grad(loss, argnums=tuple(range(len(inputs))))
+    first, second = torch.func.jvp(gradient, inputs, tangents)
+    pairs = zip(first, tangents, strict=True)
+    torch.testing.assert_close(slope, torch.stack([(x * y).sum() for x, y in pairs]).sum())
+    assert all(x.isfinite().all() for x in (*first, *second))
+
+
+@pytest.mark.parametrize("with_sinks", SINKS)
+@pytest.mark.parametrize("option", NO_KEYS)
+@pytest.mark.parametrize("backend", ["triton", "tiled", "standard"])
+def test_derivatives_of_a_call_without_keys_are_finite(
+    backend: str, option: str, with_sinks: str
+) -> None:
+    device = device_for(backend)
+    options = {
+        name: x.to(device) if isinstance(x, Tensor) else x for name, x in NO_KEYS[option].items()
+    }
+    packed, sinks = "cu_seqlens_q" in options, SINKS[with_sinks]
+    function: Any = flash_attention_varlen if packed else flash_attention
+    shapes = ((2, 2, 8), (0, 2, 8)) if packed else ((1, 2, 2, 8), (1, 2, 0, 8))
+    q, k = (torch.randn(shape, dtype=torch.float64, device=device) for shape in shapes)
+    inputs = (q, k, k) if sinks is None else (q, k, k, sinks.double().to(device))
+    if backend != "triton" and not packed:
+        options["return_aux"] = AuxRequest(lse=True, max_scores=True)
+    else:
+        options["return_lse"] = True
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Any:
+        out, more = function(q, k, v, sinks=sinks, backend=backend, **options)
+        return (out, more) if isinstance(more, Tensor) else (out, *more[:2])
+
+    assert_derivatives_are_finite(attend, inputs)
+
+
+@pytest.mark.parametrize("backend", ["triton", "tiled", "standard"])
+def test_a_sink_of_minus_infinity_has_no_derivative_in_rows_without_a_key(backend: str) -> None:
+    device = device_for(backend)
+    q, k = (
+        torch.randn(1, 2, n, 8, dtype=torch.float64, device=device) for n in (3, 1)
+    )  # one of three queries sees the key
+    sinks = torch.tensor([-torch.inf, 0.5], dtype=torch.float64, device=device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Any:
+        return flash_attention(q, k, v, sinks=sinks, causal=True, return_lse=True, backend=backend)
+
+    assert (attend(q, k, k, sinks)[1] == -torch.inf).sum() == 2
+    assert_derivatives_are_finite(attend, (q, k, k, sinks))
+
+
+def test_a_single_query_without_keys_in_bf16() -> None:
+    """``auto`` leaves it to the formula on a CPU."""
+    q, k = torch.randn(1, 2, 1, 8).bfloat16(), torch.randn(1, 2, 0, 8).bfloat16()
+    attend = lambda q, k: flash_attention(q, k, k, return_lse=True)  # noqa: E731
+    (out, lse), tangents = torch.func.jvp(attend, (q, k), (q, k))
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+    assert all((x == 0).all() for x in tangents)
