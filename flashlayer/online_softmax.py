@@ -117,7 +117,9 @@ def finalize(state: SoftmaxState) -> Tensor:
 
 def lse(state: SoftmaxState) -> Tensor:
     """Log-sum-exp of the scores ``(..., M)``, natural log; -inf for a row without a visible key."""
-    return state.m + torch.log(torch.where(state.l == 0, 1, state.l))
+    result = state.m + torch.log(torch.where(state.l == 0, 1, state.l))
+    # A constant there: m may be a sink of -inf, which has a tangent.
+    return torch.where(state.m == -torch.inf, -torch.inf, result)
 
 
 def update_weighted_log(

@@ -217,11 +217,9 @@ class AttentionWithTangents(torch.autograd.Function):
             u = torch.zeros_like(saved[-2]) if u is None else u
             of_tangents = gradients(ctx.call, u, w, (), *saved)
             directions = *tangents, *(None for _ in primals[3:])
-            second = FlashAttentionSecond.apply(ctx.call, u, w, *primals, *directions)[2:]
-            grads = tuple(
-                b if a is None else a if b is None else a + b
-                for a, b in zip(grads, second, strict=True)
-            )
+            results = (x.detach() for x in saved[-2:])
+            second = FlashAttentionSecond.apply(ctx.call, u, w, *results, *primals, *directions)[2:]
+            grads = _sums(grads, second)
         of_tangents = (
             None if x is None else grad for x, grad in zip(tangents, of_tangents, strict=False)
         )
@@ -261,29 +259,31 @@ class FlashAttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
-        """Keep the inputs; o and lse are functions of the rest and are computed anew."""
-        ctx.call, do, dlse, _, _, *tensors = inputs
-        ctx.save_for_backward(do, dlse, *tensors)
-        ctx.save_for_forward(do, dlse, *tensors)
+        """Keep the inputs."""
+        ctx.call = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @unbatched
     def backward(ctx: Any, *cotangents: Tensor | None) -> Tensors:
         """The Hessian times the cotangents."""
-        do, dlse, *tensors = ctx.saved_tensors
-        second = FlashAttentionSecond.apply(
-            ctx.call, do, dlse, *tensors, *in_input_order(cotangents, tensors[3:])
-        )
+        do, dlse, o, lse, *tensors = ctx.saved_tensors
+        directions = in_input_order(cotangents, tensors[3:])
+        second = FlashAttentionSecond.apply(ctx.call, do, dlse, o, lse, *tensors, *directions)
         d_do, d_dlse, *grads = second
         return None, d_do, d_dlse if dlse is not None else None, None, None, *grads
 
     @staticmethod
     @unbatched
     def jvp(ctx: Any, _call: None, *tangents: Tensor | None) -> Tensors:
-        """Push the tangents through the tiled forward and backward; forward over reverse mode."""
+        """Push the tangents through the tiled forward and backward; forward over reverse mode.
+
+        o and lse are functions of the rest and are computed anew.
+        """
         do_tangent, dlse_tangent, _, _, *rest = tangents
-        do, dlse, *tensors = ctx.saved_tensors
+        do, dlse, _, _, *tensors = ctx.saved_tensors
         return _push(
             _tiled_gradient(ctx.call),
             (do, dlse, *tensors),
@@ -297,11 +297,20 @@ class FlashAttentionBackward(torch.autograd.Function):
 
 
 class FlashAttentionSecond(torch.autograd.Function):
-    """``apply(call, do, dlse, *primals, *cotangents)``; has no derivative of its own."""
+    """``apply(call, do, dlse, o, lse, *primals, *directions) -> (o', lse', *(grad L)')``.
+
+    The tangents of o, lse and ``grad L`` in a direction; L as in :class:`FlashAttentionBackward`.
+    They are linear in the direction and have a derivative with respect to it alone, all that the
+    double-backward trick of ``torch.autograd.functional.hvp`` needs: the Hessian of L is symmetric,
+    so the gradient of ``<a, o'> + <b, lse'> + <w, (grad L)'>`` is that of ``<a, o> + <b, lse>``
+    with respect to the primals, and the tangent of ``grad L`` in the direction w.
+    """
 
     @staticmethod
-    def forward(call: Call, do: Tensor, dlse: Tensor | None, *tensors: Any) -> Tensors:
-        """Tangents of (o, lse) and of the gradients, in the direction of the cotangents."""
+    def forward(
+        call: Call, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, *tensors: Any
+    ) -> Tensors:
+        """Tangents of (o, lse) and of the gradients."""
         half = len(tensors) // 2
         primals, direction = tensors[:half], tensors[half:]
         d_do, d_dlse = forward_tangents(call, primals, direction)
@@ -310,22 +319,56 @@ class FlashAttentionSecond(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
-        """Nothing to keep."""
+        """Keep all but the direction."""
+        ctx.call = inputs[0]
+        fixed = inputs[1 : (len(inputs) + 5) // 2]
+        ctx.save_for_backward(*fixed)
+        ctx.fixed = sum(isinstance(x, Tensor) for x in fixed)  # each has an edge in the graph
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @unbatched
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Tensors:
-        """Refuse the third derivative.
+    def backward(ctx: Any, a: Tensor | None, b: Tensor | None, *w: Tensor | None) -> Tensors:
+        """The gradient with respect to the direction.
 
         Raises:
-            NotImplementedError: always; a third derivative would be silently wrong otherwise.
+            NotImplementedError: another one is needed, which is a third derivative and would be
+                silently wrong otherwise.
         """
-        raise NotImplementedError("attention has no third derivative here; use backend='standard'")
+        if any(_is_needed(node) for node, _ in ctx.next_functions[: ctx.fixed]):
+            raise NotImplementedError(
+                "attention has no third derivative here; use backend='standard'"
+            )
+        do, dlse, o, lse, *primals = ctx.saved_tensors
+        first = second = (None,) * len(primals)
+        if a is not None or b is not None:
+            first = gradients(ctx.call, a, b, (), *primals, o, lse)
+        if any(x is not None for x in w):
+            second = FlashAttentionSecond.apply(ctx.call, do, dlse, o, lse, *primals, *w)[2:]
+        constant = (None,) * (5 + len(primals))
+        needed = zip(ctx.needs_input_grad[len(constant) :], _sums(first, second), strict=True)
+        return *constant, *(grad if is_needed else None for is_needed, grad in needed)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensors, tuple[int | None, ...]]:
         """One call for each element of the mapped dimension."""
         return map_batch(FlashAttentionSecond.apply, info.batch_size, in_dims, args)
+
+
+def _sums(a: Tensors, b: Tensors) -> Tensors:
+    """``a + b``; None is zero."""
+    pairs = zip(a, b, strict=True)
+    return tuple(y if x is None else x if y is None else x + y for x, y in pairs)
+
+
+def _is_needed(node: Any) -> bool:
+    """Whether the backward pass going on leads to an input's node; needs_input_grad is of all."""
+    if node is None:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # of a leaf whose gradient torch.autograd.grad was asked for
+        return True
 
 
 def _tiled_forward(call: Call) -> Callable[..., Tensors]:

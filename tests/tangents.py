@@ -35,11 +35,14 @@ def push(
 
 
 def check(
-    primals: Sequence[Tensor], tangents: Sequence[Tensor | None], **options: Any
+    primals: Sequence[Tensor],
+    tangents: Sequence[Tensor | None],
+    backend: str = "triton",
+    **options: Any,
 ) -> dict[str, Tensor]:
-    """The kernel's results, held against the formula in fp64 by the accuracy rule."""
+    """A backend's results, held against the formula in fp64 by the accuracy rule."""
     wide = [[None if x is None else x.double() for x in tensors] for tensors in (primals, tangents)]
-    actual = push("triton", primals, tangents, **options)
+    actual = push(backend, primals, tangents, **options)
     same_dtype = push("standard", primals, tangents, **options)
     reference = push("standard", *wide, **options)
     for name, result in actual.items():

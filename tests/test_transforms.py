@@ -203,6 +203,62 @@ def test_vmap_over_any_one_input(backend: str, which: int) -> None:
     )
 
 
+HVP: dict[str, dict[str, Any]] = {
+    "causal": PLAIN,
+    "mask": {"attn_mask": torch.randn(4, 4, dtype=torch.float64)},
+    "sinks": {"sinks": torch.randn(2, dtype=torch.float64), "causal": True},
+    "all": {"attn_mask": torch.randn(4, 4, dtype=torch.float64), **ALL},
+}
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("option", HVP)
+def test_hvp_is_that_of_the_formula(option: str, backend: str, create_graph: bool) -> None:
+    """The double-backward trick: a derivative of the second derivative by its direction."""
+    if backend == "aten" and option in ("sinks", "all"):
+        pytest.skip("ATen has no sinks and no softcap")
+    device = device_for(backend)
+    options = {
+        name: x.to(device) if isinstance(x, Tensor) else x for name, x in HVP[option].items()
+    }
+    # GQA; the mask and the sinks have derivatives too.
+    leaves = {name: options.pop(name) for name in ("attn_mask", "sinks") if name in options}
+    inputs = (*small(backend, requires_grad=False), *leaves.values())
+    direction = tuple(torch.randn_like(x) for x in inputs)
+
+    def loss(name: str) -> Callable[..., Tensor]:
+        def of(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+            given = dict(zip(leaves, rest, strict=True))
+            out, lse = attention(name, **options, **given)(q, k, v)
+            return out.square().sum() + (lse.sin() * out[..., 0].cos()).sum()
+
+        return of
+
+    hvp = torch.autograd.functional.hvp
+    actual = hvp(loss(backend), inputs, direction, create_graph=create_graph)[1]
+    torch.testing.assert_close(actual, hvp(loss("standard"), inputs, direction)[1])
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_hvp_by_the_query_alone(backend: str) -> None:
+    """Key and value have no direction; and what hvp returns is linear in the direction."""
+    q, k, v = small(backend, requires_grad=False)
+    direction = torch.randn_like(q)
+
+    def second(name: str) -> Callable[[Tensor], Tensor]:
+        gradient = torch.func.grad(lambda q: attention(name)(q, k, v)[0].square().sum())
+        return lambda u: torch.func.grad(lambda q: (gradient(q) * u).sum())(q)
+
+    loss = lambda q: flash_attention(q, k, v, backend=backend).square().sum()  # noqa: E731
+    expected = second("standard")(direction)
+    torch.testing.assert_close(torch.autograd.functional.hvp(loss, q, direction)[1], expected)
+    transposed = torch.func.vjp(second(backend), torch.zeros_like(q))[1]
+    torch.testing.assert_close(transposed(direction)[0], expected)
+    mapped = torch.vmap(transposed)(torch.stack((direction, 2 * direction)))[0]
+    torch.testing.assert_close(mapped, torch.stack((expected, 2 * expected)))
+
+
 def test_third_derivative_raises() -> None:
     q, k, v = small("tiled")
     out = flash_attention(q, k, v)
@@ -210,6 +266,28 @@ def test_third_derivative_raises() -> None:
     (second,) = torch.autograd.grad(first.square().sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="no third derivative"):
         torch.autograd.grad(second.sum(), q)
+
+
+def test_third_derivative_by_any_input_but_the_direction_raises() -> None:
+    q, k, v = small("tiled")
+    do = torch.randn_like(q).requires_grad_()
+    direction = torch.randn_like(q).requires_grad_()
+
+    def second() -> Tensor:
+        out = flash_attention(q, k, v, backend="tiled")
+        (first,) = torch.autograd.grad(out, q, do, create_graph=True)
+        return torch.autograd.grad(first, q, direction, create_graph=True)[0].sum()
+
+    assert torch.autograd.grad(second(), direction)[0].isfinite().all()
+    for inputs in (q, k, v, do, (direction, k)):
+        with pytest.raises(NotImplementedError, match="no third derivative"):
+            torch.autograd.grad(second(), inputs)
+    with pytest.raises(NotImplementedError, match="no third derivative"):
+        second().backward()
+    loss = lambda q: flash_attention(q, k, v, backend="tiled").square().sum()  # noqa: E731
+    hvp = torch.autograd.functional.hvp(loss, q, direction, create_graph=True)[1]
+    with pytest.raises(NotImplementedError, match="no third derivative"):
+        torch.autograd.grad(hvp.sum(), q)
 
 
 class LargestTensor(TorchDispatchMode):

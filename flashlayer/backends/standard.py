@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flashlayer import philox
 from flashlayer.spec import AttentionExtras, AttentionSpec, Problem, is_sharded, without_autocast
@@ -52,6 +53,8 @@ def forward(
     group_size = q.shape[1] // k.shape[1]
     if group_size > 1:
         k, v = k.repeat_interleave(group_size, dim=1), v.repeat_interleave(group_size, dim=1)
+    if k.shape[2] == 0:
+        q, k, v, extras = _with_hidden_key(q, k, v, extras)
     pairs = _pairs(q, k, spec, extras)
     if pairs.in_sequence is not None:
         q = torch.where(pairs.in_sequence, q, 0)  # a token past the last sequence may hold NaN
@@ -78,10 +81,8 @@ def forward(
         scores = torch.where(live_rows, scores, 0)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     max_scores = entropy = None
-    if spec.max_scores and k.shape[2] > 0:
+    if spec.max_scores:
         max_scores = scores.detach().amax(dim=-1).to(wide)
-    elif spec.max_scores:
-        max_scores = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
     if extras.sinks is not None:
         sinks = extras.sinks.to(scores.dtype).view(1, -1, 1, 1)
         scores = torch.cat((scores, sinks.expand(*scores.shape[:3], 1)), dim=-1)
@@ -101,8 +102,7 @@ def forward(
         lse = torch.logsumexp(scores.to(wide), dim=-1)
     if spec.entropy:
         log_p = torch.log_softmax(scores.to(wide), dim=-1)
-        # p log p is 0 where p is; its derivative is not finite there. Without keys a sink's log_p
-        # may be NaN.
+        # p log p is 0 where p is; its derivative is not finite there.
         there = log_p > -torch.inf
         entropy = torch.where(there, -log_p.exp() * torch.where(there, log_p, 0), 0).sum(dim=-1)
     if live_rows is not None:
@@ -111,6 +111,21 @@ def forward(
         entropy = None if entropy is None else torch.where(live_rows, entropy, 0)
         max_scores = None if max_scores is None else torch.where(live_rows, max_scores, -torch.inf)
     return o, lse, *spec.asked(max_scores, entropy)
+
+
+def _with_hidden_key(
+    q: Tensor, k: Tensor, v: Tensor, extras: AttentionExtras
+) -> tuple[Tensor, Tensor, Tensor, AttentionExtras]:
+    """A call without keys as one of a key that no query sees: softmax of nothing has no derivative.
+
+    ``q`` becomes 0: it reaches no result, whatever it holds.
+    """
+    hidden = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=q.device)
+    q, (k, v) = torch.where(hidden, q, 0), (pad(x, (0, 0, 0, 1)) for x in (k, v))
+    mask = extras.attn_mask
+    if mask is not None and mask.dtype != torch.bool:  # may have a gradient
+        hidden = pad(mask.expand(*mask.shape[:3], 0), (0, 1), value=-torch.inf)
+    return q, k, v, extras._replace(attn_mask=hidden, intervals=None)
 
 
 def _pairs(q: Tensor, k: Tensor, spec: AttentionSpec, extras: AttentionExtras) -> Pairs:

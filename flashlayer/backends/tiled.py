@@ -94,7 +94,8 @@ def forward(
             before, state = state, online_softmax.update(state, scores, v_tile, kept)
             if entropy is not None:
                 t = online_softmax.update_weighted_log(t, before, state, scores)
-        o[:, :, rows] = _unfold(online_softmax.finalize(state), heads)
+        # Cast before: a copy into a half tensor leaves its tangent in the source's dtype.
+        o[:, :, rows] = _unfold(online_softmax.finalize(state), heads).to(o.dtype)
         lse[:, :, rows] = _unfold(online_softmax.lse(state), heads)
         if entropy is not None:
             entropy[:, :, rows] = _unfold(online_softmax.entropy(state, t), heads)
@@ -168,7 +169,7 @@ def backward(
                 ds *= softcap_grad
             dq_rows += ds @ k_tile
             dk[:, :, tile.k_rows] += ds.mT @ q_rows
-        dq[:, :, rows] = _unfold(dq_rows * spec.scale, heads)
+        dq[:, :, rows] = _unfold(dq_rows * spec.scale, heads).to(dq.dtype)  # as o in forward
     if d_mask is not None and extras.attn_mask is not None:
         d_mask = d_mask.to(extras.attn_mask.dtype)
     dk, dv = (dk * spec.scale).to(k.dtype), dv.to(v.dtype)
@@ -280,7 +281,7 @@ def _scores(
         distance = tile.query + spec.offset(*block.seqlens) - tile.key
         by_head.sub_(slopes[:, :, None, None] * distance.abs())
     if tile.mask is not None and tile.mask.dtype != torch.bool:
-        by_head.add_(tile.mask)
+        by_head.add_(tile.mask.to(scores.dtype))
     if tile.visible is not None:
         by_head.masked_fill_(~tile.visible, -torch.inf)
     if extras.dropout_seed is not None:

@@ -23,9 +23,7 @@ def test_the_kernel_computes_what_the_formula_says(keys: int, seqlen_k: int, cou
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(
-    "shape", [(2, 1, 1, 70), (1, 4, 1, 70), (2, 1, 1, 1), (1, 1, 1, 1)], ids=str
-)
+@pytest.mark.parametrize("shape", [(2, 1, 70), (1, 4, 70), (2, 1, 1), (1, 1, 1)], ids=str)
 def test_padding_is_an_interval_mask(shape: tuple[int, ...], causal: bool) -> None:
     torch.manual_seed(1)
     q = torch.randn(2, 4, 33, 16, device=DEVICE)
