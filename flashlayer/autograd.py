@@ -89,7 +89,8 @@ class FlashAttentionFunction(torch.autograd.Function):
             do = torch.zeros_like(o)
         call, options = ctx.call, {}
         if call.spec.entropy:
-            dlse, options = _entropy_gradient(call, dlse, more[-1], extras.pop())
+            *extras, entropy = extras
+            dlse, options = _entropy_gradient(call, dlse, more[-1], entropy)
         args = do, dlse, q, k, v, o, lse, call.spec, as_extras(extras)
         if torch._C._len_torch_function_stack() > 0:
             # A mode such as sdpa.override would be entered by every operation of the backend.

@@ -194,6 +194,8 @@ def stand_ins(*arguments: Any, **options: Any) -> tuple[Any, ...]:
 
     ``torch.fx.symbolic_trace`` records a call with one of them as a single node.
     """
+    if torch.compiler.is_compiling():  # Dynamo of torch 2.11 can't trace the question
+        return ()
     return tuple(
         x
         for x in (*arguments, *options.values())

@@ -18,6 +18,7 @@ PAGE = Path(__file__).parent.parent / "docs/graphs.md"
     shutil.which("g++") is None and shutil.which("clang++") is None,
     reason="AOTInductor needs a C++ compiler",
 )
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # in torch 2.11's load
 def test_the_layer_exported_saved_and_compiled_ahead_of_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,9 +165,8 @@ def _first_row(weight: Any) -> int:
     """Global index of the first row of the weight that this rank holds."""
     rows, first = weight.shape[0], 0
     coordinate = weight.device_mesh.get_coordinate()
-    for rank, ranks, place in zip(
-        coordinate, weight.device_mesh.shape, weight.placements, strict=True
-    ):
+    for dim, place in enumerate(weight.placements):
+        rank, ranks = coordinate[dim], weight.device_mesh.size(dim)
         if place.is_shard(0):
             chunk = -(-rows // ranks)
             first += min(rank * chunk, rows)

@@ -49,7 +49,8 @@ def make_mask(
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     owner = getattr(config, "model_type", None) or "model"
-    mask_function = mask_function or causal_mask_function
+    if mask_function is None:  # `or` would branch on a function, which Dynamo of torch 2.11 refuses
+        mask_function = causal_mask_function
     shape, device = (batch_size, 1, q_length, kv_length), torch.device(device)
     keys = Keys(q_length, kv_length, kv_offset, device)
     pattern = recognise(mask_function, keys)
@@ -78,7 +79,7 @@ def make_mask(
     packable = attention_mask is None and not use_vmap and without_past
     if packable and torch.compiler.is_compiling():
         full = Window((None, None), "bottom_right", owner, packable=True)
-        return WindowMask(shape, mask.device, full, pattern=mask)
+        return WindowMask(shape, mask.device, tuple(full), pattern=mask)
     return DenseMask(mask, owner)
 
 
@@ -125,7 +126,7 @@ def window_mask(
     if intervals is None:
         return None
     window = window or Window((None, None), "bottom_right", owner)
-    return WindowMask(shape, keys.device, window, in_use, intervals=intervals)
+    return WindowMask(shape, keys.device, tuple(window), in_use, intervals=intervals)
 
 
 def _without_intervals(
@@ -140,12 +141,12 @@ def _without_intervals(
     if pattern.starts is not None or pattern.stops is not None:
         return None
     if pattern.sequences is None:
-        return WindowMask(shape, keys.device, window, in_use, padding=padding)
+        return WindowMask(shape, keys.device, tuple(window), in_use, padding=padding)
     if padding is not None or not pattern.remapped or not readable(pattern.sequences):
         return None
     cu_seqlens, longest = boundaries(pattern.sequences)
     window = window._replace(max_seqlen=longest, packable=False)
-    return WindowMask(shape, keys.device, window, in_use, cu_seqlens=cu_seqlens)
+    return WindowMask(shape, keys.device, tuple(window), in_use, cu_seqlens=cu_seqlens)
 
 
 def _intervals(

@@ -221,7 +221,7 @@ class WindowMask(GuardedMask):
         self,
         shape: tuple[int, ...],
         device: torch.device,
-        window: Window,
+        window: tuple[Any, ...],
         keys: int | None = None,
         *,
         padding: Tensor | None = None,
@@ -230,7 +230,9 @@ class WindowMask(GuardedMask):
         pattern: Tensor | None = None,
         anchor: Tensor | None = None,
     ) -> None:
-        self.window, self.owner = window, window.owner
+        # Dynamo of torch 2.11 puts a plain tuple into a graph, and no named one.
+        self.window = Window(*window)
+        self.owner = self.window.owner
         self.padding = padding
         self.cu_seqlens = cu_seqlens
         self.intervals = intervals
