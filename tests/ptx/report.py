@@ -17,11 +17,12 @@ TABLE_PATH = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "c
 
 # Which kernel a tensor comes from.
 TENSORS = {
-    "forward": ("out", "lse"),
+    "forward": ("out", "lse", "max_scores", "entropy"),
     "dkdv": ("dk", "dv"),
     "dq": ("dq",),
     "dmask": ("dattn_mask",),
     "delta": ("dsinks",),
+    "tangents": ("out_tangent", "lse_tangent"),
 }
 HEAD = """# Compiled kernels, executed
 
@@ -31,9 +32,9 @@ backward, through the library's own launch code. No GPU took part, and no ptxas.
 
 Every cell is **error over bound**: the largest error against standard attention in fp64, over what
 the accuracy rule allows (2 times the error of standard attention in the same dtype, 3 times for
-gradients, plus rounding). Above 1 is a failure. Each case ran several times, which gave the same
-bits: of two runs, one with asynchronous operations as late as their waits allow and one as early as
-possible, with two random orders of the warps; of four, every combination. Memory that no kernel
+gradients, plus rounding). Above 1 is a failure. A case that ran more than once gave the same bits:
+the first run has asynchronous operations as late as their waits allow, the second as early as
+possible and the warps in another random order; four are every combination. Memory that no kernel
 writes held NaN, and every access to shared memory was checked for races.
 
 `*`: right, but a wgmma reads what cp.async or st wrote without the `fence.proxy.async` that the ISA

@@ -1,6 +1,6 @@
 """The whole option table of the contract on both targets, with three versions of Triton.
 
-``pytest -m slow tests/ptx`` runs it, 75 CPU minutes, and writes what came out into
+``pytest -m slow tests/ptx`` runs it, two CPU hours, and writes what came out into
 ``benchmarks/results/compiled.md``. Other versions than the installed one come from pip, into the
 user's cache folder; where that can't be, their tests are skipped.
 """
@@ -88,7 +88,7 @@ def test_the_report_says_what_was_run_and_nothing_else(tmp_path: Path) -> None:
     text = path.read_text()
     assert "| sm_90 | 3.7.1 | 2 | 4 | 1 | 1 | 0.75 | 4.0 million |" in text
     assert "Triton 3.7.1 / 3.9.0" in text
-    assert "| bf16 causal | 0.50 / 0.50 | 0.75 /  | 0.12* /  |  |  |" in text
-    assert "| bf16 full | failed / - | failed / - | failed / - | failed / - | failed / - |" in text
+    assert "| bf16 causal | 0.50 / 0.50 | 0.75 /  | 0.12* /  |  |  |  |" in text
+    assert "| bf16 full" + " | failed / -" * 6 + " |" in text
     assert "| bf16 softcap | - / - |" in text
     assert "## sm_80" not in text
