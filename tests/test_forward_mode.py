@@ -73,7 +73,8 @@ def test_tangents_have_the_dtype_of_what_they_are_tangents_of(
     pairs.append(pushed(torch.func.grad(loss))(x))
     with forward_ad.dual_level():
         pairs += [forward_ad.unpack_dual(y) for y in attend(forward_ad.make_dual(x, x))]
-    pairs += zip(attend(x), torch.func.jacfwd(attend)(x), strict=True)
+    if backend != "triton" or case == "plain":  # a call for every element
+        pairs += zip(attend(x), torch.func.jacfwd(attend)(x), strict=True)
     if case in ("plain", "mask"):
         second = pushed(pushed(lambda x: attend(x)[0]))(x)
         pairs += zip(*second, strict=True)
