@@ -167,7 +167,9 @@ def test_what_a_sequence_says_does_not_reach_the_next(
 
 @torch.no_grad()
 @pytest.mark.parametrize("cache_name", ["dynamic", "static"])
-@pytest.mark.parametrize("host", ["Llama", "Mistral", "Llama 4"])
+@pytest.mark.parametrize(
+    "host", ["Llama", pytest.param("Mistral", marks=pytest.mark.slow), "Llama 4"]
+)
 def test_a_compiled_prefill_in_pieces_makes_no_dense_mask(
     monkeypatch: pytest.MonkeyPatch, host: str, cache_name: str
 ) -> None:
